@@ -1,0 +1,36 @@
+# Each target sets up what it needs in .venv on a fresh machine, and reuses it afterwards.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint format benchmarks clean
+
+quickstart: .venv/.installed
+	$(BIN)/python -m eval.quickstart
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: .venv/.installed-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmarks: .venv/.installed
+	$(BIN)/python -m benchmarks.training_step --json benchmarks/results/training_step.json
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python setup.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/.installed-test: .venv/bin/python setup.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,tensorboard]"
+	touch $@ .venv/.installed

@@ -1,0 +1,64 @@
+"""Gist attention inside stock transformers models, through the public attention and mask interfaces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from attention_masks.attention import gist_attention
+from attention_masks.layout import GistLayout
+
+NAME = "gist"
+
+
+def register() -> str:
+    """Register the attention implementation "gist" with transformers and return its name; calling it again is harmless.
+
+    A model set to it (`model.set_attn_implementation("gist")`) computes gist attention when it is called with a
+    `gist_layout`, and transformers' own `sdpa` attention, with caches, padding and generation, when it is not.
+    """
+    AttentionInterface.register(NAME, gist_attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+def layout_arguments(layout: GistLayout, inv_freq: Tensor, backend: str = "auto") -> dict:
+    """Keyword arguments with which a decoder reads one packed row (1, T) under `layout`.
+
+    The attention mask is a single element of four dimensions: transformers hands such a mask through untouched, so it
+    does not build a T x T mask that nobody reads.
+    """
+    return {
+        "position_ids": layout.positions[None],
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.device),
+        "gist_layout": layout,
+        "gist_inv_freq": inv_freq,
+        "gist_backend": backend,
+    }
+
+
+def gist_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    gist_layout: GistLayout | None = None,
+    gist_inv_freq: Tensor | None = None,
+    gist_backend: str = "auto",
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature: query (B, H, T, D), key and value (B, N, T, D) -> (B, T, H, D), no weights."""
+    if gist_layout is None:
+        ordinary = AttentionInterface()["sdpa"]
+        return ordinary(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if gist_layout.shifted and gist_inv_freq is None:
+        raise ValueError("this layout moves keys, so gist attention needs gist_inv_freq: pass layout_arguments(...)")
+    if dropout:
+        raise ValueError("gist attention has no dropout: set attention_dropout to 0 in the model's config")
+    output = gist_attention(query, key, value, gist_layout, backend=gist_backend, scale=scaling, inv_freq=gist_inv_freq)
+    return output.transpose(1, 2), None

@@ -1,0 +1,80 @@
+"""Measuring: paired rounds, medians, peak memory. Shared by all benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from hyperllama.files import write_atomically
+
+
+def paired(steps: Mapping[str, Callable[[], None]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of every step in each round; a round runs each step once, so that a drift of the machine hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(warmup + rounds):
+        for name, step in steps.items():
+            _synchronise()
+            start = time.perf_counter()
+            step()
+            _synchronise()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(slow: list[float], fast: list[float]) -> float:
+    """The median over rounds of how many times faster `fast` was."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def peak_bytes(step: Callable[[], None]) -> int:
+    """Memory that a step takes at its peak above what was held before it: CUDA's allocator, or resident memory on Linux."""
+    if torch.cuda.is_available():
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        _synchronise()
+        return torch.cuda.max_memory_allocated() - held
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def machine() -> dict:
+    """What the figures were taken on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """Options that every benchmark has."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--rounds", type=int, default=rounds, help="paired rounds that count")
+    options.add_argument("--json", type=Path, help="write the figures here too")
+    return options
+
+
+def write_json(path: Path | None, figures: dict) -> None:
+    """Write figures with the machine they were taken on, if a path is given."""
+    if path is not None:
+        write_atomically(path, json.dumps({**figures, "machine": machine()}, indent=2) + "\n")
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,100 @@
+"""One training step, packed, against three ways in which others compute it.
+
+    python -m benchmarks.training_step [--json FILE]
+
+A ragged batch: 4 contexts of 200 to 1,024 tokens, 4 queries each of 20 to 80 tokens; a Llama of 6 layers and hidden size 512,
+16 gists, LoRA of rank 16; forward and backward under bf16 autocast. Tokens are real tokens: padding does not count.
+"""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from random import Random
+
+import torch
+from transformers import set_seed
+
+from benchmarks.measure import machine, median_ratio, paired, parser, peak_bytes, write_json
+from benchmarks.peers import row_per_episode, row_per_query, two_pass
+from hyperllama.backbone import random_base
+from hyperllama.data.packing import pack_gist
+from hyperllama.data.text import EncodedEpisode
+from hyperllama.hypernetwork import GistHypernetwork
+
+CONTEXTS, QUERIES, ANSWER, GISTS, VOCABULARY = (200, 420, 700, 1024), 4, 8, 16, 32_000
+PEERS = {"row_per_query": row_per_query, "row_per_episode": row_per_episode, "two_pass": two_pass}
+
+
+def ragged_episodes(seed: int = 0) -> list[EncodedEpisode]:
+    """Random tokens in the benchmark's lengths; a query of n tokens ends in an answer of 8."""
+    rng = Random(seed)
+
+    def tokens(n):
+        return tuple(rng.randrange(VOCABULARY) for _ in range(n))
+
+    return [
+        EncodedEpisode(tokens(n), tuple((tokens(rng.randint(20, 80) - ANSWER), tokens(ANSWER)) for _ in range(QUERIES)))
+        for n in CONTEXTS
+    ]
+
+
+def benchmark_hypernetwork() -> GistHypernetwork:
+    """The benchmark's model, with a LoRA that does something."""
+    set_seed(0)
+    architecture = {
+        "model_type": "llama",
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+    }
+    hypernetwork = GistHypernetwork(random_base(architecture, vocab_size=VOCABULARY), gists=GISTS, rank=16)
+    with torch.no_grad():
+        for matrix in hypernetwork.lora.B.values():
+            matrix.weight.normal_(std=0.02)
+    return hypernetwork.train()
+
+
+def main() -> None:
+    options = parser(__doc__, rounds=7).parse_args()
+    hypernetwork, episodes = benchmark_hypernetwork(), ragged_episodes()
+    device = hypernetwork.gists.device
+    losses = {"packed": lambda: hypernetwork(pack_gist(episodes, GISTS).to(device))}
+    losses |= {name: partial(peer, hypernetwork, episodes) for name, peer in PEERS.items()}
+
+    def step(loss):
+        hypernetwork.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16):
+            result = loss()
+        result.mean.backward()
+
+    with torch.no_grad():  # in float32: the same loss, not one that rounds alike
+        values = {name: loss().mean.item() for name, loss in losses.items()}
+    steps = {name: partial(step, loss) for name, loss in losses.items()}
+    memory = {name: peak_bytes(run) for name, run in steps.items()}
+    seconds = paired(steps, options.rounds)
+    tokens = pack_gist(episodes, GISTS).tokens
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    figures = {
+        "tokens": tokens,
+        "seconds": medians,
+        "tokens_per_second": {name: tokens / median for name, median in medians.items()},
+        "peak_bytes": memory,
+        "ratios": {name: median_ratio(seconds[name], seconds["packed"]) for name in PEERS},
+        "losses": values,
+        "rounds": options.rounds,
+    }
+    print(f"{tokens:,} real tokens a step; median of {options.rounds} paired rounds; {machine()}")
+    print(f"{'':16} {'tokens/s':>9} {'peak MiB':>9} {'packed is':>10} {'loss (fp32)':>12}")
+    for name in losses:
+        ratio = f"{figures['ratios'][name]:.2f}x" if name in PEERS else ""
+        speed, peak = figures["tokens_per_second"][name], memory[name] / 2**20
+        print(f"{name:16} {speed:9,.0f} {peak:9,.0f} {ratio:>10} {values[name]:12.7f}")
+    write_json(options.json, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The frozen decoder underneath: loading it, refusing what gist attention would get wrong, and knowing it again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from attention_masks import GistLayout, register, rotate
+from attention_masks.registration import layout_arguments
+from hyperllama.errors import UserError
+from hyperllama.files import canonical_json, sha256
+
+# Config attributes that change what a key means or who may see it, with the values at which they do nothing.
+HARMLESS = {
+    "sliding_window": (None,),
+    "attention_chunk_size": (None,),
+    "attn_logit_softcapping": (None,),
+    "attn_logit_softcap": (None,),
+    "alibi": (None, False),
+    "use_alibi": (None, False),
+    "kv_lora_rank": (None,),
+    "attention_dropout": (None, 0, 0.0),
+    "is_causal": (None, True),
+    "num_kv_shared_layers": (None, 0),
+}
+# Frequencies of these change with the length of the sequence, so a stored key would not stay valid.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+FINGERPRINTED_CONFIG = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "hidden_act",
+    "rms_norm_eps",
+)
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """How a base model is known again: its name for people, and SHA-256 fingerprints for files."""
+
+    name: str
+    weights: str
+    config: str
+    tokenizer: str | None = None
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def load_base(name_or_path: str, *, dtype: str = "float32", revision: str | None = None, device: str | None = None):
+    """A causal LM from a local folder or the hub, checked, frozen and set to gist attention.
+
+    Raises UserError if there is no such model or its attention is not plain causal with rotary positions.
+    """
+    config = load_config(name_or_path, revision=revision)
+    check_config(config, name_or_path)
+    register()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path, config=config, dtype=getattr(torch, dtype), revision=revision
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name_or_path}: the model's weights cannot be loaded ({_first_line(error)})") from error
+    return prepare(model, name_or_path).to(device or default_device())
+
+
+def random_base(architecture: Mapping[str, Any], *, vocab_size: int, dtype: str = "float32", **special_tokens: int | None):
+    """A randomly initialised causal LM; `architecture` holds `model_type` and the fields of its transformers config."""
+    config = random_config(architecture, vocab_size=vocab_size, **special_tokens)
+    register()
+    return prepare(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)), "model.architecture").to(
+        default_device()
+    )
+
+
+def random_config(architecture: Mapping[str, Any], **fields):
+    """The transformers config of `random_base`, checked."""
+    settings = dict(architecture)
+    model_type = settings.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(model_type, **{**settings, **fields})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.architecture: {_first_line(error)}") from error
+    check_config(config, "model.architecture")
+    return config
+
+
+def load_config(name_or_path: str, revision: str | None = None):
+    """The transformers config of a model, without its weights; UserError if there is none."""
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        raise UserError(f"{name_or_path}: a file, but a base model is a folder with config.json, or the name of a hub model")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{name_or_path}: not a model folder, it has no config.json; give one saved by save_pretrained")
+    if not path.is_dir() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+        raise UserError(f"{name_or_path}: no such model folder; train or download the base model first, or correct the path")
+    try:
+        return AutoConfig.from_pretrained(name_or_path, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{name_or_path}: neither a model folder here nor a model that the hub gives ({_first_line(error)})"
+        ) from error
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; UserError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name_or_path}: has no tokenizer that transformers can load ({_first_line(error)})") from error
+
+
+def check_config(config, name: str) -> None:
+    """Refuse a model whose attention is not plain causal with rotary positions, by the name of the attribute that says so."""
+    for attribute, harmless in HARMLESS.items():
+        value = getattr(config, attribute, None)
+        if value not in harmless:
+            raise UserError(
+                f"{name}: {attribute}={value!r} is not plain causal attention, which gist masks need; choose another model"
+            )
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if others:
+        raise UserError(f"{name}: layer_types has {', '.join(others)}; gist masks need full_attention in every layer")
+    if not all(getattr(config, "no_rope_layers", None) or [1]):
+        raise UserError(f"{name}: no_rope_layers leaves layers without rotary positions, which gist masks need")
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, Mapping) or "rope_type" not in rope:
+        raise UserError(f"{name}: rope_parameters={rope!r} does not describe one rotary embedding for all layers")
+    if rope["rope_type"] in LENGTH_DEPENDENT_ROPE:
+        raise UserError(
+            f"{name}: rope_type={rope['rope_type']!r} changes with the sequence's length, so stored keys would not stay valid"
+        )
+
+
+def prepare(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Check a loaded model, freeze it and set it to gist attention."""
+    check_config(model.config, name)
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    if getattr(rotary, "inv_freq", None) is None:
+        raise UserError(f"{name}: {type(model).__name__} has no rotary_emb.inv_freq; gist masks need rotary positions")
+    if not _rotates_as_we_do(model, rotary):
+        raise UserError(f"{name}: apply_rotary_pos_emb of {type(model).__name__} pairs dimensions in another way than Llama's")
+    model.set_attn_implementation(register())
+    return model.requires_grad_(False).eval()
+
+
+def _rotates_as_we_do(model: PreTrainedModel, rotary: nn.Module) -> bool:
+    """Whether `attention_masks.rotate` moves a key to where the model's own code would have computed it."""
+    apply = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
+    if apply is None:
+        return False
+    device = rotary.inv_freq.device
+    head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    key = torch.linspace(-1, 1, 2 * head_dim, device=device).view(1, 1, 2, head_dim)
+    near, far = (apply(key, key, *rotary(key, torch.tensor([p], device=device)))[1] for p in ([3, 5], [10, 12]))
+    return torch.allclose(rotate(near, torch.tensor([7, 7], device=device), rotary.inv_freq), far, atol=1e-4)
+
+
+def inverse_frequencies(model: PreTrainedModel) -> Tensor:
+    """The model's rotary inverse frequencies (D_rotary / 2,)."""
+    return model.get_decoder().rotary_emb.inv_freq
+
+
+def packed_arguments(model: PreTrainedModel, layout: GistLayout, backend: str = "auto") -> dict:
+    """Keyword arguments with which `model` reads a packed row (1, T) under `layout`; UserError if it is too long for it."""
+    longest = model.config.max_position_embeddings
+    if layout.last_position >= longest:
+        raise UserError(
+            f"a context with its gists and queries takes {layout.last_position + 1} positions, but the model has {longest}; "
+            "use fewer shots, shorter examples, or a model with a longer context"
+        )
+    return layout_arguments(layout, inverse_frequencies(model), backend)
+
+
+def default_device() -> str:
+    """ "cuda" where there is a GPU (the one of this rank), else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def identify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None) -> BaseIdentity:
+    """Fingerprint a base model.
+
+    weights: name, shape and 256 evenly spaced entries of every parameter, rounded to bf16, so that one model loaded in two
+    dtypes is the same model, and 7 billion weights take a second. Every kind of tuning moves entries of that sample.
+    """
+    digest = []
+    for parameter_name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), device=flat.device).long()]
+        digest.append(f"{parameter_name}{tuple(parameter.shape)}".encode())
+        digest.append(sample.to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
+    config = {key: getattr(model.config, key, None) for key in FINGERPRINTED_CONFIG}
+    return BaseIdentity(
+        name=name or model.config.name_or_path or type(model).__name__,
+        weights=sha256(*digest),
+        config=sha256(canonical_json({**config, "rope_parameters": model.config.rope_parameters})),
+        tokenizer=None if tokenizer is None else sha256(canonical_json(tokenizer.get_vocab())),
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,159 @@
+"""The command line: verbs. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hyperllama.errors import UserError
+
+app = typer.Typer(
+    name="hyperllama",
+    help="Train hypernetworks that turn few-shot examples into soft prefixes, and use them.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Train hypernetworks that turn few-shot examples into soft prefixes, and use them."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart/hypernetwork.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Dotted keys of the recipe.")] = None,
+) -> None:
+    """Train what a recipe describes; run it again to go on after an interruption."""
+    from hyperllama import workflows
+
+    result = workflows.train(recipe, overrides or ())
+    if result is not None:
+        typer.echo(f"trained {result.global_step} steps; mean loss {result.training_loss:.4f} nats per target token")
+
+
+@app.command()
+def compress(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished hypernetwork run.")],
+    examples: Annotated[
+        list[Path], typer.Argument(help='JSON lines of {"input", "output"}, or an S-NI task file; one task each.')
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="A prefix file, or a folder for several.")],
+    instruction: Annotated[str | None, typer.Option(help="Instruction of the task, instead of the file's.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Show only the first K examples.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base model is, if it has moved.")] = None,
+) -> None:
+    """Turn the examples of a task into a prefix file."""
+    from hyperllama import workflows
+
+    made = workflows.compress(run, examples, output, instruction=instruction, shots=shots, base_path=base)
+    for path, prefix in made:
+        manifest = prefix.manifest
+        dropped = f" ({manifest.dropped_examples} more did not fit)" if manifest.dropped_examples else ""
+        typer.echo(
+            f"{path}: {manifest.examples} examples{dropped}, {manifest.context_tokens} tokens "
+            f"-> {prefix.gists} gists, {path.stat().st_size:,} bytes"
+        )
+
+
+@app.command()
+def generate(
+    prefix: Annotated[Path, typer.Argument(help="A prefix file made by hyperllama compress.")],
+    input: Annotated[str | None, typer.Option(help="One input to answer.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help='JSON lines of {"input"}, or an S-NI task file.')] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON lines here instead of printing.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first so many inputs.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Sample at this temperature; greedy without.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
+    ] = None,
+    num_beams: Annotated[int, typer.Option(min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    base: Annotated[str | None, typer.Option(help="Where the base model is, if it has moved.")] = None,
+) -> None:
+    """Answer new inputs with a frozen model that reads a prefix."""
+    if (input is None) == (inputs is None):
+        raise UserError("generate: give either --input TEXT or --inputs FILE")
+    from transformers import set_seed
+
+    from hyperllama import workflows
+    from hyperllama.files import write_atomically
+
+    examples = None if inputs is None else workflows.read_inputs(inputs)[:limit]
+    settings: dict = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "batch_size": batch_size}
+    if temperature or top_p is not None:
+        settings |= {"do_sample": True, "temperature": temperature or 1.0, "top_p": 1.0 if top_p is None else top_p}
+    set_seed(seed)
+    texts = [input] if examples is None else [example.input for example in examples]
+    answers = workflows.generate(prefix, texts, base_path=base, **settings)
+    if examples is None:
+        lines = answers
+    else:
+        lines = []
+        for example, answer in zip(examples, answers, strict=True):
+            known = {"references": list(example.references)} if example.references else {}
+            lines.append(json.dumps({"input": example.input, "output": answer, **known}, ensure_ascii=False))
+    if output is None:
+        typer.echo("\n".join(lines))
+    else:
+        write_atomically(output, "\n".join(lines) + "\n")
+        typer.echo(f"{output}: {len(lines)} answers", err=True)
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="A prefix file, or the folder of a run.")]) -> None:
+    """Say what a prefix or a run is, what made it, and for which base."""
+    from hyperllama import workflows
+
+    _print(workflows.inspect(path))
+
+
+def _print(value: dict, indent: str = "") -> None:
+    width = max((len(key) for key, part in value.items() if not isinstance(part, dict)), default=0)
+    for key, part in value.items():
+        if isinstance(part, dict):
+            if part:
+                typer.echo(f"{indent}{key}:")
+                _print(part, indent + "  ")
+        elif part is not None:
+            text = f"{part:,}" if isinstance(part, int) and not isinstance(part, bool) else json.dumps(part, ensure_ascii=False)
+            typer.echo(f"{indent}{key:<{width}}  {text.strip(chr(34))}")
+
+
+def main() -> None:
+    """Run a verb. An error is one line on stderr (a recipe's problems a line each) and exit code 2."""
+    arguments = sys.argv[1:] or ["--help"]
+    debug = "--debug" in arguments
+    try:
+        code = app(args=[a for a in arguments if a != "--debug"], standalone_mode=False)
+    except KeyboardInterrupt:
+        _fail("stopped; run the same command again to go on", 130)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, UserError):
+            _fail(str(error))
+        # typer's own errors about arguments carry their sentence in `message`.
+        elif hasattr(error, "format_message"):
+            _fail(" ".join(error.format_message().split()) + " (see hyperllama --help)")
+        else:
+            _fail(f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'} (--debug shows where)")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int = 2) -> None:
+    print("\n".join(f"hyperllama: {line}" for line in message.splitlines()), file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,62 @@
+"""Training data by index: episode i is a function of the seed and i alone.
+
+So the position of the stream is one number, resuming skips without replaying, and ranks and workers share it without
+overlap by taking different indices.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from torch.utils.data import Dataset
+
+from hyperllama.data.episode import Source
+from hyperllama.data.packing import pack_full, pack_gist
+from hyperllama.data.text import EncodedEpisode, Encoder
+from hyperllama.errors import UserError
+
+
+class EpisodeStream(Dataset):
+    """`length` encoded episodes of `source`; an episode none of whose queries fit is drawn again, and the skips counted."""
+
+    def __init__(self, source: Source, encoder: Encoder, *, seed: int, length: int, shots: int, min_shots: int, queries: int):
+        self.source, self.encoder, self.seed, self.length = source, encoder, seed, length
+        self.shots, self.min_shots, self.queries = shots, min_shots, queries
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> EncodedEpisode:
+        skipped = 0
+        for attempt in range(100):
+            rng = Random(f"{self.seed}/{index}/{attempt}")
+            shots = rng.randint(self.min_shots, self.shots)
+            encoded = self.encoder.encode(self.source.draw(rng, shots, self.queries, index))
+            if encoded.queries:
+                return EncodedEpisode(**{**vars(encoded), "skipped_queries": encoded.skipped_queries + skipped})
+            skipped += encoded.skipped_queries
+        raise UserError(
+            f"limits.query_tokens={self.encoder.limits.query_tokens}: no query of 100 episodes in a row fits; raise it"
+        )
+
+
+class GistCollator:
+    """A list of encoded episodes -> what the Trainer hands on: the packed batch, and its targets by the name it counts."""
+
+    def __init__(self, gists: int):
+        self.gists = gists
+
+    def __call__(self, episodes: list[EncodedEpisode]) -> dict:
+        batch = pack_gist(episodes, self.gists)
+        return {"labels": batch.targets, "batch": batch}
+
+
+class FullAttentionCollator:
+    """As `GistCollator`, for the full-attention baseline."""
+
+    def __init__(self, supervise_demonstrations: bool):
+        self.supervise_demonstrations = supervise_demonstrations
+
+    def __call__(self, episodes: list[EncodedEpisode]) -> dict:
+        batch = pack_full(episodes, self.supervise_demonstrations)
+        return {"labels": batch.targets, "batch": batch}

@@ -1,0 +1,114 @@
+"""Symbol tuning (Wei et al. 2023, arXiv 2305.08298) in miniature: a language in which a task can only be learned in context.
+
+Words fall into categories, the same for all tasks. A task names a few categories by arbitrary symbols; demonstrations show
+a word and its symbol; a query is a word that was not shown. Which symbol means which category is different in every task, so
+only the demonstrations can tell.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from hyperllama.data.episode import Episode, Example
+from hyperllama.errors import UserError
+
+
+@dataclass(frozen=True)
+class SyntheticLanguage:
+    """Sizes of the language, and what a base model is warmed up on.
+
+    Of the first `warmup_episodes` episodes a share `repeats` are random token sequences of `repeat_tokens` to be copied: they
+    form the induction heads without which a small model sits at chance for thousands of steps (Olsson et al. 2022, arXiv
+    2209.11895). A share `lists` of all episodes are words of one category, which teach the categories themselves.
+    `split` is "train" or "test": sets of categories are dealt to one or the other, so test tasks are unseen.
+    """
+
+    categories: int = 16
+    words_per_category: int = 8
+    symbols: int = 32
+    task_categories: int = 4
+    repeats: float = 0.0
+    repeat_tokens: int = 24
+    warmup_episodes: int = 0
+    lists: float = 0.0
+    split: Literal["train", "test"] = "train"
+
+    def problems(self) -> list[str]:
+        """What is impossible about the sizes, a sentence each."""
+        found = []
+        if not 1 <= self.task_categories <= min(self.categories, self.symbols):
+            found.append("task_categories must be at least 1 and at most categories and symbols")
+        elif math.comb(self.categories, self.task_categories) < 100:
+            found.append(
+                "task_categories of categories give fewer than 100 sets to deal to train and test; use more categories"
+            )
+        if self.words_per_category < 2:
+            found.append("words_per_category must be at least 2, so that a query can differ from its demonstration")
+        if not 0 <= self.repeats + self.lists <= 1 or min(self.repeats, self.lists) < 0:
+            found.append("repeats and lists are shares between 0 and 1, together at most 1")
+        return found
+
+
+class SyntheticSource:
+    """Episodes of a `SyntheticLanguage`; endless, so an epoch has no length."""
+
+    def __init__(self, language: SyntheticLanguage):
+        if language.problems():
+            raise UserError(f"data.synthetic: {'; '.join(language.problems())}")
+        self.language = language
+        rng = Random("words of the language")  # fixed: every base and every task share one language
+        syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+        words: dict[str, None] = {}
+        while len(words) < language.categories * language.words_per_category:
+            words["".join(rng.choices(syllables, k=3))] = None
+        self.words = list(words)
+        self.categories = [self.words[i :: language.categories] for i in range(language.categories)]
+        self.symbols = [f"<{i}>" for i in range(language.symbols)]
+
+    def __len__(self) -> int:
+        return 0
+
+    def texts(self) -> list[str]:
+        return [*self.words, *self.symbols]
+
+    def draw(self, rng: Random, shots: int, queries: int, index: int) -> Episode:
+        kind = rng.random()
+        warm = self.language.repeats if index < self.language.warmup_episodes else 0.0
+        if kind < warm:
+            return self._repeat(rng)
+        if kind >= 1 - self.language.lists:
+            return self._list(rng)
+        return self.task(rng, shots, queries)
+
+    def task(self, rng: Random, shots: int, queries: int) -> Episode:
+        """A task of this split: `shots` demonstrations spread evenly over its categories, and `queries` other words."""
+        chosen = self._categories(rng)
+        names = dict(zip(chosen, rng.sample(self.symbols, len(chosen)), strict=True))
+        shown, held_back = [], []
+        for place, category in enumerate(chosen):
+            words = rng.sample(self.categories[category], self.language.words_per_category)
+            share = min((shots + len(chosen) - 1 - place) // len(chosen), len(words) - 1)
+            shown += [Example(word, names[category]) for word in words[:share]]
+            held_back += [Example(word, names[category]) for word in words[share:]]
+        rng.shuffle(shown)
+        asked = rng.sample(held_back, min(queries, len(held_back)))
+        return Episode("", tuple(shown), tuple(asked), "synthetic " + "+".join(map(str, sorted(chosen))))
+
+    def _categories(self, rng: Random) -> list[int]:
+        while True:
+            chosen = rng.sample(range(self.language.categories), self.language.task_categories)
+            dealt_to_test = zlib.crc32(repr(sorted(chosen)).encode()) % 8 == 0
+            if dealt_to_test == (self.language.split == "test"):
+                return chosen
+
+    def _repeat(self, rng: Random) -> Episode:
+        text = " ".join(rng.choices(self.texts(), k=self.language.repeat_tokens))
+        return Episode("", (), (Example(text, text),), "repeat")
+
+    def _list(self, rng: Random) -> Episode:
+        first, *rest = rng.sample(words := rng.choice(self.categories), len(words))
+        return Episode("", (), (Example(first, " ".join(rest)),), "list")

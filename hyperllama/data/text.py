@@ -1,0 +1,142 @@
+"""The few-shot text format and its limits: from an `Episode` of text to token ids, without silent cuts."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from hyperllama.data.episode import Episode, Example
+from hyperllama.errors import UserError
+
+if TYPE_CHECKING:  # recipes are read without torch
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How an episode is written.
+
+    A context is `instruction` (if there is one), then for each demonstration `query`, `answer` and `separator`. A query is
+    `query`; the model is to answer with `answer`, and with the tokenizer's end token if `end_token`. Each piece is
+    tokenised by itself, so a demonstration and a query have the same tokens. The context starts with the tokenizer's
+    start token, if it has one.
+    """
+
+    instruction: str = "{instruction}\n\n"
+    query: str = "Input: {input}\nOutput:"
+    answer: str = " {output}"
+    separator: str = "\n\n"
+    end_token: bool = True
+
+    def problems(self) -> list[str]:
+        """What is wrong with the templates, a sentence each."""
+        found = []
+        for name in ("instruction", "query", "answer"):
+            wanted = {"instruction": "instruction", "query": "input", "answer": "output"}[name]
+            try:
+                used = {part[1] for part in string.Formatter().parse(getattr(self, name)) if part[1] is not None}
+            except ValueError as error:
+                found.append(f"format.{name}: not a template ({error})")
+                continue
+            if used != {wanted}:
+                found.append(f"format.{name}: must use {{{wanted}}} and no other field, not {getattr(self, name)!r}")
+        return found
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds in tokens. `context_tokens` covers instruction and demonstrations, `query_tokens` a query with its answer.
+
+    Demonstrations that do not fit are left out whole, and counted. A query that does not fit is an error, or is skipped and
+    counted.
+    """
+
+    context_tokens: int = 1024
+    query_tokens: int = 384
+    too_long_query: Literal["error", "skip"] = "error"
+
+
+@dataclass(frozen=True)
+class EncodedEpisode:
+    """Token ids of an episode. `answers` are the spans of the demonstrations' answers, with their separators, in `context`."""
+
+    context: tuple[int, ...]
+    queries: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    answers: tuple[tuple[int, int], ...] = ()
+    task: str = ""
+    demonstrations: int = 0
+    dropped_demonstrations: int = 0
+    skipped_queries: int = 0
+
+
+class Encoder:
+    """Turns text into token ids under one format and its limits."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat, limits: Limits):
+        self.tokenizer, self.format, self.limits = tokenizer, text_format, limits
+        self.start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.end = [tokenizer.eos_token_id] if text_format.end_token and tokenizer.eos_token_id is not None else []
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a query, as they follow a prefix."""
+        return self._ids(self.format.query.format(input=text))
+
+    def answer(self, text: str) -> list[int]:
+        """Token ids of an answer with its end token."""
+        return self._ids(self.format.answer.format(output=text)) + self.end
+
+    def context(self, instruction: str, demonstrations: Sequence[Example]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of an instruction and as many whole demonstrations as fit, in order, and the spans of their answers.
+
+        A demonstration that does not fit is left out whole. UserError if the instruction alone is too long.
+        """
+        ids = list(self.start)
+        if instruction:
+            ids += self._ids(self.format.instruction.format(instruction=instruction))
+        if len(ids) > self.limits.context_tokens:
+            raise UserError(
+                f"an instruction takes {len(ids)} tokens, more than limits.context_tokens={self.limits.context_tokens}: "
+                f"raise the limit or shorten {instruction[:60]!r}"
+            )
+        spans, separator = [], self._ids(self.format.separator)
+        for example in demonstrations:
+            prompt = self.prompt(example.input)
+            answer = self._ids(self.format.answer.format(output=example.output)) + separator
+            if len(ids) + len(prompt) + len(answer) <= self.limits.context_tokens:
+                spans.append((len(ids) + len(prompt), len(ids) + len(prompt) + len(answer)))
+                ids += prompt + answer
+        return ids, spans
+
+    def encode(self, episode: Episode) -> EncodedEpisode:
+        """Token ids of an episode, with what was left out counted. UserError for a query too long, unless they are skipped."""
+        context, answers = self.context(episode.instruction, episode.demonstrations)
+        queries, skipped = [], 0
+        for example in episode.queries:
+            prompt, answer = self.prompt(example.input), self.answer(example.output)
+            if len(prompt) + len(answer) > self.limits.query_tokens:
+                if self.limits.too_long_query == "error":
+                    raise UserError(
+                        f"task {episode.task or '?'}: a query takes {len(prompt) + len(answer)} tokens, more than "
+                        f"limits.query_tokens={self.limits.query_tokens}: raise it, or set limits.too_long_query to skip"
+                    )
+                skipped += 1
+            elif prompt and answer:
+                queries.append((tuple(prompt), tuple(answer)))
+            else:
+                raise UserError(
+                    f"task {episode.task or '?'}: a query or its answer is empty after tokenisation: {example.input[:60]!r}"
+                )
+        return EncodedEpisode(
+            context=tuple(context),
+            queries=tuple(queries),
+            answers=tuple(answers),
+            task=episode.task,
+            demonstrations=len(answers),
+            dropped_demonstrations=len(episode.demonstrations) - len(answers),
+            skipped_queries=skipped,
+        )

@@ -1,0 +1,65 @@
+"""Files that are whole or not there: written beside their place, then swapped in."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hyperllama.errors import UserError
+
+
+def write_atomically(path: str | Path, content: bytes | str) -> None:
+    """Write `content` to `path` so that a crash or a full disk leaves the old file whole. Makes missing folders.
+
+    Raises OSError when the disk refuses; the file that stood at `path` is then unchanged.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = content.encode() if isinstance(content, str) else content
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def canonical_json(value: Any) -> str:
+    """JSON whose text depends on the value alone, for hashes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def sha256(*parts: bytes | str) -> str:
+    """Hexadecimal SHA-256 of the parts in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """The JSON value in a file; UserError names the file, and the line where it stops being JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected {what}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, but {what} is a file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; expected {what}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); expected {what}") from None

@@ -1,0 +1,79 @@
+"""The frozen model that reads prefixes: stock `generate`, with one prefix a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hyperllama.backbone import identify
+from hyperllama.errors import UserError
+from hyperllama.prefix import Prefix
+
+
+class Reader:
+    """A base model and its tokenizer, ready to read prompts behind prefixes that were made for it."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.model, self.tokenizer = model, tokenizer
+        self.identity = identify(model, tokenizer)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix] | None = None, *, batch_size: int = 32, **settings
+    ) -> list[list[int]]:
+        """Continue each prompt behind its own prefix; different tasks and lengths may share a batch.
+
+        `prompts` are token ids; `prefixes` one for each, or None to read without; `settings` go to transformers'
+        `generate` verbatim, apart from `num_return_sequences`: an answer a prompt. Returns the new tokens of each row,
+        without end and padding tokens. Raises UserError for a prefix of another base, or where the model's positions end.
+        """
+        if settings.get("num_return_sequences", 1) != 1:
+            raise ValueError("a reader gives one answer a prompt: repeat the prompt instead of num_return_sequences")
+        if prefixes is not None and len(prefixes) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many prefixes, not {len(prefixes)}")
+        for prefix in {id(p): p for p in prefixes or ()}.values():
+            prefix.check(self.identity)
+        # Neighbours in length share a batch, so that little of it is padding.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        continuations: list[list[int]] = [[]] * len(prompts)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = self._generate([prompts[i] for i in rows], prefixes and [prefixes[i] for i in rows], settings)
+            for i, continuation in zip(rows, batch, strict=True):
+                continuations[i] = continuation
+        return continuations
+
+    def _generate(self, prompts, prefixes, settings) -> list[list[int]]:
+        tokenizer, device = self.tokenizer, self.model.device
+        pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        if not all(len(prompt) for prompt in prompts):
+            raise UserError("a prompt is empty after tokenisation: give an input, or a query template with text of its own")
+        longest = max(map(len, prompts))
+        ids = torch.full((len(prompts), longest), pad, device=device)
+        mask = torch.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            ids[i, longest - len(prompt) :] = torch.as_tensor(prompt, device=device)
+            mask[i, longest - len(prompt) :] = 1
+        cache = {}
+        if prefixes is not None:
+            # Beam search repeats each prompt, but not a cache that it is given.
+            rows = [prefix for prefix in prefixes for _ in range(settings.get("num_beams", 1))]
+            cache["past_key_values"], gists = Prefix.stack(rows, device=device, dtype=self.model.dtype)
+            mask = torch.cat([gists[:: len(rows) // len(prefixes)].to(mask.dtype), mask], dim=1)
+        settings = {"do_sample": False, "pad_token_id": pad, "eos_token_id": tokenizer.eos_token_id, **settings}
+        longest_answer = settings.setdefault("max_new_tokens", 64)
+        if mask.shape[1] + longest_answer > self.model.config.max_position_embeddings:
+            raise UserError(
+                f"prefix, prompt and {longest_answer} new tokens take {mask.shape[1] + longest_answer} positions, "
+                f"but the model has {self.model.config.max_position_embeddings}; shorten the input or lower --max-new-tokens"
+            )
+        output = self.model.generate(ids, attention_mask=mask, **cache, **settings)[:, longest:].tolist()
+        ends = {pad, *(e if isinstance(e := settings["eos_token_id"], list) else [e])}
+        return [_until(row, ends) for row in output]
+
+
+def _until(row: list[int], ends: set[int]) -> list[int]:
+    """The tokens before the first of `ends`."""
+    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]

@@ -1,0 +1,145 @@
+"""Training on transformers' Trainer: what is ours is the loss in tokens, what a checkpoint holds, and the log."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hyperllama.errors import UserError
+from hyperllama.files import write_atomically
+from hyperllama.objectives import TokenLoss
+
+CHECKPOINTS, METRICS, PLOT = "checkpoints", "metrics.jsonl", "loss.png"
+
+
+class GistTrainer(Trainer):
+    """Trains a module whose `forward(batch)` returns a `TokenLoss` and which has `save_pretrained` and `load_weights`.
+
+    The loss is the sum over an optimiser step's target tokens, on all ranks and accumulation steps, divided by their count.
+    Checkpoints hold what `save_pretrained` writes, so trainable weights only, beside the Trainer's optimiser, scheduler,
+    random states and step; the step is the data position. Logs go to metrics.jsonl in `run`, and a plot at the end.
+    """
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, dataset: Dataset, collator, run: str | Path):
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=collator,
+            compute_loss_func=token_mean,
+            callbacks=[MetricsFile(Path(run))],
+        )
+        self.counts: Counter[str] = Counter()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        batch = inputs["batch"]
+        for name in ("tokens", "demonstrations", "dropped_demonstrations", "skipped_queries"):
+            self.counts[name] += getattr(batch, name)
+        self.counts["targets"] += batch.targets.numel()
+        # The Trainer moves tensors in mappings; a value object moves itself.
+        inputs = {**inputs, "batch": batch.to(self.args.device, non_blocking=True)}
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        """Adds what was read since the last log on this rank, what the limits left out included."""
+        if "loss" in logs:
+            logs = {**logs, **self.counts}
+            self.counts.clear()
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write trainable weights, from the first process only."""
+        if self.args.should_save:
+            self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.accelerator.unwrap_model(model or self.model).load_weights(resume_from_checkpoint)
+
+
+def token_mean(outputs: TokenLoss, labels, num_items_in_batch=None) -> torch.Tensor:
+    """Divide a summed loss by the target tokens of the whole optimiser step."""
+    return outputs.sum / (outputs.count if num_items_in_batch is None else num_items_in_batch)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends each log as a line of JSON; on resuming, first drops the lines after the step that is resumed from."""
+
+    def __init__(self, run: Path):
+        self.path, self.plot = run / METRICS, run / PLOT
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            plot_loss(read_metrics(self.path), self.plot)
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The lines of a metrics file; a last line that a crash cut short is left out."""
+    lines = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def plot_loss(metrics: list[dict], path: str | Path) -> None:
+    """The training loss over steps, as a PNG."""
+    from matplotlib.figure import Figure
+
+    points = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
+    if not points:
+        return
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(*zip(*points, strict=True), color="#4c78a8")
+    axis.set(xlabel="optimiser step", ylabel="loss (nats per target token)", ylim=(0, None), title="training loss")
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def newest_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint that was written to its end; the Trainer's state is the last file that it writes."""
+    whole = []
+    for path in Path(folder).glob("checkpoint-*"):
+        try:
+            whole.append((json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], str(path)))
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(whole)[1] if whole else None
+
+
+def training_arguments(settings: dict, *, run: str | Path, seed: int) -> TrainingArguments:
+    """`TrainingArguments` from a recipe's `training`, verbatim, over a few defaults of ours; UserError if they refuse."""
+    defaults = {
+        "output_dir": str(Path(run) / CHECKPOINTS),
+        "seed": seed,
+        "report_to": "none",
+        "logging_steps": 10,
+        "save_total_limit": 2,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        # Episodes are drawn by index: the order of indices is the order of training, and the checkpoint's step its position.
+        "train_sampling_strategy": "sequential",
+        "remove_unused_columns": False,
+    }
+    try:
+        return TrainingArguments(**{**defaults, **settings})
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"training: {' '.join(str(error).split())[:300]}") from error

@@ -1,0 +1,271 @@
+"""What the verbs do. Here, and in `eval`, a recipe is unpacked into components; nothing below sees one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import TrainOutput
+
+from hyperllama import __version__
+from hyperllama.backbone import check_config, load_base, load_config, load_tokenizer, random_base, random_config
+from hyperllama.data.episode import Example, Source
+from hyperllama.data.files import read_json_lines_tasks, read_sni, read_task
+from hyperllama.data.stream import EpisodeStream, FullAttentionCollator, GistCollator
+from hyperllama.data.synthetic import SyntheticSource
+from hyperllama.data.text import Encoder, Limits, TextFormat
+from hyperllama.data.vocabulary import train_tokenizer
+from hyperllama.errors import UserError
+from hyperllama.files import read_json, write_atomically
+from hyperllama.full_attention import FullAttention
+from hyperllama.hypernetwork import CONFIG, GistHypernetwork, read_config
+from hyperllama.prefix import Manifest, Prefix
+from hyperllama.reader import Reader
+from hyperllama.recipe import Recipe, differences, load_recipe, save_recipe
+from hyperllama.training import CHECKPOINTS, GistTrainer, newest_checkpoint, training_arguments
+
+RECIPE, VERSIONS, BASE, RESULT = "recipe.yaml", "versions.json", "base", "result.json"
+
+
+def make_source(recipe: Recipe) -> Source:
+    """The data source that a recipe names."""
+    data = recipe.data
+    if data.source == "synthetic":
+        return SyntheticSource(data.synthetic)
+    if data.source == "sni":
+        return read_sni(data.root, split=data.split, splits=data.splits, instances_per_task=data.instances_per_task)
+    return read_json_lines_tasks(data.root)
+
+
+def make_base(recipe: Recipe, source: Source) -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model and tokenizer that a recipe names. A random one is kept in the run's folder."""
+    model = recipe.model
+    if model.name_or_path:
+        tokenizer = load_tokenizer(model.name_or_path, model.revision)
+        return load_base(model.name_or_path, dtype=model.dtype, revision=model.revision), tokenizer
+    folder = Path(recipe.output) / BASE
+    if not folder.is_dir():
+        tokenizer = train_tokenizer(source.texts(), kind=model.tokenizer, vocab_size=model.vocab_size)
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        base = random_base(model.architecture, vocab_size=len(tokenizer), dtype=model.dtype, **special)
+        temporary = folder.with_name(f".{BASE}.{os.getpid()}")
+        base.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(folder)
+    return load_base(str(folder), dtype=model.dtype), load_tokenizer(str(folder))
+
+
+def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput | None:
+    """Train what a recipe describes, or go on where the last run in its folder stopped. None if that run had finished.
+
+    Leaves in `output`: trained weights, recipe.yaml (resolved), versions.json, metrics.jsonl, loss.png, result.json and
+    checkpoints/.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    run = Path(recipe.output)
+    arguments = training_arguments(recipe.training, run=run, seed=recipe.seed)
+    # What can be refused is refused here, before tokenizers are trained or weights loaded.
+    if recipe.model.name_or_path:
+        check_config(load_config(recipe.model.name_or_path, recipe.model.revision), recipe.model.name_or_path)
+    else:
+        random_config(recipe.model.architecture, vocab_size=recipe.model.vocab_size)
+    resolved = save_recipe(recipe)
+    if (run / RECIPE).is_file():
+        changed = differences((run / RECIPE).read_text(encoding="utf-8"), resolved)
+        if changed:
+            raise UserError(
+                f"{run} holds a run of another recipe (it differs in {', '.join(changed)}); "
+                "set output to a new folder, or remove this one"
+            )
+        if (run / RESULT).is_file():
+            print(f"{run}: training had finished already; remove the folder to train again")
+            return None
+    source = make_source(recipe)
+    set_seed(recipe.seed)
+    write_atomically(run / RECIPE, resolved)
+    write_atomically(run / VERSIONS, json.dumps(versions(), indent=2) + "\n")
+    base, tokenizer = make_base(recipe, source)
+    encoder = Encoder(tokenizer, recipe.format, recipe.limits)
+    data = recipe.data
+    step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    stream = EpisodeStream(
+        source,
+        encoder,
+        seed=recipe.seed,
+        length=arguments.max_steps * step if arguments.max_steps > 0 else max(1, len(source) // data.queries),
+        shots=data.shots,
+        min_shots=data.shots if data.min_shots is None else data.min_shots,
+        queries=data.queries,
+    )
+    set_seed(recipe.seed)
+    if recipe.method == "full_attention":
+        model = FullAttention(base, tokenizer, recipe.gist.backend)
+        collator = FullAttentionCollator(recipe.full_attention.supervise_demonstrations)
+    else:
+        lora = recipe.lora
+        model = GistHypernetwork(
+            base,
+            gists=recipe.gist.tokens,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            targets=lora.targets or "all-linear",
+            backend=recipe.gist.backend,
+            tokenizer=tokenizer,
+        )
+        collator = GistCollator(recipe.gist.tokens)
+    trainer = GistTrainer(model, arguments, stream, collator, run)
+    checkpoint = newest_checkpoint(run / CHECKPOINTS)
+    if checkpoint:
+        print(f"{run}: going on from {checkpoint}", file=sys.stderr)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if arguments.should_save:
+        notes = {
+            "format": dataclasses.asdict(recipe.format),
+            "limits": dataclasses.asdict(recipe.limits),
+            "data": f"{data.source} {data.root or ''}".strip(),
+        }
+        model.save_pretrained(run, notes)
+        # Written last: its presence says that everything else is there.
+        write_atomically(run / RESULT, json.dumps({"steps": result.global_step, **result.metrics}, indent=2) + "\n")
+    return result
+
+
+def versions() -> dict[str, str]:
+    """What a run was made with."""
+    return {
+        "hyperllama": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def load_hypernetwork(run: str | Path, base_path: str | None = None) -> tuple[GistHypernetwork, Encoder]:
+    """A trained hypernetwork with its base, and the encoder of its text format; `base_path` where the base has moved."""
+    config = read_config(run)
+    name = base_path or config["base"]["name"]
+    base, tokenizer = load_base(name), load_tokenizer(name)
+    notes = config["notes"]
+    encoder = Encoder(tokenizer, TextFormat(**notes.get("format", {})), Limits(**notes.get("limits", {})))
+    return GistHypernetwork.from_pretrained(run, base, tokenizer=tokenizer), encoder
+
+
+def compress(
+    run: str | Path,
+    files: Sequence[str | Path],
+    output: str | Path,
+    *,
+    instruction: str | None = None,
+    shots: int | None = None,
+    base_path: str | None = None,
+) -> list[tuple[Path, Prefix]]:
+    """Compress files of examples, each one task, into prefix files. Returns their paths and prefixes.
+
+    Of JSON lines all examples are shown, of an S-NI task its positive examples; `shots` keeps the first K. `instruction`
+    replaces that of the file. `output` is a folder if there are several files, if it exists as one, or ends in a slash.
+    """
+    tasks = [read_task(file) for file in files]
+    paths = _output_paths(output, [task.name for task in tasks])
+    shown = []
+    for file, task in zip(files, tasks, strict=True):
+        demonstrations = (task.demonstrations or task.examples)[: shots if shots is not None else None]
+        text = instruction if instruction is not None else task.instruction
+        if not demonstrations and not text:
+            raise UserError(f"{file}: nothing to compress, neither demonstrations nor an instruction")
+        shown.append((text, demonstrations))
+    read_config(run)
+    hypernetwork, encoder = load_hypernetwork(run, base_path)
+    contexts, manifests = [], []
+    for task, (text, demonstrations) in zip(tasks, shown, strict=True):
+        context, answers = encoder.context(text, demonstrations)
+        if demonstrations and not answers:
+            raise UserError(
+                f"{task.name}: none of its {len(demonstrations)} demonstrations fits into "
+                f"context_tokens={encoder.limits.context_tokens}; give shorter ones, or train with a higher limit"
+            )
+        contexts.append(context)
+        manifests.append(
+            Manifest(
+                base=hypernetwork.identity,
+                hypernetwork=str(run),
+                task=task.name,
+                instruction=text or None,
+                examples=len(answers),
+                dropped_examples=len(demonstrations) - len(answers),
+                text_format=dataclasses.asdict(encoder.format),
+            )
+        )
+    prefixes = hypernetwork.compress(contexts, manifests)
+    for path, prefix in zip(paths, prefixes, strict=True):
+        prefix.save(path)
+    return list(zip(paths, prefixes, strict=True))
+
+
+def _output_paths(output: str | Path, names: list[str]) -> list[Path]:
+    path = Path(output)
+    if len(names) == 1 and not path.is_dir() and not str(output).endswith(os.sep):
+        return [path]
+    if path.is_file():
+        raise UserError(f"{output}: a file, but several prefixes need a folder")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"two files are named {', '.join(twice)}: their prefixes would overwrite each other; compress them one by one"
+        )
+    return [path / f"{name}.safetensors" for name in names]
+
+
+def generate(prefix_path: str | Path, inputs: Sequence[str], *, base_path: str | None = None, **settings) -> list[str]:
+    """Answer inputs behind one prefix. `settings` go to transformers' generate."""
+    prefix = Prefix.load(prefix_path)
+    if prefix.manifest is None:
+        raise UserError(
+            f"{prefix_path}: has no manifest, so its base model and text format are unknown; use hyperllama.Reader in Python"
+        )
+    name = base_path or prefix.manifest.base.name
+    check_config(load_config(name), name)
+    tokenizer = load_tokenizer(name)
+    reader = Reader(load_base(name), tokenizer)
+    prefix.check(reader.identity, str(prefix_path))
+    encoder = Encoder(tokenizer, TextFormat(**prefix.manifest.text_format), Limits())
+    answers = reader.generate([encoder.prompt(text) for text in inputs], [prefix] * len(inputs), **settings)
+    return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+
+
+def inspect(path: str | Path) -> dict:
+    """What a prefix file or a run's folder is, for people: what made it, for which base, how large."""
+    path = Path(path)
+    if not path.is_dir():
+        prefix = Prefix.load(path)
+        sizes = {"gists": prefix.gists, "layers": prefix.layers, "kv_heads": prefix.kv_heads, "head_dim": prefix.head_dim}
+        sizes |= {"dtype": str(prefix.dtype).removeprefix("torch."), "file_bytes": path.stat().st_size}
+        return {
+            "prefix": str(path),
+            **sizes,
+            **(dataclasses.asdict(prefix.manifest) if prefix.manifest else {"manifest": None}),
+        }
+    if not (path / RECIPE).is_file() and not (path / CONFIG).is_file():
+        raise UserError(f"{path}: neither a prefix file nor the folder of a run")
+    found = {"run": str(path), "finished": (path / RESULT).is_file()}
+    if (path / CONFIG).is_file():
+        found |= read_config(path)
+    for name, file in (("result", RESULT), ("versions", VERSIONS)):
+        if (path / file).is_file():
+            found[name] = read_json(path / file, f"the {name} of a run")
+    if not found["finished"]:
+        found["newest_checkpoint"] = newest_checkpoint(path / CHECKPOINTS)
+    return found
+
+
+def read_inputs(path: str | Path) -> list[Example]:
+    """What `generate --inputs` reads: JSON lines with "input", and perhaps "output", or the instances of an S-NI task."""
+    return list(read_task(path, outputs=False).examples)

@@ -1,0 +1,37 @@
+"""Packaging. Tool settings live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+version = re.search(r'__version__ = "(.+?)"', (root / "hyperllama/__init__.py").read_text(encoding="utf-8")).group(1)
+
+setup(
+    name="hyperllama",
+    version=version,
+    description="Train hypernetworks that turn few-shot examples into soft prefixes for a frozen language model",
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["hyperllama", "hyperllama.*", "attention_masks", "eval"]),
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "transformers>=5.17,<6",
+        "accelerate>=1.1",
+        "peft>=0.19",
+        "safetensors>=0.5",
+        "tokenizers>=0.22",
+        "omegaconf>=2.4",
+        "matplotlib>=3.9",
+        "typer>=0.20",
+    ],
+    extras_require={
+        "tensorboard": ["tensorboard"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14"],
+    },
+    entry_points={"console_scripts": ["hyperllama = hyperllama.cli:main"]},
+    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+)
