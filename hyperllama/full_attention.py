@@ -5,34 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hyperllama.backbone import packed_arguments
 from hyperllama.data.packing import GistBatch
-from hyperllama.objectives import TokenLoss, answer_cross_entropy
+from hyperllama.objectives import TokenLoss
+from hyperllama.packed import PackedModel
 
 
-class FullAttention(nn.Module):
+class FullAttention(PackedModel):
     """A causal LM with all its weights trainable, on packed batches of segments without gists."""
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, backend: str = "auto"):
-        super().__init__()
-        self.base, self.tokenizer, self.backend = base.requires_grad_(True), tokenizer, backend
-
-    def gradient_checkpointing_enable(self, **kwargs) -> None:
-        """Called by transformers' Trainer when `gradient_checkpointing` is set."""
-        self.base.gradient_checkpointing_enable(**kwargs)
+        super().__init__(base.requires_grad_(True), tokenizer, backend)
 
     def forward(self, batch: GistBatch) -> TokenLoss:
         """Summed cross entropy of the batch's targets and their count."""
-        logits = self.base(
-            input_ids=batch.ids,
-            use_cache=False,
-            logits_to_keep=batch.target_rows,
-            **packed_arguments(self.base, batch.layout, self.backend),
-        ).logits
-        return answer_cross_entropy(logits[0], batch.targets)
+        return self.answer_loss(batch, input_ids=batch.ids)
 
     def save_pretrained(self, folder: str | Path, notes: dict | None = None) -> None:
         """Write the model and its tokenizer as transformers do, so that `model.name_or_path` of a recipe can be this folder."""

@@ -21,13 +21,14 @@ from hyperllama.data.packing import GistBatch
 from hyperllama.errors import UserError
 from hyperllama.files import canonical_json, read_json, sha256, write_atomically
 from hyperllama.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RowLora
-from hyperllama.objectives import TokenLoss, answer_cross_entropy
+from hyperllama.objectives import TokenLoss
+from hyperllama.packed import PackedModel
 from hyperllama.prefix import Manifest, Prefix
 
 CONFIG, GISTS, CARD = "hypernetwork.json", "gists.safetensors", "README.md"
 
 
-class GistHypernetwork(nn.Module):
+class GistHypernetwork(PackedModel):
     """A context and G gist tokens in, the keys and values of the gist rows at every layer out (Phang 2024, section 3).
 
     Trainable are the gist embeddings (G, hidden) and LoRA on the base's linear layers for the rows of the compress region.
@@ -46,10 +47,9 @@ class GistHypernetwork(nn.Module):
         backend: str = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
-        super().__init__()
+        super().__init__(base, tokenizer, backend)
         if gists < 1:
             raise UserError(f"gist.tokens: a hypernetwork needs at least one gist token, not {gists}")
-        self.base, self.backend, self.tokenizer = base, backend, tokenizer
         self.lora = RowLora(base, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
         words = base.get_input_embeddings().weight
         # New tokens start as likely words: drawn with the mean and spread of the embeddings that the model knows.
@@ -69,20 +69,9 @@ class GistHypernetwork(nn.Module):
         """The base's fingerprints; it is frozen, so they are taken once."""
         return identify(self.base, self.tokenizer)
 
-    def gradient_checkpointing_enable(self, **kwargs) -> None:
-        """Called by transformers' Trainer when `gradient_checkpointing` is set."""
-        self.base.gradient_checkpointing_enable(**kwargs)
-
     def forward(self, batch: GistBatch) -> TokenLoss:
         """One pass over a packed batch: compress, read and answer. Returns the summed loss and its count of target tokens."""
-        logits = self.base(
-            inputs_embeds=self._embed(batch.ids, batch.layout),
-            use_cache=False,
-            logits_to_keep=batch.target_rows,
-            gist_lora=self.lora,
-            **packed_arguments(self.base, batch.layout, self.backend),
-        ).logits
-        return answer_cross_entropy(logits[0], batch.targets)
+        return self.answer_loss(batch, inputs_embeds=self._embed(batch.ids, batch.layout), gist_lora=self.lora)
 
     def _embed(self, ids: Tensor, layout: GistLayout) -> Tensor:
         """Token embeddings (1, T, hidden), with gist embeddings in the gist rows."""

@@ -66,21 +66,17 @@ class RowLora(nn.Module):
             linears[name].register_forward_hook(self._update(_key(name))) for name in self.names
         ]
         for layer in layers:
-            # Rows are taken from each layer's own arguments, so recomputation under gradient checkpointing sees the same.
-            self._hooks.append(layer.register_forward_pre_hook(self._switch_on, with_kwargs=True))
-            self._hooks.append(layer.register_forward_hook(self._switch_off, always_call=True))
+            # Attention runs first in a layer and is given the call's arguments, also when gradient checkpointing runs the
+            # layer again: so it decides for the layer, and no state outlives a call to mislead another.
+            self._hooks.append(layer.self_attn.register_forward_pre_hook(self._choose_rows, with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks off the decoder."""
         for hook in self._hooks:
             hook.remove()
 
-    def _switch_on(self, layer, args, kwargs):
-        if kwargs.get("gist_lora") is self:
-            self.rows = kwargs["gist_layout"].compress_rows
-
-    def _switch_off(self, layer, args, output):
-        self.rows = 0
+    def _choose_rows(self, attention, args, kwargs):
+        self.rows = kwargs["gist_layout"].compress_rows if kwargs.get("gist_lora") is self else 0
 
     def _update(self, key: str):
         scaling = self.alpha / self.rank

@@ -1,0 +1,36 @@
+"""What every trainable model over packed batches has in common."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hyperllama.backbone import packed_arguments
+from hyperllama.data.packing import GistBatch
+from hyperllama.objectives import TokenLoss, answer_cross_entropy
+
+
+class PackedModel(nn.Module):
+    """A decoder that answers packed batches. Subclasses add `forward`, `save_pretrained` and `load_weights`."""
+
+    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, backend: str):
+        super().__init__()
+        self.base, self.tokenizer, self.backend = base, tokenizer, backend
+
+    def answer_loss(self, batch: GistBatch, **inputs) -> TokenLoss:
+        """Cross entropy of a batch's targets, with the output head on target rows only. `inputs` go to the decoder."""
+        logits = self.base(
+            **inputs,
+            use_cache=False,
+            logits_to_keep=batch.target_rows,
+            **packed_arguments(self.base, batch.layout, self.backend),
+        ).logits
+        return answer_cross_entropy(logits[0], batch.targets)
+
+    def activation_checkpointing_enable(self, *args, **kwargs) -> None:
+        """Called by the Trainer when `gradient_checkpointing` is set; older versions of transformers call the name below."""
+        self.base.activation_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
+        """As `activation_checkpointing_enable`, by its older name."""
+        self.base.gradient_checkpointing_enable(*args, **kwargs)
