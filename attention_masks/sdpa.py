@@ -55,6 +55,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, layout: GistLayout, *, scale
 
 def _read(k: Tensor, v: Tensor, layout: GistLayout, inv_freq: Tensor | None) -> tuple[Tensor, Tensor]:
     """Keys and values (1, N, R, D) of every gist row that is read, once per reader, moved to where its reader sees it."""
+    if not len(layout.read_rows):  # gathering nothing would still cost a gradient of full size
+        return k.new_empty(*k.shape[:2], 0, k.shape[3]), v.new_empty(*v.shape[:2], 0, v.shape[3])
     k_read, v_read = k.index_select(2, layout.read_rows), v.index_select(2, layout.read_rows)
     return (rotate(k_read, layout.read_shifts, inv_freq) if layout.shifted and inv_freq is not None else k_read), v_read
 

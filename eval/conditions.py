@@ -28,10 +28,12 @@ def answer_all(
     """The base model's answers to every query of every episode: condition -> episode -> query -> text.
 
     `swapped_prefix` reads the prefix of the next episode, whose task must differ; the base is frozen in all conditions.
-    `generation` goes to `Reader.generate`. Raises UserError unless neighbouring episodes are of different tasks.
+    `generation` goes to `Reader.generate`, over the text format's `answer_tokens`. Raises UserError unless neighbouring
+    episodes are of different tasks.
     """
     if any(a.task == b.task for a, b in zip(episodes, [*episodes[1:], episodes[0]])):
         raise UserError("the swapped-prefix control needs neighbouring episodes of different tasks, and at least two of them")
+    generation = {"max_new_tokens": encoder.format.answer_tokens, **generation}
     reader = Reader(hypernetwork.base, encoder.tokenizer)
     contexts = [encoder.context(episode.instruction, episode.demonstrations)[0] for episode in episodes]
     prefixes = []

@@ -32,6 +32,7 @@ def unseen_tasks(language: SyntheticLanguage, count: int, shots: int, queries: i
 
 
 def main() -> None:
+    """Run the three steps, or what is left of them, and report."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--tasks", type=int, default=250, help="unseen tasks to evaluate, with 4 queries each")
     options.add_argument("--recipes", type=Path, default=RECIPES, help="folder with base.yaml and hypernetwork.yaml")
@@ -49,33 +50,33 @@ def main() -> None:
     show_one(run, folder, unseen_tasks(recipe.data.synthetic, 1, recipe.data.shots, 6)[0])
     episodes = unseen_tasks(recipe.data.synthetic, arguments.tasks, recipe.data.shots, 4)
     hypernetwork, encoder = workflows.load_hypernetwork(run)
-    answers = answer_all(hypernetwork, encoder, episodes, batch_size=250, max_new_tokens=3)
+    answers = answer_all(hypernetwork, encoder, episodes, batch_size=250)
     results = {name: accuracy(episodes, answers[name]) for name in CONDITIONS}
     seconds = time.perf_counter() - start
     queries = sum(len(episode.queries) for episode in episodes)
-    write_atomically(
-        folder / "results.json",
-        json.dumps(
-            {
-                **results,
-                "seconds": seconds,
-                "tasks": len(episodes),
-                "queries": queries,
-                "shots": recipe.data.shots,
-                "gists": recipe.gist.tokens,
-                "versions": workflows.versions(),
-            },
-            indent=2,
-        )
-        + "\n",
-    )
-    made = f"{recipe.data.shots} demonstrations as {recipe.gist.tokens} gists"
-    title = f"{made}: {queries:,} new words in {len(episodes)} unseen tasks"
-    bars(results, folder / "results.png", title=title, chance=1 / recipe.data.synthetic.symbols)
+    figures = {
+        **results,
+        "seconds": seconds,
+        "tasks": len(episodes),
+        "queries": queries,
+        "shots": recipe.data.shots,
+        "gists": recipe.gist.tokens,
+        "symbols": recipe.data.synthetic.symbols,
+        "versions": workflows.versions(),
+    }
+    write_atomically(folder / "results.json", json.dumps(figures, indent=2) + "\n")
+    draw_results(figures, folder / "results.png")
     print(f"{queries:,} new words in {len(episodes)} unseen tasks, share answered with the right symbol:\n")
     for name in CONDITIONS:
         print(f"  {' '.join(LABELS[name].split()):40} {100 * results[name]:5.1f} %")
     print(f"\n{seconds:.0f} s in all; figures in {folder / 'results.json'}, picture in {folder / 'results.png'}")
+
+
+def draw_results(figures: dict, path: str | Path) -> None:
+    """The picture of a results.json."""
+    made = f"{figures['shots']} demonstrations as {figures['gists']} gists"
+    title = f"{made}: {figures['queries']:,} new words in {figures['tasks']} unseen tasks"
+    bars({name: figures[name] for name in CONDITIONS}, path, title=title, chance=1 / figures["symbols"])
 
 
 def show_one(run: Path, folder: Path, episode: Episode) -> None:
@@ -88,7 +89,7 @@ def show_one(run: Path, folder: Path, episode: Episode) -> None:
         print(f"  shown   {example.input:8} -> {example.output}")
     print("  ...")
     words = [query.input for query in episode.queries]
-    for query, answer in zip(episode.queries, workflows.generate(path, words, max_new_tokens=3)):
+    for query, answer in zip(episode.queries, workflows.generate(path, words)):
         print(f"  new     {query.input:8} -> {answer:6} {'right' if query.accepts(answer) else f'wrong, {query.output}'}")
     print(f"\nThe same by hand:\n  hyperllama inspect {path}\n  hyperllama generate {path} --input {words[0]}\n", flush=True)
 

@@ -33,8 +33,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Dotted keys of the recipe.")] = None,
 ) -> None:
     """Train what a recipe describes; run it again to go on after an interruption."""
-    from hyperllama import workflows
-
+    workflows = _workflows()
     result = workflows.train(recipe, overrides or ())
     if result is not None:
         typer.echo(f"trained {result.global_step} steps; mean loss {result.training_loss:.4f} nats per target token")
@@ -52,8 +51,7 @@ def compress(
     base: Annotated[str | None, typer.Option(help="Where the base model is, if it has moved.")] = None,
 ) -> None:
     """Turn the examples of a task into a prefix file."""
-    from hyperllama import workflows
-
+    workflows = _workflows()
     made = workflows.compress(run, examples, output, instruction=instruction, shots=shots, base_path=base)
     for path, prefix in made:
         manifest = prefix.manifest
@@ -71,7 +69,7 @@ def generate(
     inputs: Annotated[Path | None, typer.Option(help='JSON lines of {"input"}, or an S-NI task file.')] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON lines here instead of printing.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first so many inputs.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Instead of the text format's answer_tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="Sample at this temperature; greedy without.")] = None,
     top_p: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
@@ -86,11 +84,14 @@ def generate(
         raise UserError("generate: give either --input TEXT or --inputs FILE")
     from transformers import set_seed
 
-    from hyperllama import workflows
     from hyperllama.files import write_atomically
 
+    workflows = _workflows()
+
     examples = None if inputs is None else workflows.read_inputs(inputs)[:limit]
-    settings: dict = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "batch_size": batch_size}
+    settings: dict = {"num_beams": num_beams, "batch_size": batch_size}
+    if max_new_tokens is not None:
+        settings["max_new_tokens"] = max_new_tokens
     if temperature or top_p is not None:
         settings |= {"do_sample": True, "temperature": temperature or 1.0, "top_p": 1.0 if top_p is None else top_p}
     set_seed(seed)
@@ -113,9 +114,18 @@ def generate(
 @app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="A prefix file, or the folder of a run.")]) -> None:
     """Say what a prefix or a run is, what made it, and for which base."""
+    workflows = _workflows()
+    _print(workflows.inspect(path))
+
+
+def _workflows():
+    """The module that does what verbs say: all that is heavy is imported here."""
+    from transformers.utils import logging
+
     from hyperllama import workflows
 
-    _print(workflows.inspect(path))
+    logging.disable_progress_bar()  # of loading weights; an error is to be the only line on stderr
+    return workflows
 
 
 def _print(value: dict, indent: str = "") -> None:

@@ -21,17 +21,16 @@ from hyperllama.errors import UserError
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """The base model: a local folder or a hub name, or an `architecture` to initialise at random.
+    """The base model: a local folder or a hub name with its tokenizer; without one, an `architecture` initialised at random.
 
-    `architecture` holds `model_type` and fields of its transformers config. `tokenizer` "own" is the one beside the model;
-    "words" knows the words of a synthetic language, "bytes" trains byte-level BPE of `vocab_size` on the data's own text; both
-    go with an `architecture` only.
+    `architecture` holds `model_type` and fields of its transformers config. Its `tokenizer`, "words", knows the words of a
+    synthetic language; "bytes" is byte-level BPE of `vocab_size`, trained on the data's own text.
     """
 
     name_or_path: str | None = None
     revision: str | None = None
     architecture: dict[str, Any] = field(default_factory=dict)
-    tokenizer: Literal["own", "words", "bytes"] = "own"
+    tokenizer: Literal["words", "bytes"] = "bytes"
     vocab_size: int = 4096
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -220,21 +219,14 @@ def _impossible(recipe: Recipe) -> list[str]:
 
     model, data, limits, training = recipe.model, recipe.data, recipe.limits, recipe.training
     check(bool(recipe.output), "output: give the folder for this run")
-    check(bool(model.name_or_path) != bool(model.architecture), "model: give either name_or_path or architecture")
-    if model.architecture:
-        check("model_type" in model.architecture, "model.architecture.model_type: give the kind of model, such as llama")
-        check(
-            model.tokenizer != "own",
-            "model.tokenizer: a random architecture has no tokenizer of its own; choose words or bytes",
-        )
-        check(
-            model.tokenizer != "bytes" or model.vocab_size >= 300, "model.vocab_size: at least 300, the bytes and some merges"
-        )
-    else:
-        check(
-            model.tokenizer == "own",
-            "model.tokenizer: a given model keeps its own tokenizer; words and bytes go with an architecture",
-        )
+    if not model.name_or_path:
+        check(bool(model.architecture), "model: give name_or_path, or an architecture to initialise at random")
+        known = not model.architecture or "model_type" in model.architecture
+        check(known, "model.architecture.model_type: give the kind of model, such as llama")
+        enough = model.tokenizer == "words" or model.vocab_size >= 300
+        check(enough, "model.vocab_size: at least 300, the bytes and some merges")
+        fits = model.tokenizer == "bytes" or data.source == "synthetic"
+        check(fits, "model.tokenizer: words knows the synthetic language only; choose bytes")
     check(recipe.gist.tokens >= 1, f"gist.tokens: at least 1, not {recipe.gist.tokens}")
     check(recipe.lora.rank >= 1, f"lora.rank: at least 1, not {recipe.lora.rank}")
     check(0 <= recipe.lora.dropout < 1, f"lora.dropout: a share below 1, not {recipe.lora.dropout}")
@@ -253,7 +245,6 @@ def _impossible(recipe: Recipe) -> list[str]:
         check(bool(data.root), f"data.root: give the folder or file of source {data.source}")
         if data.root and not Path(data.root).exists():
             found.append(f"data.root: {data.root} does not exist; set it to where your copy of the data is")
-        check(model.tokenizer != "words", "model.tokenizer: words knows the synthetic language only; choose bytes")
     found += recipe.format.problems()
     check("output_dir" not in training, "training.output_dir: is set by output; remove it")
     if data.source == "synthetic":
@@ -267,10 +258,10 @@ def _impossible(recipe: Recipe) -> list[str]:
 
 def _positions(model: ModelRecipe) -> int | None:
     """The model's longest sequence, where it can be known without loading anything."""
-    if model.architecture:
+    if not model.name_or_path:
         return model.architecture.get("max_position_embeddings")
-    config = Path(model.name_or_path or "") / "config.json"
-    if not model.name_or_path or not config.is_file():
+    config = Path(model.name_or_path) / "config.json"
+    if not config.is_file():
         return None
     try:
         return json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings")

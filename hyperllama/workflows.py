@@ -225,7 +225,7 @@ def _output_paths(output: str | Path, names: list[str]) -> list[Path]:
 
 
 def generate(prefix_path: str | Path, inputs: Sequence[str], *, base_path: str | None = None, **settings) -> list[str]:
-    """Answer inputs behind one prefix. `settings` go to transformers' generate."""
+    """Answer inputs behind one prefix. `settings` go to transformers' generate, over the text format's own."""
     prefix = Prefix.load(prefix_path)
     if prefix.manifest is None:
         raise UserError(
@@ -237,6 +237,7 @@ def generate(prefix_path: str | Path, inputs: Sequence[str], *, base_path: str |
     reader = Reader(load_base(name), tokenizer)
     prefix.check(reader.identity, str(prefix_path))
     encoder = Encoder(tokenizer, TextFormat(**prefix.manifest.text_format), Limits())
+    settings = {"max_new_tokens": encoder.format.answer_tokens, **settings}
     answers = reader.generate([encoder.prompt(text) for text in inputs], [prefix] * len(inputs), **settings)
     return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
 

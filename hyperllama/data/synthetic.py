@@ -21,9 +21,11 @@ from hyperllama.errors import UserError
 class SyntheticLanguage:
     """Sizes of the language, and what a base model is warmed up on.
 
-    Of the first `warmup_episodes` episodes a share `repeats` are random token sequences of `repeat_tokens` to be copied: they
-    form the induction heads without which a small model sits at chance for thousands of steps (Olsson et al. 2022, arXiv
-    2209.11895). A share `lists` of all episodes are words of one category, which teach the categories themselves.
+    Of the first `warmup_episodes` episodes a share `repeats` are random token sequences to be copied: they form the induction
+    heads (Olsson et al. 2022, arXiv 2209.11895) without which a small model sits at chance for thousands of steps. For the
+    first quarter all have `repeat_tokens` tokens, which a head can copy by distance; then lengths spread, up to
+    `repeat_spread` either way, and only content still tells where to copy from. Of the other episodes a
+    share `lists` are the words of `list_categories` categories, one category after the other: they teach the categories.
     `split` is "train" or "test": sets of categories are dealt to one or the other, so test tasks are unseen.
     """
 
@@ -32,9 +34,11 @@ class SyntheticLanguage:
     symbols: int = 32
     task_categories: int = 4
     repeats: float = 0.0
-    repeat_tokens: int = 24
+    repeat_tokens: int = 16
+    repeat_spread: int = 8
     warmup_episodes: int = 0
     lists: float = 0.0
+    list_categories: int = 4
     split: Literal["train", "test"] = "train"
 
     def problems(self) -> list[str]:
@@ -48,8 +52,12 @@ class SyntheticLanguage:
             )
         if self.words_per_category < 2:
             found.append("words_per_category must be at least 2, so that a query can differ from its demonstration")
-        if not 0 <= self.repeats + self.lists <= 1 or min(self.repeats, self.lists) < 0:
-            found.append("repeats and lists are shares between 0 and 1, together at most 1")
+        if not 0 <= self.repeats <= 1 or not 0 <= self.lists <= 1:
+            found.append("repeats and lists are shares between 0 and 1")
+        if not 0 <= self.repeat_spread < self.repeat_tokens:
+            found.append("repeat_spread must be at least 0 and less than repeat_tokens")
+        if not 1 <= self.list_categories <= self.categories:
+            found.append("list_categories must be at least 1 and at most categories")
         return found
 
 
@@ -76,11 +84,9 @@ class SyntheticSource:
         return [*self.words, *self.symbols]
 
     def draw(self, rng: Random, shots: int, queries: int, index: int) -> Episode:
-        kind = rng.random()
-        warm = self.language.repeats if index < self.language.warmup_episodes else 0.0
-        if kind < warm:
-            return self._repeat(rng)
-        if kind >= 1 - self.language.lists:
+        if index < self.language.warmup_episodes and rng.random() < self.language.repeats:
+            return self._repeat(rng, index / self.language.warmup_episodes)
+        if rng.random() < self.language.lists:
             return self._list(rng)
         return self.task(rng, shots, queries)
 
@@ -105,10 +111,13 @@ class SyntheticSource:
             if dealt_to_test == (self.language.split == "test"):
                 return chosen
 
-    def _repeat(self, rng: Random) -> Episode:
-        text = " ".join(rng.choices(self.texts(), k=self.language.repeat_tokens))
+    def _repeat(self, rng: Random, progress: float) -> Episode:
+        spread = math.ceil(self.language.repeat_spread * max(0.0, progress - 0.25) / 0.75)
+        length = self.language.repeat_tokens + rng.randint(-spread, spread)
+        text = " ".join(rng.choices(self.texts(), k=length))
         return Episode("", (), (Example(text, text),), "repeat")
 
     def _list(self, rng: Random) -> Episode:
-        first, *rest = rng.sample(words := rng.choice(self.categories), len(words))
+        chosen = rng.sample(self.categories, self.language.list_categories)
+        first, *rest = [word for category in chosen for word in rng.sample(category, len(category))]
         return Episode("", (), (Example(first, " ".join(rest)),), "list")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from hyperllama.data.episode import Episode, Example
@@ -21,7 +22,7 @@ class TextFormat:
     A context is `instruction` (if there is one), then for each demonstration `query`, `answer` and `separator`. A query is
     `query`; the model is to answer with `answer`, and with the tokenizer's end token if `end_token`. Each piece is
     tokenised by itself, so a demonstration and a query have the same tokens. The context starts with the tokenizer's
-    start token, if it has one.
+    start token, if it has one. Generation stops after `answer_tokens` tokens, unless it is told otherwise.
     """
 
     instruction: str = "{instruction}\n\n"
@@ -29,6 +30,7 @@ class TextFormat:
     answer: str = " {output}"
     separator: str = "\n\n"
     end_token: bool = True
+    answer_tokens: int = 64
 
     def problems(self) -> list[str]:
         """What is wrong with the templates, a sentence each."""
@@ -77,10 +79,14 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat, limits: Limits):
         self.tokenizer, self.format, self.limits = tokenizer, text_format, limits
         self.start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        # Examples are drawn again and again: most pieces of text have been tokenised before.
+        self._cached_ids = lru_cache(maxsize=100_000)(
+            lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        )
         self.end = [tokenizer.eos_token_id] if text_format.end_token and tokenizer.eos_token_id is not None else []
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return list(self._cached_ids(text)) if text else []
 
     def prompt(self, text: str) -> list[int]:
         """Token ids of a query, as they follow a prefix."""

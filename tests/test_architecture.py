@@ -1,0 +1,88 @@
+"""Imports point down only, packages import what they may, and the repository keeps its form."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# From the top down: a module imports only from lines below its own. `data` and `attention_masks` are packages.
+LAYERS = [
+    {"hyperllama.__main__"},
+    {"hyperllama.cli"},
+    {"eval.quickstart"},
+    {"eval.conditions", "eval.report"},
+    {"hyperllama.workflows"},
+    {"hyperllama.recipe", "hyperllama.training", "hyperllama.reader", "hyperllama.hypernetwork", "hyperllama.full_attention"},
+    {"hyperllama.packed", "hyperllama.prefix", "hyperllama.lora"},
+    {"hyperllama.data.stream"},
+    {"hyperllama.backbone", "hyperllama.data.packing", "hyperllama.objectives"},
+    {"hyperllama.data.text", "hyperllama.data.files", "hyperllama.data.synthetic", "hyperllama.data.vocabulary"},
+    {"hyperllama.data.episode"},
+    {"hyperllama.files"},
+    {"hyperllama.errors", "hyperllama"},
+    {"attention_masks.registration", "attention_masks.picture"},
+    {"attention_masks"},
+    {"attention_masks.attention", "attention_masks.draw"},
+    {"attention_masks.dense", "attention_masks.sdpa"},
+    {"attention_masks.layout", "attention_masks.rotary"},
+]
+LEVEL = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+PACKAGES = ("attention_masks", "hyperllama", "eval")
+
+
+def modules():
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            if name not in ("eval", "hyperllama.data"):  # docstrings only
+                yield name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(tree, top_only=False):
+    """Imported module names; with `top_only`, those that importing the module itself runs."""
+    for node in tree.body if top_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & set(LEVEL)
+            yield from submodules or {node.module}
+
+
+def test_every_module_has_its_place():
+    assert {name for name, _ in modules()} == set(LEVEL)
+
+
+def test_imports_point_down_only():
+    wrong = []
+    for name, tree in modules():
+        lazily_exports = name in ("attention_masks", "hyperllama")  # their functions import what they are asked for
+        for imported in imports(tree, top_only=lazily_exports):
+            if imported in LEVEL and imported != name and LEVEL[imported] <= LEVEL[name]:
+                wrong.append(f"{name} imports {imported}")
+    assert not wrong
+
+
+def test_attention_masks_imports_torch_only():
+    allowed = {"attention_masks.registration": {"transformers"}}
+    for name, tree in modules():
+        if name.startswith("attention_masks"):
+            outside = {i.split(".")[0] for i in imports(tree, top_only=True)} - {"attention_masks", "torch", "__future__"}
+            outside -= {"collections", "dataclasses", "functools", "pathlib", "copy"} | allowed.get(name, set())
+            assert not outside, (name, outside)
+
+
+def test_no_module_has_two_rooms_worth_of_lines():
+    long = {n: len(ast.unparse(t).splitlines()) for n, t in modules()}
+    assert max(long.values()) < 450, long
+
+
+def test_public_names_are_documented():
+    bare = [
+        f"{name}.{node.name}"
+        for name, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_") and not ast.get_docstring(node)
+        and node in tree.body
+    ]  # fmt: skip
+    assert not bare
+    assert all(ast.get_docstring(tree) for _, tree in modules())

@@ -1,0 +1,218 @@
+"""The command line as a user meets it: fast help, whole verbs, and errors in one line with exit code 2."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import trained_hypernetwork
+
+from hyperllama import cli
+from hyperllama.backbone import load_base, load_tokenizer
+from hyperllama.data.text import Limits, TextFormat
+from hyperllama.prefix import Prefix
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Run a verb in this process: exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["hyperllama", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    captured = capsys.readouterr()
+    return caught.value.code, captured.out, captured.err
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    return lambda *arguments: run(monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, saved_base):
+    """The folder of a finished hypernetwork run on a saved base."""
+    folder = tmp_path_factory.mktemp("run")
+    hypernetwork = trained_hypernetwork(load_base(str(saved_base)), tokenizer=load_tokenizer(str(saved_base)))
+    notes = {"format": vars(TextFormat()), "limits": vars(Limits(context_tokens=300)), "data": "none"}
+    hypernetwork.save_pretrained(folder, notes)
+    return folder
+
+
+@pytest.fixture
+def examples(tmp_path):
+    path = tmp_path / "examples.jsonl"
+    path.write_text("".join(json.dumps({"input": w, "output": w.upper()}) + "\n" for w in ("one", "two", "three")))
+    return path
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    task = {"Definition": ["Copy."], "Positive Examples": [{"input": "a", "output": "a"}] * 3}
+    path = tmp_path / "task7_copy.json"
+    path.write_text(json.dumps({**task, "Instances": [{"input": "b", "output": ["b", "B"]}, {"input": "c", "output": ["c"]}]}))
+    return path
+
+
+def test_help_is_there_at_once():
+    command = [sys.executable, "-c", "import sys; sys.argv = ['hyperllama', '--help']; from hyperllama.cli import main; main()"]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0 and all(verb in done.stdout for verb in ("train", "compress", "generate", "inspect"))
+    assert min(seconds) < 0.5
+
+
+def test_nothing_heavy_is_imported_before_a_verb_runs():
+    code = (
+        "import sys, hyperllama, hyperllama.cli, hyperllama.recipe\n"
+        "heavy = {'torch', 'transformers', 'peft', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_python_m_and_public_names():
+    done = subprocess.run([sys.executable, "-m", "hyperllama", "inspect", "nothing"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("hyperllama: nothing: no such prefix file")
+    import hyperllama
+
+    assert all(getattr(hyperllama, name) for name in hyperllama.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = hyperllama.nonsense
+
+
+def test_compress_generate_inspect(call, trained, examples, task_file, tmp_path):
+    code, out, err = call(
+        "compress", trained, examples, "--output", tmp_path / "one.safetensors", "--shots", 2, "--instruction", "Shout."
+    )
+    assert code == 0 and "2 examples" in out and "-> 3 gists" in out
+    manifest = Prefix.load(tmp_path / "one.safetensors").manifest
+    assert (manifest.task, manifest.examples, manifest.instruction) == ("examples", 2, "Shout.")
+    assert manifest.hypernetwork == str(trained) and manifest.base.tokenizer
+
+    code, out, err = call("compress", trained, examples, task_file, "-o", f"{tmp_path}/many")
+    assert code == 0 and sorted(p.name for p in (tmp_path / "many").iterdir()) == [
+        "examples.safetensors",
+        "task7_copy.safetensors",
+    ]
+    assert Prefix.load(tmp_path / "many" / "task7_copy.safetensors").manifest.examples == 3
+
+    code, out, err = call("generate", tmp_path / "one.safetensors", "--input", "four", "--max-new-tokens", 3)
+    assert code == 0 and len(out.splitlines()) >= 1
+    code, out, err = call(
+        "generate", tmp_path / "one.safetensors", "--inputs", task_file, "-o", tmp_path / "a.jsonl", "--max-new-tokens", 3
+    )
+    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [a["input"] for a in answers] == ["b", "c"] and answers[0]["references"] == ["b", "B"] and "2 answers" in err
+    sampled = [
+        call("generate", tmp_path / "one.safetensors", "--input", "x", "--temperature", 1.5, "--seed", s)[1] for s in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+    code, out, err = call("inspect", tmp_path / "one.safetensors")
+    assert code == 0 and "gists" in out and str(manifest.base.name) in out and "Shout." in out
+    code, out, err = call("inspect", trained)
+    assert code == 0 and "rank" in out and "context_tokens" in out
+
+
+def one_line(result, *parts):
+    code, out, err = result
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("hyperllama: "), result
+    assert all(str(part) in err for part in parts), err
+
+
+def test_bad_examples(call, trained, tmp_path):
+    empty, broken = tmp_path / "empty.jsonl", tmp_path / "broken.jsonl"
+    empty.write_text("")
+    broken.write_text('{"input": "a", "output": "b"}\n{"input": ')
+    output = tmp_path / "p.safetensors"
+    one_line(call("compress", trained, empty, "-o", output), empty, "has no examples")
+    one_line(call("compress", trained, broken, "-o", output), f"{broken}, line 2", "not JSON")
+    one_line(call("compress", trained, tmp_path / "none.jsonl", "-o", output), "no such file")
+    task = tmp_path / "task.json"
+    task.write_text(json.dumps({"Definition": ["x"], "Instances": []}))
+    one_line(call("compress", trained, task, "-o", output), task, "its list of Instances is empty")
+    assert not output.exists()
+
+
+def test_bad_folders_and_outputs(call, trained, examples, tmp_path):
+    one_line(call("compress", tmp_path, examples, "-o", "x"), tmp_path, "not a hypernetwork, it has no hypernetwork.json")
+    one_line(
+        call("compress", trained, examples, "-o", "x", "--base", tmp_path),
+        tmp_path,
+        "not a model folder, it has no config.json",
+    )
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "examples.jsonl").write_text(examples.read_text())
+    one_line(
+        call("compress", trained, examples, other / "examples.jsonl", "-o", tmp_path / "out"), "two files are named examples"
+    )
+    one_line(call("compress", trained, examples, examples, "-o", examples), "a file, but several prefixes need a folder")
+    one_line(call("inspect", other), "neither a prefix file nor the folder of a run")
+
+
+def test_examples_that_do_not_fit(call, trained, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"input": "x" * 400, "output": "y"}))
+    one_line(call("compress", trained, path, "-o", tmp_path / "p"), "none of its 1 demonstrations fits into context_tokens=300")
+    one_line(call("compress", trained, path, "-o", tmp_path / "p", "--instruction", "z" * 400), "an instruction takes")
+    path.write_text(path.read_text() + "\n" + json.dumps({"input": "a", "output": "b"}))
+    code, out, err = call("compress", trained, path, "-o", tmp_path / "p")
+    assert code == 0 and "1 examples (1 more did not fit)" in out
+
+
+def test_bad_prefixes(call, trained, examples, tmp_path):
+    path = tmp_path / "p.safetensors"
+    call("compress", trained, examples, "-o", path)
+    one_line(call("generate", path), "give either --input TEXT or --inputs FILE")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    one_line(call("generate", path, "--input", "x"), path, "not a whole prefix file")
+    path.write_bytes(whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:])
+    one_line(call("generate", path, "--input", "x"), path, "damaged, its checksum does not match")
+    path.write_bytes(whole)
+    one_line(call("generate", path, "--input", "x" * 600), "positions, but the model has 512")
+    one_line(call("generate", path, "--inputs", tmp_path / "none.jsonl"), "no such file")
+
+
+def test_a_prefix_for_another_base(call, trained, examples, saved_base, tmp_path):
+    from conftest import tiny_architecture
+    from transformers import set_seed
+
+    from hyperllama.backbone import random_base
+
+    path = tmp_path / "p.safetensors"
+    call("compress", trained, examples, "-o", path)
+    set_seed(9)
+    tokenizer = load_tokenizer(str(saved_base))
+    random_base(tiny_architecture("llama"), vocab_size=len(tokenizer), pad_token_id=0).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    one_line(
+        call("generate", path, "--input", "x", "--base", tmp_path / "other"), "was made for", saved_base, tmp_path / "other"
+    )
+
+
+def test_bad_recipes_are_told_before_anything_loads(call, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("output: x\nmodle: {}\ngist: {tokens: a}\n")
+    code, out, err = call("train", recipe)
+    assert code == 2 and len(err.splitlines()) == 4 and "did you mean model?" in err and "Integer" in err
+    recipe.write_text(
+        f"output: {tmp_path}/run\nmodel: {{name_or_path: {tmp_path}}}\ntraining: {{max_steps: 1, use_cpu: true}}\n"
+    )
+    one_line(call("train", recipe), "not a model folder")
+    assert not (tmp_path / "run").exists(), "nothing is half written"
+
+
+def test_errors_of_the_command_line_itself(call):
+    one_line(call("trian"), "No such command 'trian'", "train")
+    one_line(call("compress"), "Missing argument")
+    one_line(call("generate", "x", "--input", "a", "--num-beams", "0"), "num-beams")
+    with pytest.raises(Exception, match="no such prefix file"):
+        call("--debug", "inspect", "x")

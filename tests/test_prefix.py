@@ -1,0 +1,181 @@
+"""The prefix and its file: whole, of the right base, or refused in one sentence."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_base, trained_hypernetwork
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hyperllama.backbone import BaseIdentity, identify
+from hyperllama.errors import UserError
+from hyperllama.prefix import Manifest, Prefix
+
+IDENTITY = BaseIdentity(name="a-base", weights="1" * 64, config="2" * 64, tokenizer="3" * 64)
+
+
+def random_prefix(gists=3, layers=2, heads=2, dim=8, dtype=torch.float32, seed=0, manifest=True):
+    generator = torch.Generator().manual_seed(seed)
+
+    def side():
+        return [torch.randn(heads, gists, dim, generator=generator).to(dtype) for _ in range(layers)]
+
+    return Prefix(side(), side(), Manifest(base=IDENTITY, task="a task", examples=4) if manifest else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_round_trip(tmp_path, dtype, manifest):
+    prefix = random_prefix(dtype=dtype, manifest=manifest)
+    prefix.save(tmp_path / "deep" / "p.safetensors")
+    loaded = Prefix.load(tmp_path / "deep" / "p.safetensors")
+    assert loaded == prefix and loaded.dtype == dtype and loaded.manifest == prefix.manifest
+    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["p.safetensors"], "no temporary file stays"
+
+
+def test_equality_and_repr():
+    assert random_prefix() == random_prefix() != random_prefix(seed=1)
+    assert random_prefix() != random_prefix(manifest=False) and random_prefix() != random_prefix(dtype=torch.float16)
+    assert repr(random_prefix()) == "Prefix(gists=3, layers=2, kv_heads=2, head_dim=8, task='a task', base='a-base')"
+    assert len(repr(random_prefix(manifest=False))) < 80 and random_prefix().nbytes == 2 * 2 * 2 * 3 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    "keys, values, message",
+    [
+        ([], [], "one pair a layer, not 0 and 0"),
+        ([torch.zeros(2, 3, 8)], [], "not 1 and 0"),
+        ([torch.zeros(2, 3, 8)], [torch.zeros(2, 4, 8)], r"one shape .*\(2, 3, 8\).*\(2, 4, 8\)"),
+        ([torch.zeros(3, 8)], [torch.zeros(3, 8)], r"one shape \(kv_heads, gists, head_dim\)"),
+    ],
+)
+def test_shapes_are_checked(keys, values, message):
+    with pytest.raises(ValueError, match=message):
+        Prefix(keys, values)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_any_flipped_bit_is_noticed(tmp_path, place, bit):
+    path = tmp_path / "p.safetensors"
+    random_prefix().save(path)
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] ^= 1 << bit
+    path.write_bytes(content)
+    try:
+        loaded = Prefix.load(path)
+    except UserError as error:
+        assert str(path) in str(error)
+    else:  # a blank of the header's padding, or white space in its JSON
+        assert loaded == random_prefix()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_any_truncation_is_noticed(tmp_path, share):
+    path = tmp_path / "p.safetensors"
+    random_prefix().save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(UserError, match="not a whole prefix file"):
+        Prefix.load(path)
+
+
+def test_other_files_are_refused(tmp_path):
+    import safetensors.torch
+
+    with pytest.raises(UserError, match="no such prefix file; make one with hyperllama compress"):
+        Prefix.load(tmp_path / "missing.safetensors")
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="a safetensors file, but not a prefix"):
+        Prefix.load(tmp_path / "other.safetensors")
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    prefix = random_prefix()
+    prefix.manifest = Manifest(base=IDENTITY, format_version=2)
+    prefix.save(tmp_path / "p.safetensors")
+    with pytest.raises(UserError, match=r"p.safetensors: format version 2 is newer"):
+        Prefix.load(tmp_path / "p.safetensors")
+
+
+def test_another_base_is_refused_in_one_sentence_that_names_both(tmp_path):
+    base, other = tiny_base(), tiny_base(seed=5)
+    (prefix,) = trained_hypernetwork(base).compress([[3, 4, 5]])
+    prefix.save(tmp_path / "p.safetensors")
+    assert Prefix.load(tmp_path / "p.safetensors", identify(base)) == prefix
+    with pytest.raises(UserError) as caught:
+        Prefix.load(tmp_path / "p.safetensors", identify(other, name="another-base"))
+    message = str(caught.value)
+    assert "was made for LlamaForCausalLM" in message and "not for another-base" in message and "\n" not in message
+
+
+def test_another_tokenizer_is_refused():
+    prefix = random_prefix()
+    prefix.check(IDENTITY)
+    with pytest.raises(UserError, match="made with another tokenizer than that of b; use the tokenizer of a-base"):
+        prefix.check(BaseIdentity("b", IDENTITY.weights, IDENTITY.config, "4" * 64))
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
+    """The kernel refuses to let the file grow, as a full disk would."""
+    path = tmp_path / "p.safetensors"
+    small = random_prefix()
+    small.save(path)
+    code = f"""
+import sys; sys.path[:0] = {sys.path!r}
+import resource, signal
+from test_prefix import random_prefix
+prefix = random_prefix(gists=4000)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    prefix.save({str(path)!r})
+except OSError as error:
+    sys.exit(0 if error.errno == 27 else f"wrong error: {{error}}")
+sys.exit("the file was written")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert Prefix.load(path) == small
+    assert [f.name for f in tmp_path.iterdir()] == ["p.safetensors"]
+    assert signal.SIGXFSZ and resource.RLIMIT_FSIZE  # what the child relies on exists here
+
+
+def test_stack_pads_on_the_left():
+    a, b = random_prefix(gists=2), random_prefix(gists=4, seed=1)
+    cache, mask = Prefix.stack([a, b])
+    assert mask.tolist() == [[False, False, True, True], [True, True, True, True]]
+    keys, values, *_ = next(iter(cache))
+    assert torch.equal(keys[0, :, 2:], a.keys[0]) and torch.equal(values[1], b.values[0]) and not keys[0, :, :2].any()
+    with pytest.raises(ValueError, match="only prefixes of one base model stack"):
+        Prefix.stack([a, random_prefix(layers=3)])
+
+
+def test_a_cache_is_fresh_each_time():
+    prefix = random_prefix()
+    cache = prefix.to_cache()
+    cache.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 0)
+    assert prefix.to_cache().get_seq_length() == 3 and prefix == random_prefix()
+
+
+def test_the_manifest_says_where_a_prefix_comes_from(tmp_path):
+    base = tiny_base()
+    hypernetwork = trained_hypernetwork(base)
+    (prefix,) = hypernetwork.compress([[3, 4, 5]], [Manifest(base=hypernetwork.identity, task="t", examples=1)])
+    prefix.save(tmp_path / "p.safetensors")
+    manifest = Prefix.load(tmp_path / "p.safetensors").manifest
+    assert (manifest.task, manifest.examples, manifest.context_tokens) == ("t", 1, 3)
+    assert manifest.base == identify(base) and manifest.hypernetwork_sha256 == hypernetwork.fingerprint()
+    assert manifest.rotary["rope_type"] == "default" and len(manifest.context_sha256) == 64 and manifest.created
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert "unknown" not in json.loads(Manifest(base=IDENTITY).to_json())
+
+
+def test_unknown_fields_of_a_manifest_are_left_out():
+    values = json.loads(Manifest(base=IDENTITY).to_json())
+    assert Manifest.from_json(json.dumps({**values, "later": 1})) == Manifest(base=IDENTITY)

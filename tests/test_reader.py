@@ -1,0 +1,88 @@
+"""Reading: rows of different tasks and lengths in one batch of stock generate equal each row alone."""
+
+import pytest
+import torch
+from conftest import VOCABULARY, trained_hypernetwork
+from transformers import PreTrainedTokenizerFast
+
+from hyperllama.data.vocabulary import train_tokenizer
+from hyperllama.errors import UserError
+from hyperllama.prefix import Prefix
+from hyperllama.reader import Reader
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer([" ".join(str(i) for i in range(VOCABULARY - 4))], kind="words", vocab_size=0)
+
+
+PROMPTS = [[5, 6], [9], [5, 6, 4, 8, 9, 10, 11], [7, 3, 12], [20, 21, 22, 23]]
+
+
+@pytest.fixture
+def setting(base, tokenizer):
+    hypernetwork = trained_hypernetwork(base, tokenizer=tokenizer)
+    few = hypernetwork.compress([list(range(3, 20)), list(range(30, 37))])
+    more = trained_hypernetwork(base, gists=5, seed=4, tokenizer=tokenizer).compress([list(range(40, 60))])
+    return Reader(base, tokenizer), [few[0], few[1], more[0], few[0], more[0]]
+
+
+def test_each_row_as_if_alone(setting):
+    reader, prefixes = setting
+    settings = {"max_new_tokens": 7, "min_new_tokens": 7}
+    together = reader.generate(PROMPTS, prefixes, **settings)
+    alone = [reader.generate([prompt], [prefix], **settings)[0] for prompt, prefix in zip(PROMPTS, prefixes)]
+    in_pairs = reader.generate(PROMPTS, prefixes, batch_size=2, **settings)
+    assert together == alone == in_pairs and all(len(row) == 7 for row in together)
+
+
+def test_generate_follows_the_logits_behind_the_prefix(setting):
+    """Greedy by hand, one forward pass a token, with no cache but the prefix."""
+    reader, prefixes = setting
+    for prompt, prefix, found in zip(PROMPTS, prefixes, reader.generate(PROMPTS, prefixes, max_new_tokens=4, min_new_tokens=4)):
+        ids = list(prompt)
+        for _ in range(4):
+            mask = torch.ones(1, prefix.gists + len(ids), dtype=torch.long)
+            logits = reader.model(input_ids=torch.tensor([ids]), past_key_values=prefix.to_cache(), attention_mask=mask).logits
+            logits[..., reader.tokenizer.eos_token_id] = -float("inf")  # as min_new_tokens does
+            ids.append(logits[0, -1].argmax().item())
+        assert ids[len(prompt) :] == found
+
+
+def test_beam_search(setting):
+    reader, prefixes = setting
+    settings = {"max_new_tokens": 5, "num_beams": 3}
+    together = reader.generate(PROMPTS, prefixes, **settings)
+    assert together == [reader.generate([p], [x], **settings)[0] for p, x in zip(PROMPTS, prefixes)]
+
+
+def test_a_prefix_changes_the_answer_and_is_not_changed(setting):
+    reader, prefixes = setting
+    before = [Prefix([k.clone() for k in p.keys], [v.clone() for v in p.values], p.manifest) for p in prefixes]
+    with_prefix = reader.generate(PROMPTS, prefixes, max_new_tokens=6)
+    assert with_prefix != reader.generate(PROMPTS, max_new_tokens=6) and prefixes == before
+
+
+def test_without_prefixes_it_is_stock_generate(setting):
+    reader, _ = setting
+    (found,) = reader.generate([PROMPTS[2]], max_new_tokens=6, min_new_tokens=6)
+    ids = torch.tensor([PROMPTS[2]])
+    stock = reader.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, min_new_tokens=6,
+                                  pad_token_id=0, eos_token_id=reader.tokenizer.eos_token_id)  # fmt: skip
+    assert found == stock[0, 7:].tolist()
+
+
+def test_what_a_reader_refuses(setting, tokenizer):
+    from conftest import tiny_base
+
+    reader, prefixes = setting
+    with pytest.raises(UserError, match="was made for"):
+        Reader(tiny_base(reader.model.config.model_type, seed=9), tokenizer).generate([[5]], prefixes[:1])
+    with pytest.raises(UserError, match="a prompt is empty"):
+        reader.generate([[]], prefixes[:1])
+    with pytest.raises(UserError, match="new tokens take 605 positions, but the model has 512"):
+        reader.generate([[5, 6]], prefixes[:1], max_new_tokens=600)
+    with pytest.raises(ValueError, match="2 prompts need as many prefixes, not 1"):
+        reader.generate([[5], [6]], prefixes[:1])
+    with pytest.raises(ValueError, match="one answer a prompt"):
+        reader.generate([[5]], prefixes[:1], num_return_sequences=2)

@@ -1,0 +1,235 @@
+"""Training: the loss in tokens, resuming, several processes, what a run's folder holds. Equivalence e of the design."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_architecture, tiny_base, trained_hypernetwork
+
+from hyperllama import workflows
+from hyperllama.data.packing import pack_gist
+from hyperllama.data.stream import GistCollator
+from hyperllama.data.text import EncodedEpisode
+from hyperllama.errors import UserError
+from hyperllama.training import GistTrainer, newest_checkpoint, read_metrics, training_arguments
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def recipe(tmp_path, saved_base):
+    """A recipe that trains a hypernetwork on a folder of JSON lines in a second."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, answer in (("upper", str.upper), ("reverse", lambda w: w[::-1])):
+        lines = [json.dumps({"input": w, "output": answer(w)}) for w in ("one", "two", "three", "four", "five", "six")]
+        (data / f"{name}.jsonl").write_text("\n".join(lines))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"""
+output: {tmp_path}/run
+model: {{name_or_path: {saved_base}}}
+gist: {{tokens: 2}}
+lora: {{rank: 2, dropout: 0.1}}
+data: {{source: jsonl, root: {data}, shots: 3, queries: 2}}
+limits: {{context_tokens: 120, query_tokens: 60}}
+training:
+  use_cpu: true
+  disable_tqdm: true
+  max_steps: 6
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 2
+  learning_rate: 1.0e-2
+  logging_steps: 1
+  save_steps: 2
+""")
+    return path
+
+
+def losses(run):
+    return [
+        (line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(Path(run) / "metrics.jsonl") if "loss" in line
+    ]
+
+
+def hyperllama(*arguments, **settings):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "hyperllama", *map(str, arguments)], capture_output=True, text=True, env=environment, **settings
+    )
+
+
+def test_a_run_leaves_all_that_describes_it(recipe, tmp_path):
+    result = workflows.train(recipe)
+    run = tmp_path / "run"
+    assert result.global_step == 6 and [step for step, *_ in losses(run)] == [1, 2, 3, 4, 5, 6]
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"recipe.yaml", "versions.json", "metrics.jsonl", "loss.png", "result.json", "adapter_model.safetensors",
+                     "adapter_config.json", "gists.safetensors", "hypernetwork.json", "README.md", "checkpoints"}  # fmt: skip
+    first = read_metrics(run / "metrics.jsonl")[0]
+    assert first["targets"] > 0 and first["demonstrations"] == 4 * 3 and first["dropped_demonstrations"] == 0
+    assert json.loads((run / "versions.json").read_text())["torch"] == torch.__version__
+    saved = {path.name for path in (run / "checkpoints" / "checkpoint-6").iterdir()}
+    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= saved
+    assert not any(name.startswith("model") for name in saved), "the frozen base is not in a checkpoint"
+    assert workflows.train(recipe) is None, "a finished run is left alone"
+
+
+def test_e_resuming_is_never_having_stopped(recipe, tmp_path):
+    workflows.train(recipe)
+    whole = losses(tmp_path / "run")
+    stopped = recipe.with_name("stopped.yaml")
+    stopped.write_text(recipe.read_text().replace(f"{tmp_path}/run", f"{tmp_path}/stopped"))
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    original = GistTrainer.__init__
+
+    def with_stop(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.add_callback(Stop())
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(GistTrainer, "__init__", with_stop)
+        workflows.train(stopped)
+    assert newest_checkpoint(tmp_path / "stopped" / "checkpoints").endswith("checkpoint-4")
+    workflows.train(stopped)
+    assert losses(tmp_path / "stopped") == whole, "dropout, optimiser, schedule and data go on where they were"
+    weights = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("run", "stopped")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_kill_9_and_train_again(recipe, tmp_path):
+    workflows.train(recipe)
+    killed = recipe.with_name("killed.yaml")
+    killed.write_text(recipe.read_text().replace(f"{tmp_path}/run", f"{tmp_path}/killed"))
+    command = [sys.executable, "-m", "hyperllama", "train", str(killed)]
+    process = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    deadline = time.time() + 120
+    while newest_checkpoint(tmp_path / "killed" / "checkpoints") is None and time.time() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "killed before it was done"
+    again = hyperllama("train", killed)
+    assert again.returncode == 0 and "going on from" in again.stderr
+    assert losses(tmp_path / "killed") == losses(tmp_path / "run")
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+    for step, content in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_st'), (14, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if content:
+            (folder / "trainer_state.json").write_text(content)
+    assert newest_checkpoint(tmp_path).endswith("checkpoint-10")
+    assert newest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_another_recipe_does_not_go_on_in_the_same_folder(recipe, tmp_path):
+    workflows.train(recipe, ["training.max_steps=2"])
+    with pytest.raises(UserError, match=r"holds a run of another recipe \(it differs in gist.tokens, training.max_steps\)"):
+        workflows.train(recipe, ["gist.tokens=3"])
+
+
+def episodes(seed):
+    """Batches whose counts of target tokens differ much."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(n):
+        return tuple(torch.randint(3, 90, (n,), generator=generator).tolist())
+
+    return [EncodedEpisode(tokens(6), ((tokens(2), tokens(n)),)) for n in (1, 9, 2, 5)]
+
+
+class Listed(torch.utils.data.Dataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def gradient_step(tmp_path, batch, accumulation):
+    """What the Trainer logs of one step over the same four episodes, split differently."""
+    settings = {
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "max_grad_norm": 1e9,
+    }
+    settings |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    run = tmp_path / f"{batch}x{accumulation}"
+    run.mkdir(parents=True)
+    model = trained_hypernetwork(tiny_base())
+    GistTrainer(model, training_arguments(settings, run=run, seed=0), Listed(episodes(0)), GistCollator(3), run).train()
+    return losses(run)
+
+
+def test_target_tokens_weigh_the_same_however_steps_are_accumulated(tmp_path):
+    (together,), (in_two,), (in_four,) = (gradient_step(tmp_path, b, a) for b, a in ((4, 1), (2, 2), (1, 4)))
+    assert together == pytest.approx(in_two, rel=1e-4) and together == pytest.approx(in_four, rel=1e-4)
+    model = trained_hypernetwork(tiny_base())
+    assert together[1] == pytest.approx(model(pack_gist(episodes(0), 3)).mean.item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_target_tokens_weigh_the_same_on_every_rank(tmp_path):
+    """Two processes with batches of different counts take the same step as one process with all."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
+    command += [str(ROOT / "tests" / "one_step.py"), str(tmp_path)]
+    subprocess.run(
+        command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    one = gradient_step(tmp_path, 4, 1)
+    step, loss, norm = json.loads((tmp_path / "0" / "step.json").read_text())[0]
+    assert (step, loss, norm) == (1, pytest.approx(one[0][1], rel=1e-4), pytest.approx(one[0][2], rel=1e-4))
+    assert json.loads((tmp_path / "1" / "step.json").read_text()) == [], "only the first process logs"
+
+
+@pytest.mark.slow
+def test_a_random_base_is_trained_with_full_attention_then_a_hypernetwork_on_it(tmp_path):
+    architecture = {k: v for k, v in tiny_architecture("llama").items() if v is not None}
+    base = tmp_path / "base.yaml"
+    base.write_text(f"""
+method: full_attention
+output: {tmp_path}/base
+model: {{architecture: {json.dumps(architecture)}, tokenizer: words}}
+data: {{source: synthetic, shots: 4, queries: 1, synthetic: {{repeats: 0.3, lists: 0.3, warmup_episodes: 8}}}}
+format: {{query: "{{input}}", answer: "{{output}}", separator: "", end_token: false, answer_tokens: 1}}
+limits: {{context_tokens: 64, query_tokens: 64}}
+full_attention: {{supervise_demonstrations: true}}
+training: {{use_cpu: true, disable_tqdm: true, max_steps: 3, per_device_train_batch_size: 4, logging_steps: 1, save_steps: 2}}
+""")
+    assert workflows.train(base).global_step == 3
+    hypernetwork = tmp_path / "hyper.yaml"
+    hypernetwork.write_text(
+        base.read_text()
+        .replace("full_attention\n", "hypernetwork\n", 1)
+        .replace(f"output: {tmp_path}/base", f"output: {tmp_path}/hyper")
+        .replace(f"architecture: {json.dumps(architecture)}, tokenizer: words", f"name_or_path: {tmp_path}/base")
+    )
+    assert workflows.train(hypernetwork).global_step == 3
+    example = tmp_path / "e.jsonl"
+    source_word = workflows.load_hypernetwork(tmp_path / "hyper")[1].tokenizer.convert_ids_to_tokens(5)
+    example.write_text(json.dumps({"input": source_word, "output": "<1>"}))
+    ((path, prefix),) = workflows.compress(tmp_path / "hyper", [example], tmp_path / "e.safetensors")
+    assert path.is_file() and prefix.manifest.examples == 1
+    assert len(workflows.generate(path, [source_word, source_word])) == 2
