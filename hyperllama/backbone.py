@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -185,8 +186,8 @@ def packed_arguments(model: PreTrainedModel, layout: GistLayout, backend: str = 
 
 
 def default_device() -> str:
-    """ "cuda" where there is a GPU (the one of this rank), else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The GPU of this process, by torchrun's LOCAL_RANK, or "cpu" where there is none."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def identify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None) -> BaseIdentity:

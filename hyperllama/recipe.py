@@ -219,6 +219,10 @@ def _impossible(recipe: Recipe) -> list[str]:
 
     model, data, limits, training = recipe.model, recipe.data, recipe.limits, recipe.training
     check(bool(recipe.output), "output: give the folder for this run")
+    folder = Path(model.name_or_path or "")
+    if model.name_or_path and folder.is_dir():
+        has_config = (folder / "config.json").is_file()
+        check(has_config, f"model.name_or_path: {folder} is not a model folder, it has no config.json; give one that has")
     if not model.name_or_path:
         check(bool(model.architecture), "model: give name_or_path, or an architecture to initialise at random")
         known = not model.architecture or "model_type" in model.architecture

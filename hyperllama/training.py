@@ -33,9 +33,9 @@ class GistTrainer(Trainer):
             train_dataset=dataset,
             data_collator=collator,
             compute_loss_func=token_mean,
-            callbacks=[MetricsFile(Path(run))],
         )
         self.counts: Counter[str] = Counter()
+        self.add_callback(MetricsFile(Path(run), self.counts))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         batch = inputs["batch"]
@@ -45,13 +45,6 @@ class GistTrainer(Trainer):
         # The Trainer moves tensors in mappings; a value object moves itself.
         inputs = {**inputs, "batch": batch.to(self.args.device, non_blocking=True)}
         return super().training_step(model, inputs, num_items_in_batch)
-
-    def log(self, logs: dict, *args, **kwargs) -> None:
-        """Adds what was read since the last log on this rank, what the limits left out included."""
-        if "loss" in logs:
-            logs = {**logs, **self.counts}
-            self.counts.clear()
-        super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write trainable weights, from the first process only."""
@@ -68,10 +61,13 @@ def token_mean(outputs: TokenLoss, labels, num_items_in_batch=None) -> torch.Ten
 
 
 class MetricsFile(TrainerCallback):
-    """Appends each log as a line of JSON; on resuming, first drops the lines after the step that is resumed from."""
+    """Appends each log as a line of JSON; on resuming, first drops the lines after the step that is resumed from.
 
-    def __init__(self, run: Path):
-        self.path, self.plot = run / METRICS, run / PLOT
+    Beside the Trainer's figures stands what this rank has read since the last line, what the limits left out included.
+    """
+
+    def __init__(self, run: Path, counts: Counter[str]):
+        self.path, self.plot, self.counts = run / METRICS, run / PLOT, counts
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -81,7 +77,8 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps({"step": state.global_step, **logs, **self.counts}) + "\n")
+        self.counts.clear()
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

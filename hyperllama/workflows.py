@@ -30,7 +30,7 @@ from hyperllama.hypernetwork import CONFIG, GistHypernetwork, read_config
 from hyperllama.prefix import Manifest, Prefix
 from hyperllama.reader import Reader
 from hyperllama.recipe import Recipe, differences, load_recipe, save_recipe
-from hyperllama.training import CHECKPOINTS, GistTrainer, newest_checkpoint, training_arguments
+from hyperllama.training import CHECKPOINTS, METRICS, GistTrainer, newest_checkpoint, read_metrics, training_arguments
 
 RECIPE, VERSIONS, BASE, RESULT = "recipe.yaml", "versions.json", "base", "result.json"
 
@@ -135,7 +135,16 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
         }
         model.save_pretrained(run, notes)
         # Written last: its presence says that everything else is there.
-        write_atomically(run / RESULT, json.dumps({"steps": result.global_step, **result.metrics}, indent=2) + "\n")
+        left_out = {
+            name: sum(line.get(name, 0) for line in read_metrics(run / METRICS))
+            for name in ("demonstrations", "dropped_demonstrations", "skipped_queries")
+        }
+        write_atomically(run / RESULT, json.dumps({"steps": result.global_step, **result.metrics, **left_out}, indent=2) + "\n")
+        if left_out["dropped_demonstrations"] or left_out["skipped_queries"]:
+            print(
+                f"{run}: {left_out['dropped_demonstrations']:,} demonstrations did not fit into limits.context_tokens beside "
+                f"{left_out['demonstrations']:,} that did; {left_out['skipped_queries']:,} queries did not fit"
+            )
     return result
 
 

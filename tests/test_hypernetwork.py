@@ -92,6 +92,33 @@ def test_b_a_prefix_that_keeps_every_token_is_plain_concatenation(base):
         torch.testing.assert_close(packed[:, start:end], plain, atol=1e-4, rtol=1e-4)
 
 
+def test_b_holds_for_gradients(base):
+    """Of everything that a query sees: as if the context stood before it in one plain sequence."""
+    layout = GistLayout([Segment(6, gists=6), Segment(4, reads=(0,))])
+    embeds = torch.randn(1, 10, 32, requires_grad=True)
+    packed = base(inputs_embeds=embeds, use_cache=False, **packed_arguments(base, layout)).logits
+    plain = base(inputs_embeds=embeds).logits
+    weights = torch.linspace(-1, 1, plain.numel()).view_as(plain).sin()
+    found, expected = (torch.autograd.grad((logits * weights).sum(), embeds)[0] for logits in (packed, plain))
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_gradients_of_every_reading_graph_are_those_of_the_dense_mask(base, name):
+    layout, hypernetwork = MANY[name], trained_hypernetwork(base)
+    embeds = torch.randn(1, layout.tokens, 32, requires_grad=True)
+    parameters = [embeds, *hypernetwork.lora.parameters()]
+    found = []
+    for backend in ("sdpa", "dense"):
+        arguments = packed_arguments(base, layout, backend)
+        logits = base(inputs_embeds=embeds, use_cache=False, gist_lora=hypernetwork.lora, **arguments).logits
+        loss = (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits).sin()).sum()
+        found.append([logits.detach(), *torch.autograd.grad(loss, parameters, allow_unused=name == "full")])
+    for a, b in zip(*found):
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-3)
+
+
 QUERY_SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 3))
 
 

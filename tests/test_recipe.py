@@ -75,6 +75,10 @@ def test_a_good_recipe_with_overrides(tmp_path):
         ("training: {output_dir: x}", "{file}: training.output_dir: is set by output; remove it"),
         ("model: {vocab_size: 9, tokenizer: bytes}", "{file}: model.vocab_size: at least 300, the bytes and some merges"),
         ("data: {source: jsonl}", "{file}: model.tokenizer: words knows the synthetic language only; choose bytes"),
+        (
+            "model: {name_or_path: .}",
+            "{file}: model.name_or_path: . is not a model folder, it has no config.json; give one that has",
+        ),
         ("data: {min_shots: 30}", "{file}: data.min_shots: between 0 and data.shots=16, not 30"),
         (
             "data: {synthetic: {split: dev}}",

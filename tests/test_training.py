@@ -144,6 +144,27 @@ def test_another_recipe_does_not_go_on_in_the_same_folder(recipe, tmp_path):
         workflows.train(recipe, ["gist.tokens=3"])
 
 
+def test_workers_and_bf16_and_tensorboard(recipe, tmp_path):
+    """Data from two worker processes is the same data; a run in bf16 trains; TensorBoard gets its file."""
+    workflows.train(recipe)
+    runs = {"workers": ["training.dataloader_num_workers=2"], "bf16": ["training.bf16=true", "training.report_to=tensorboard"]}
+    for name, overrides in runs.items():
+        workflows.train(recipe, [f"output={tmp_path}/{name}", *overrides])
+    assert losses(tmp_path / "workers") == losses(tmp_path / "run")
+    expected = [loss for _, loss, _ in losses(tmp_path / "run")]
+    assert [loss for _, loss, _ in losses(tmp_path / "bf16")] == pytest.approx(expected, rel=0.05)
+    assert list((tmp_path / "bf16").rglob("events.out.tfevents*"))
+
+
+def test_what_the_limits_leave_out_is_counted_and_said(recipe, tmp_path, capsys):
+    workflows.train(recipe, ["limits.context_tokens=60"])
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    dropped = sum(line.get("dropped_demonstrations", 0) for line in lines)
+    assert dropped > 0 and dropped + sum(line.get("demonstrations", 0) for line in lines) == 6 * 4 * 3
+    assert f"{dropped} demonstrations did not fit into limits.context_tokens" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["dropped_demonstrations"] == dropped
+
+
 def episodes(seed):
     """Batches whose counts of target tokens differ much."""
     generator = torch.Generator().manual_seed(seed)

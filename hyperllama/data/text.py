@@ -5,7 +5,6 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from hyperllama.data.episode import Episode, Example
@@ -80,13 +79,15 @@ class Encoder:
         self.tokenizer, self.format, self.limits = tokenizer, text_format, limits
         self.start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         # Examples are drawn again and again: most pieces of text have been tokenised before.
-        self._cached_ids = lru_cache(maxsize=100_000)(
-            lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-        )
+        self._known: dict[str, list[int]] = {}
         self.end = [tokenizer.eos_token_id] if text_format.end_token and tokenizer.eos_token_id is not None else []
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._cached_ids(text)) if text else []
+        if text not in self._known:
+            if len(self._known) >= 100_000:
+                self._known.clear()
+            self._known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return list(self._known[text])
 
     def prompt(self, text: str) -> list[int]:
         """Token ids of a query, as they follow a prefix."""
