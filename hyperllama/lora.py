@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
+from hyperllama.last_layer import LastLayerSkip
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -26,7 +27,9 @@ class RowLora(nn.Module):
     linear layer's output, and only in a call that names this object with `gist_lora=`. Every other row, and every other
     call, is computed by the decoder alone, bit for bit. PEFT's own layers cannot do this: they pick adapters per sample.
 
-    `targets` is "all-linear" (every linear layer inside the decoder layers) or names such as ["q_proj", "v_proj"].
+    `targets` is "all-linear" (every linear layer inside the decoder layers) or names such as ["q_proj", "v_proj"]. In the last
+    layer only keys and values matter for these rows, so it has no update elsewhere, and nothing else is computed for them
+    (`LastLayerSkip`).
     A starts as PEFT's default (Kaiming uniform), B at zero. Parameters are float32 whatever the decoder's dtype.
     """
 
@@ -52,7 +55,10 @@ class RowLora(nn.Module):
             raise UserError(
                 f"lora.targets: the model has no linear layers {unknown}; choose all-linear or from {', '.join(available)}"
             )
-        self.names = [name for name in linears if name.rsplit(".", 1)[-1] in self.targets]
+        self.skip = LastLayerSkip(base, owner=self)
+        skipped = {linear for module in self.skip.modules for linear in module.modules()}
+        chosen = [name for name in linears if name.rsplit(".", 1)[-1] in self.targets]
+        self.names = [name for name in chosen if linears[name] not in skipped]
         self.dropout = nn.Dropout(dropout)
         self.A, self.B = nn.ModuleDict(), nn.ModuleDict()
         for name in self.names:
@@ -72,6 +78,7 @@ class RowLora(nn.Module):
 
     def remove(self) -> None:
         """Take the hooks off the decoder."""
+        self.skip.remove()
         for hook in self._hooks:
             hook.remove()
 
@@ -97,7 +104,7 @@ class RowLora(nn.Module):
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout.p,
-            target_modules=self.targets,
+            target_modules=self.names,
             task_type=TaskType.CAUSAL_LM,
             base_model_name_or_path=base_name,
             inference_mode=True,

@@ -14,6 +14,7 @@ LAYERS = [
     {"hyperllama.workflows"},
     {"hyperllama.recipe", "hyperllama.training", "hyperllama.reader", "hyperllama.hypernetwork", "hyperllama.full_attention"},
     {"hyperllama.packed", "hyperllama.prefix", "hyperllama.lora"},
+    {"hyperllama.last_layer"},
     {"hyperllama.data.stream"},
     {"hyperllama.backbone", "hyperllama.data.packing", "hyperllama.objectives"},
     {"hyperllama.data.text", "hyperllama.data.files", "hyperllama.data.synthetic", "hyperllama.data.vocabulary"},

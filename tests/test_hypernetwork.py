@@ -204,15 +204,38 @@ def test_a_call_that_does_not_name_the_lora_is_the_base(base):
 
 
 def test_saved_adapter_loads_into_stock_peft(base, tmp_path):
-    hypernetwork = trained_hypernetwork(base)
+    """PEFT applies it to every row: the gists alone, read by the adapted model, have the keys and values of the prefix."""
+    hypernetwork = trained_hypernetwork(base, gists=8)
     hypernetwork.save_pretrained(tmp_path)
-    layout = GistLayout([Segment(8, gists=8)])  # LoRA on every row, as PEFT applies it
-    ids = torch.randint(3, VOCABULARY, (1, 8))
-    ours = base(input_ids=ids, use_cache=False, gist_lora=hypernetwork.lora, **packed_arguments(base, layout)).logits
+    gists = hypernetwork.gists.detach()[None]
+    (ours,) = hypernetwork.encode(torch.zeros(1, 8, dtype=torch.long), GistLayout([Segment(8, gists=8)]), [(0,)])
+    plain = base.get_decoder()(inputs_embeds=gists, use_cache=True).past_key_values
     hypernetwork.lora.remove()
     adapted = peft.PeftModel.from_pretrained(base, tmp_path)
-    torch.testing.assert_close(adapted(input_ids=ids).logits, ours, atol=1e-5, rtol=1e-5)
+    cache = adapted.get_base_model().get_decoder()(inputs_embeds=gists, use_cache=True).past_key_values
+    for layer, ((keys, values, *_), (plain_keys, *_)) in enumerate(zip(cache, plain)):
+        torch.testing.assert_close(ours.keys[layer], keys[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.values[layer], values[0], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(keys, plain_keys), "the adapter does something"
     assert (tmp_path / "README.md").read_text().startswith("---\nbase_model:")
+
+
+def test_the_last_layer_computes_only_keys_and_values_for_context_rows(base):
+    """Rows of the read region are the same with and without the skip; the skipped modules see no other rows."""
+    hypernetwork, batch, rows = trained_hypernetwork(base), pack_gist(RAGGED, 3), []
+    layer = base.get_decoder().layers[-1]
+    watch = [m.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1])) for m in hypernetwork.lora.skip.modules]
+    skipped = hypernetwork(batch)
+    read_rows = batch.tokens - batch.layout.compress_rows
+    assert rows == [read_rows] * 3 and layer.mlp in hypernetwork.lora.skip.modules
+    hypernetwork.lora.skip.remove()
+    rows.clear()
+    whole = hypernetwork(batch)
+    assert rows == [batch.tokens] * 3
+    torch.testing.assert_close(skipped.sum, whole.sum, atol=1e-5, rtol=1e-6)
+    assert not any("layers-1-mlp" in name for name in hypernetwork.trainable()), "no weights without an effect"
+    for handle in watch:
+        handle.remove()
 
 
 def test_hypernetwork_survives_its_files(base, tmp_path):
