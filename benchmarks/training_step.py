@@ -75,7 +75,7 @@ def main() -> None:
         values = {name: loss().mean.item() for name, loss in losses.items()}
     steps = {name: partial(step, loss) for name, loss in losses.items()}
     memory = {name: peak_bytes(run) for name, run in steps.items()}
-    seconds = paired(steps, options.rounds)
+    seconds = paired(steps, options.rounds, warmup=0)  # taking the memory was the warm-up
     tokens = pack_gist(episodes, GISTS).tokens
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     figures = {
