@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
 from pathlib import Path
 from random import Random
@@ -91,7 +93,8 @@ def show_one(run: Path, folder: Path, episode: Episode) -> None:
     words = [query.input for query in episode.queries]
     for query, answer in zip(episode.queries, workflows.generate(path, words)):
         print(f"  new     {query.input:8} -> {answer:6} {'right' if query.accepts(answer) else f'wrong, {query.output}'}")
-    print(f"\nThe same by hand:\n  hyperllama inspect {path}\n  hyperllama generate {path} --input {words[0]}\n", flush=True)
+    command = os.path.join(os.path.relpath(Path(sys.executable).parent), "hyperllama")
+    print(f"\nThe same by hand:\n  {command} inspect {path}\n  {command} generate {path} --input {words[0]}\n", flush=True)
 
 
 if __name__ == "__main__":

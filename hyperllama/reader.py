@@ -27,7 +27,7 @@ class Reader:
 
         `prompts` are token ids; `prefixes` one for each, or None to read without; `settings` go to transformers'
         `generate` verbatim, apart from `num_return_sequences`: an answer a prompt. Returns the new tokens of each row,
-        without end and padding tokens. Raises UserError for a prefix of another base, or where the model's positions end.
+        up to its end token. Raises UserError for a prefix of another base, or where the model's positions end.
         """
         if settings.get("num_return_sequences", 1) != 1:
             raise ValueError("a reader gives one answer a prompt: repeat the prompt instead of num_return_sequences")
@@ -70,8 +70,8 @@ class Reader:
                 f"but the model has {self.model.config.max_position_embeddings}; shorten the input or lower --max-new-tokens"
             )
         output = self.model.generate(ids, attention_mask=mask, **cache, **settings)[:, longest:].tolist()
-        ends = {pad, *(e if isinstance(e := settings["eos_token_id"], list) else [e])}
-        return [_until(row, ends) for row in output]
+        ends = settings["eos_token_id"]  # one, several or none; what follows is padding
+        return [_until(row, set(ends) if isinstance(ends, list) else {ends}) for row in output]
 
 
 def _until(row: list[int], ends: set[int]) -> list[int]:
