@@ -59,7 +59,9 @@ def benchmark_hypernetwork() -> GistHypernetwork:
 
 
 def main() -> None:
-    options = parser(__doc__, rounds=7).parse_args()
+    arguments = parser(__doc__, rounds=5)
+    arguments.add_argument("--float32", action="store_true", help="no autocast: for processors without bf16 instructions")
+    options = arguments.parse_args()
     hypernetwork, episodes = benchmark_hypernetwork(), ragged_episodes()
     device = hypernetwork.gists.device
     losses = {"packed": lambda: hypernetwork(pack_gist(episodes, GISTS).to(device))}
@@ -67,7 +69,7 @@ def main() -> None:
 
     def step(loss):
         hypernetwork.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=not options.float32):
             result = loss()
         result.mean.backward()
 
@@ -86,6 +88,7 @@ def main() -> None:
         "ratios": {name: median_ratio(seconds[name], seconds["packed"]) for name in PEERS},
         "losses": values,
         "rounds": options.rounds,
+        "autocast": None if options.float32 else "bfloat16",
     }
     print(f"{tokens:,} real tokens a step; median of {options.rounds} paired rounds; {machine()}")
     print(f"{'':16} {'tokens/s':>9} {'peak MiB':>9} {'packed is':>10} {'loss (fp32)':>12}")
