@@ -8,22 +8,20 @@ from transformers import PreTrainedModel
 
 
 class LastLayerSkip:
-    """Leaves context rows out of the last layer's queries, attention output and MLP in calls with `gist_lora=owner`.
+    """Leaves the rows on which `lora` acts, `lora.rows`, out of the last layer's queries, attention output and MLP.
 
     Those rows get zeros there, which nothing reads: targets are in the read region, and a prefix holds keys and values. With
     six layers and three quarters of the rows in contexts this saves a ninth of a step's matrix products. `modules` are the
     modules left out; a LoRA inside them would never have an effect.
     """
 
-    def __init__(self, base: PreTrainedModel, owner: nn.Module):
-        self.owner = owner
-        self.rows = 0
+    def __init__(self, base: PreTrainedModel, lora: nn.Module):
+        self.lora = lora
         layer = base.get_decoder().layers[-1]
-        attention = layer.self_attn
-        candidates = (getattr(attention, "q_proj", None), getattr(attention, "o_proj", None), getattr(layer, "mlp", None))
+        places = ((layer.self_attn, "q_proj"), (layer.self_attn, "o_proj"), (layer, "mlp"))
+        candidates = [getattr(parent, name, None) for parent, name in places]
         self.modules = [module for module in candidates if module is not None]
-        # As for LoRA: attention runs first and is given the call's arguments, also when checkpointing runs the layer again.
-        self._hooks = [attention.register_forward_pre_hook(self._choose_rows, with_kwargs=True)]
+        self._hooks = []
         for module in self.modules:
             self._hooks += [module.register_forward_pre_hook(self._leave_out), module.register_forward_hook(self._fill_up)]
 
@@ -32,11 +30,8 @@ class LastLayerSkip:
         for hook in self._hooks:
             hook.remove()
 
-    def _choose_rows(self, attention, args, kwargs):
-        self.rows = kwargs["gist_layout"].compress_rows if kwargs.get("gist_lora") is self.owner else 0
-
     def _leave_out(self, module, args: tuple[Tensor, ...]):
-        return (args[0][:, self.rows :], *args[1:]) if self.rows else None
+        return (args[0][:, self.lora.rows :], *args[1:]) if self.lora.rows else None
 
     def _fill_up(self, module, args, output: Tensor):
-        return pad(output, (0, 0, self.rows, 0)) if self.rows else None
+        return pad(output, (0, 0, self.lora.rows, 0)) if self.lora.rows else None

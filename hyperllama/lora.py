@@ -55,7 +55,7 @@ class RowLora(nn.Module):
             raise UserError(
                 f"lora.targets: the model has no linear layers {unknown}; choose all-linear or from {', '.join(available)}"
             )
-        self.skip = LastLayerSkip(base, owner=self)
+        self.skip = LastLayerSkip(base, lora=self)
         skipped = {linear for module in self.skip.modules for linear in module.modules()}
         chosen = [name for name in linears if name.rsplit(".", 1)[-1] in self.targets]
         self.names = [name for name in chosen if linears[name] not in skipped]

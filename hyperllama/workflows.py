@@ -19,7 +19,8 @@ from hyperllama import __version__
 from hyperllama.backbone import check_config, load_base, load_config, load_tokenizer, random_base, random_config
 from hyperllama.data.episode import Example, Source
 from hyperllama.data.files import read_json_lines_tasks, read_sni, read_task
-from hyperllama.data.stream import EpisodeStream, FullAttentionCollator, GistCollator
+from hyperllama.data.packing import pack_full, pack_gist
+from hyperllama.data.stream import Collator, EpisodeStream
 from hyperllama.data.synthetic import SyntheticSource
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
@@ -108,7 +109,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
     set_seed(recipe.seed)
     if recipe.method == "full_attention":
         model = FullAttention(base, tokenizer, recipe.gist.backend)
-        collator = FullAttentionCollator(recipe.full_attention.supervise_demonstrations)
+        collator = Collator(pack_full, recipe.full_attention.supervise_demonstrations)
     else:
         lora = recipe.lora
         model = GistHypernetwork(
@@ -121,7 +122,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
             backend=recipe.gist.backend,
             tokenizer=tokenizer,
         )
-        collator = GistCollator(recipe.gist.tokens)
+        collator = Collator(pack_gist, recipe.gist.tokens)
     trainer = GistTrainer(model, arguments, stream, collator, run)
     checkpoint = newest_checkpoint(run / CHECKPOINTS)
     if checkpoint:
@@ -134,11 +135,11 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
             "data": f"{data.source} {data.root or ''}".strip(),
         }
         model.save_pretrained(run, notes)
-        # Written last: its presence says that everything else is there.
         left_out = {
             name: sum(line.get(name, 0) for line in read_metrics(run / METRICS))
             for name in ("demonstrations", "dropped_demonstrations", "skipped_queries")
         }
+        # Written last: its presence says that everything else is there.
         write_atomically(run / RESULT, json.dumps({"steps": result.global_step, **result.metrics, **left_out}, indent=2) + "\n")
         if left_out["dropped_demonstrations"] or left_out["skipped_queries"]:
             print(

@@ -14,7 +14,7 @@ from conftest import tiny_architecture, tiny_base, trained_hypernetwork
 
 from hyperllama import workflows
 from hyperllama.data.packing import pack_gist
-from hyperllama.data.stream import GistCollator
+from hyperllama.data.stream import Collator
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
 from hyperllama.training import GistTrainer, newest_checkpoint, read_metrics, training_arguments
@@ -200,7 +200,7 @@ def gradient_step(tmp_path, batch, accumulation):
     run = tmp_path / f"{batch}x{accumulation}"
     run.mkdir(parents=True)
     model = trained_hypernetwork(tiny_base())
-    GistTrainer(model, training_arguments(settings, run=run, seed=0), Listed(episodes(0)), GistCollator(3), run).train()
+    GistTrainer(model, training_arguments(settings, run=run, seed=0), Listed(episodes(0)), Collator(pack_gist, 3), run).train()
     return losses(run)
 
 

@@ -6,12 +6,13 @@ overlap by taking different indices.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 
 from torch.utils.data import Dataset
 
 from hyperllama.data.episode import Source
-from hyperllama.data.packing import pack_full, pack_gist
+from hyperllama.data.packing import GistBatch
 from hyperllama.data.text import EncodedEpisode, Encoder
 from hyperllama.errors import UserError
 
@@ -40,23 +41,12 @@ class EpisodeStream(Dataset):
         )
 
 
-class GistCollator:
-    """A list of encoded episodes -> what the Trainer hands on: the packed batch, and its targets by the name it counts."""
+class Collator:
+    """A list of encoded episodes -> what the Trainer hands on: the batch that `pack` makes, and its targets to be counted."""
 
-    def __init__(self, gists: int):
-        self.gists = gists
-
-    def __call__(self, episodes: list[EncodedEpisode]) -> dict:
-        batch = pack_gist(episodes, self.gists)
-        return {"labels": batch.targets, "batch": batch}
-
-
-class FullAttentionCollator:
-    """As `GistCollator`, for the full-attention baseline."""
-
-    def __init__(self, supervise_demonstrations: bool):
-        self.supervise_demonstrations = supervise_demonstrations
+    def __init__(self, pack: Callable[..., GistBatch], *settings):
+        self.pack, self.settings = pack, settings
 
     def __call__(self, episodes: list[EncodedEpisode]) -> dict:
-        batch = pack_full(episodes, self.supervise_demonstrations)
+        batch = self.pack(episodes, *self.settings)
         return {"labels": batch.targets, "batch": batch}
