@@ -1,4 +1,4 @@
-"""Evaluation: conditions that cannot flatter a prefix, and reports.
+"""Evaluation: methods side by side that cannot flatter a prefix, what they cost, and reports.
 
-Write `from eval.conditions import ...`, never `import eval`: the bare name is a builtin.
+Write `from eval.run import ...`, never `import eval`: the bare name is a builtin.
 """

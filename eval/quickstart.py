@@ -14,23 +14,17 @@ import os
 import sys
 import time
 from pathlib import Path
-from random import Random
 
-from eval.conditions import CONDITIONS, accuracy, answer_all
-from eval.report import LABELS, bars
+from eval.report import draw_quality
+from eval.run import evaluate
 from hyperllama import workflows
 from hyperllama.data.episode import Episode
-from hyperllama.data.synthetic import SyntheticLanguage, SyntheticSource
+from hyperllama.data.synthetic import SyntheticSource
 from hyperllama.files import write_atomically
-from hyperllama.recipe import load_recipe
+from hyperllama.recipe import EvaluationRecipe, load_recipe
 
+METHODS = ("no_context", "swapped_prefix", "prefix", "full_context")
 RECIPES = Path(__file__).parent.parent / "recipes" / "quickstart"
-
-
-def unseen_tasks(language: SyntheticLanguage, count: int, shots: int, queries: int) -> list[Episode]:
-    """Tasks of the test split: their sets of categories never occur in training."""
-    source = SyntheticSource(SyntheticLanguage(**{**vars(language), "split": "test"}))
-    return [source.task(Random(f"quickstart test {i}"), shots, queries) for i in range(count)]
 
 
 def main() -> None:
@@ -47,38 +41,26 @@ def main() -> None:
     workflows.train(arguments.recipes / "hypernetwork.yaml")
 
     print("\n3/3  Unseen tasks: the frozen model reads prefixes instead of demonstrations.\n", flush=True)
-    recipe = load_recipe(arguments.recipes / "hypernetwork.yaml")
-    run, folder = Path(recipe.output), Path(recipe.output).parent
-    show_one(run, folder, unseen_tasks(recipe.data.synthetic, 1, recipe.data.shots, 6)[0])
-    episodes = unseen_tasks(recipe.data.synthetic, arguments.tasks, recipe.data.shots, 4)
-    hypernetwork, encoder = workflows.load_hypernetwork(run)
-    answers = answer_all(hypernetwork, encoder, episodes, batch_size=250)
-    results = {name: accuracy(episodes, answers[name]) for name in CONDITIONS}
+    recipe = load_recipe(arguments.recipes / "evaluate.yaml", schema=EvaluationRecipe)
+    run, folder, language = Path(recipe.hypernetwork), Path(recipe.output).parent, SyntheticSource(recipe.data.synthetic)
+    (example,) = language.evaluation(shots=recipe.data.shots, queries=6, episodes=1, seed=-1)
+    show_one(run, folder, example)
+    names = f"methods=[{','.join(METHODS)}]"
+    summary = evaluate(arguments.recipes / "evaluate.yaml", [names, f"episodes={arguments.tasks}"])
     seconds = time.perf_counter() - start
-    queries = sum(len(episode.queries) for episode in episodes)
-    figures = {
-        **results,
-        "seconds": seconds,
-        "tasks": len(episodes),
-        "queries": queries,
-        "shots": recipe.data.shots,
-        "gists": recipe.gist.tokens,
-        "symbols": recipe.data.synthetic.symbols,
-        "versions": workflows.versions(),
-    }
-    write_atomically(folder / "results.json", json.dumps(figures, indent=2) + "\n")
-    draw_results(figures, folder / "results.png")
-    print(f"{queries:,} new words in {len(episodes)} unseen tasks, share answered with the right symbol:\n")
-    for name in CONDITIONS:
-        print(f"  {' '.join(LABELS[name].split()):40} {100 * results[name]:5.1f} %")
+    write_atomically(folder / "results.json", json.dumps({**summary, "seconds": seconds}, indent=2) + "\n")
+    draw_results(summary, folder / "results.png")
+    print(f"{summary['queries']:,} new words in {arguments.tasks} unseen tasks, share answered with the right symbol:\n")
+    for method in (summary["methods"][name] for name in METHODS):
+        print(f"  {method['label']:40} {100 * method['metrics']['accuracy']['mean']:5.1f} %")
     print(f"\n{seconds:.0f} s in all; figures in {folder / 'results.json'}, picture in {folder / 'results.png'}")
+    print("All methods and what they cost:  hyperllama evaluate recipes/quickstart/evaluate.yaml")
 
 
-def draw_results(figures: dict, path: str | Path) -> None:
-    """The picture of a results.json."""
-    made = f"{figures['shots']} demonstrations as {figures['gists']} gists"
-    title = f"{made}: {figures['queries']:,} new words in {figures['tasks']} unseen tasks"
-    bars({name: figures[name] for name in CONDITIONS}, path, title=title, chance=1 / figures["symbols"])
+def draw_results(summary: dict, path: str | Path) -> None:
+    """The picture of a summary of the quickstart."""
+    made = f"{summary['shots']} demonstrations as {summary['budget']} gists"
+    draw_quality(summary, path, f"{made}: {summary['queries']:,} new words in {summary['episodes']} unseen tasks")
 
 
 def show_one(run: Path, folder: Path, episode: Episode) -> None:

@@ -1,30 +1,194 @@
-"""Results for people: a picture with its caption's facts in it."""
+"""An evaluation for people: what it says first, then the table, then the pictures. A stranger should understand it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-LABELS = {
-    "no_context": "no context",
-    "swapped_prefix": "another task's prefix\n(control)",
-    "prefix": "the prefix",
-    "full_context": "all demonstrations,\nfull attention",
+from eval.metrics import METRICS
+from eval.summary import QUERIES_PER_TASK, difference, quantity
+from hyperllama.files import write_atomically
+
+COLOURS = {"ours": "#f58518", "context": "#4c78a8", "budget": "#72b7b2", "control": "#bab0ac", "copy": "#d4cbc7"}
+ROLES = {
+    "ours": "prefix",
+    "context": "plain context",
+    "budget": "same memory, untrained",
+    "control": "control",
+    "copy": "copying",
 }
-COLOURS = {"no_context": "#bab0ac", "swapped_prefix": "#bab0ac", "prefix": "#f58518", "full_context": "#4c78a8"}
 
 
-def bars(results: dict[str, float], path: str | Path, *, title: str, chance: float) -> None:
-    """Accuracy under each condition as horizontal bars, with chance as a dashed line."""
+def write_report(summary: dict[str, Any], folder: Path) -> None:
+    """report.md with quality.png and, where FLOPs are known, cost.png."""
+    draw_quality(summary, folder / "quality.png")
+    costs = any("query_flops" in method for method in summary["methods"].values())
+    if costs:
+        draw_costs(summary, folder / "cost.png")
+    write_atomically(folder / "report.md", "\n".join(_markdown(summary, costs)) + "\n")
+
+
+def _markdown(summary: dict[str, Any], costs: bool):
+    head = summary["headline"]
+    subject = summary["hypernetwork"] or (summary["base"] or {}).get("name") or "no model"
+    yield f"# {subject} on {summary['data']}\n"
+    yield (
+        f"{summary['queries']:,} queries in {summary['episodes']:,} episodes of {summary['tasks']:,} tasks, "
+        f"up to {summary['shots']} demonstrations, {METRICS[head].label}; 95 % intervals by bootstrap over episodes."
+        + (f" Chance is {quantity(summary['chance'], head)}." if summary["chance"] else "")
+        + (f" {summary['queries_left_out']:,} queries were too long and are left out." if summary["queries_left_out"] else "")
+    )
+    yield f"\nShared with the training data: {summary['shared_with_training']}.\n"
+    if summary["verdicts"]:
+        yield "## What it says\n"
+        for verdict in summary["verdicts"]:
+            answer = f" {verdict['answer'].capitalize()}." if verdict["answer"] else ""
+            yield f"- **{verdict['question']}**{answer} {verdict['sentence']}"
+        yield ""
+    yield "## Quality\n\n![Quality of each method with its interval](quality.png)\n"
+    metrics = list(next(iter(summary["methods"].values()))["metrics"])
+    difference_column = f" | the prefix is better or worse by ({METRICS[head].label})" if summary["ours"] else ""
+    yield f"| method | | {' | '.join(METRICS[m].label for m in metrics)}{difference_column} |"
+    yield "|---" * (2 + len(metrics) + bool(summary["ours"])) + "|"
+    for name, method in summary["methods"].items():
+        cells = [_with_interval(method["metrics"][m], m) for m in metrics]
+        if summary["ours"]:
+            cells.append(difference(method["ours_minus_this"][head], head) if "ours_minus_this" in method else "")
+        bold = "**" if name == summary["ours"] else ""
+        yield f"| {bold}{method['label']}{bold} | {ROLES[method['role']]} | {' | '.join(cells)} |"
+    if costs:
+        yield from _cost_table(summary)
+    if summary["categories"]:
+        yield from _category_table(summary)
+    yield f"\n{', '.join(f'{name} {version}' for name, version in summary['versions'].items())}"
+
+
+def _cost_table(summary: dict[str, Any]):
+    yield "\n## Cost\n\n![Quality against FLOPs](cost.png)\n"
+    yield (
+        "A context is encoded once per task and its keys and values are kept, unless a row says otherwise. FLOPs are those of "
+        "one query with its share of the encoding, for n queries per task; one multiply-add is 2. A cached full prompt has the "
+        "same FLOPs as any other method that encodes once, up to the attention over its rows: what a prefix saves beside it is "
+        "memory.\n"
+    )
+    yield f"| method | rows kept | bytes per task | {' | '.join(f'n = {n}' for n in QUERIES_PER_TASK)} |"
+    yield "|---|---|---" + "|---" * len(QUERIES_PER_TASK) + "|"
+    for name, method in summary["methods"].items():
+        if "query_flops" not in method:
+            continue
+        flops = [method["flops_per_query"][str(n)] for n in QUERIES_PER_TASK]
+        if name == "full_context":
+            again = [_si(method["reread_flops"])] * len(flops)
+            yield f"| {method['label']}, read again with every query | 0 | 0 | {' | '.join(again)} |"
+            yield _cost_row(f"{method['label']}, cached", method, flops)
+        else:
+            yield _cost_row(method["label"], method, flops)
+
+
+def _cost_row(label: str, method: dict[str, Any], flops: list[float]) -> str:
+    cells = [f"{method['state_rows']:.0f}", f"{method['state_bytes']:,.0f}", *map(_si, flops)]
+    return f"| {label} | {' | '.join(cells)} |"
+
+
+def _category_table(summary: dict[str, Any]):
+    names = list(summary["methods"])
+    yield "\n## By category\n\nEach with its own headline metric.\n"
+    yield f"| category | queries | metric | {' | '.join(summary['methods'][n]['label'] for n in names)} |"
+    yield "|---|---|---" + "|---" * len(names) + "|"
+    for category, entry in summary["categories"].items():
+        cells = [quantity(entry["methods"][n], entry["metric"]) for n in names]
+        yield f"| {category} | {entry['queries']:,} | {METRICS[entry['metric']].label} | {' | '.join(cells)} |"
+
+
+def _with_interval(figures: dict[str, float], metric: str) -> str:
+    scale, digits = (100, 1) if METRICS[metric].share else (1, 3)
+    low, high = (f"{scale * figures[key]:.{digits}f}" for key in ("low", "high"))
+    return f"{quantity(figures['mean'], metric)} [{low}, {high}]"
+
+
+def _si(value: float) -> str:
+    """1234567 -> 1.23 M."""
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:.0f}"
+
+
+def draw_quality(summary: dict[str, Any], path: str | Path, title: str | None = None) -> None:
+    """The headline metric of each method as a bar with its interval, chance as a dashed line."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    metric, methods = METRICS[summary["headline"]], summary["methods"]
+    scale = 100 if metric.share else 1
+    names = list(reversed(methods))
+    means = [scale * methods[n]["metrics"][summary["headline"]]["mean"] for n in names]
+    low, high = ([scale * methods[n]["metrics"][summary["headline"]][side] for n in names] for side in ("low", "high"))
+    figure = Figure(figsize=(8, 1.2 + 0.34 * len(names)), layout="constrained")
     axis = figure.subplots()
-    names = [name for name in reversed(LABELS) if name in results]
-    drawn = axis.barh([LABELS[n] for n in names], [100 * results[n] for n in names], color=[COLOURS[n] for n in names])
-    axis.bar_label(drawn, [f"{100 * results[n]:.1f} %" for n in names], padding=4)
-    axis.axvline(100 * chance, color="#444444", linestyle="--", linewidth=1)
-    axis.text(100 * chance + 1, len(names) - 0.52, f"chance {100 * chance:.1f} %", fontsize=8, color="#444444", va="bottom")
-    axis.set(xlim=(0, 115), xticks=range(0, 101, 20), xlabel="new words answered with the right symbol (%)")
-    axis.set_title(title, fontsize=10, pad=14)
+    errors = [[max(0, m - at) for m, at in zip(means, low)], [max(0, at - m) for m, at in zip(means, high)]]
+    axis.barh(
+        [methods[n]["label"] for n in names],
+        means,
+        xerr=errors,
+        color=[COLOURS[methods[n]["role"]] for n in names],
+        error_kw={"ecolor": "#444444", "elinewidth": 1, "capsize": 2},
+    )
+    # The whole scale from nothing to everything for a share: a cut axis would make small differences look large.
+    top = 100 if metric.share and max(high) > 50 else max(high) or 1
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the line of chance
+    for i, (mean, upper) in enumerate(zip(means, high)):
+        axis.text(
+            max(mean, upper) + top * 0.015,
+            i,
+            f"{mean:.1f}" if metric.share else f"{mean:.3f}",
+            va="center",
+            fontsize=8,
+            bbox=box,
+        )
+    if summary.get("chance"):
+        axis.axvline(scale * summary["chance"], color="#444444", linestyle="--", linewidth=1)
+        axis.text(scale * summary["chance"] + top * 0.01, len(names) - 0.45, "chance", fontsize=8, color="#444444", va="bottom")
+    better = "" if metric.higher_is_better else ", lower is better"
+    axis.set(xlim=(0, top * 1.12), xlabel=f"{metric.label}{' (%)' if metric.share else ''}{better}")
+    axis.set_title(title or f"{summary['queries']:,} queries of {summary['tasks']:,} tasks", fontsize=10, pad=14)
+    axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
+
+
+def draw_costs(summary: dict[str, Any], path: str | Path) -> None:
+    """Quality against FLOPs of a query, with its share of encoding at 1, 10 and 100 queries per task: a panel each."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    metric, scale = METRICS[summary["headline"]], 100 if METRICS[summary["headline"]].share else 1
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    panels = figure.subplots(1, len(QUERIES_PER_TASK), sharex=True, sharey=True)
+    shown = {name: m for name, m in summary["methods"].items() if "query_flops" in m and m["role"] != "control"}
+    handles = {}
+    panels[0].set_xscale("log")
+    panels[0].xaxis.set_minor_formatter(NullFormatter())
+    for panel, n in zip(panels, QUERIES_PER_TASK):
+        for name, method in shown.items():
+            quality = scale * method["metrics"][summary["headline"]]["mean"]
+            label = f"{method['label']}{', cached' if name == 'full_context' else ''} ({_si(method['state_bytes'])}B)"
+            points = [(method["flops_per_query"][str(n)], label, "o")]
+            if name == "full_context":
+                points.append((method["reread_flops"], f"{method['label']}, read again (0 B)", "X"))
+            for flops, label, marker in points:
+                edge = "#444444" if name == summary["ours"] else "white"
+                (handles[label],) = panel.plot(
+                    flops, quality, marker, color=_tone(name, method["role"]), markersize=10, markeredgecolor=edge, linestyle=""
+                )
+        panel.set(xlabel="FLOPs per query", title=f"{n} quer{'y' if n == 1 else 'ies'} per task")
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(f"{metric.label}{' (%)' if metric.share else ', lower is better'}")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def _tone(name: str, role: str) -> str:
+    """A colour for each method of a role, so that points can be told apart."""
+    tones = {"no_context": "#9ecae9", "instruction_only": "#88bde6", "multi_task": "#2f4b7c", "last_tokens": "#439894"}
+    return {**tones, "mean_pool": "#b6d8d5"}.get(name, COLOURS[role])

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from attention_masks import GistLayout, register, rotate
 from attention_masks.registration import layout_arguments
-from hyperllama.errors import UserError
+from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import canonical_json, sha256
 
 # Config attributes that change what a key means or who may see it, with the values at which they do nothing.
@@ -73,7 +73,7 @@ def load_base(name_or_path: str, *, dtype: str = "float32", revision: str | None
             name_or_path, config=config, dtype=getattr(torch, dtype), revision=revision
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{name_or_path}: the model's weights cannot be loaded ({_first_line(error)})") from error
+        raise UserError(f"{name_or_path}: the model's weights cannot be loaded ({in_one_line(error)})") from error
     return prepare(model, name_or_path).to(device or default_device())
 
 
@@ -93,7 +93,7 @@ def random_config(architecture: Mapping[str, Any], **fields):
     try:
         config = AutoConfig.for_model(model_type, **{**settings, **fields})
     except (ValueError, TypeError) as error:
-        raise UserError(f"model.architecture: {_first_line(error)}") from error
+        raise UserError(f"model.architecture: {in_one_line(error)}") from error
     check_config(config, "model.architecture")
     return config
 
@@ -111,7 +111,7 @@ def load_config(name_or_path: str, revision: str | None = None):
         return AutoConfig.from_pretrained(name_or_path, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{name_or_path}: neither a model folder here nor a model that the hub gives ({_first_line(error)})"
+            f"{name_or_path}: neither a model folder here nor a model that the hub gives ({in_one_line(error)})"
         ) from error
 
 
@@ -120,7 +120,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     try:
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name_or_path}: has no tokenizer that transformers can load ({_first_line(error)})") from error
+        raise UserError(f"{name_or_path}: has no tokenizer that transformers can load ({in_one_line(error)})") from error
 
 
 def check_config(config, name: str) -> None:
@@ -209,7 +209,3 @@ def identify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None =
         config=sha256(canonical_json({**config, "rope_parameters": model.config.rope_parameters})),
         tokenizer=None if tokenizer is None else sha256(canonical_json(tokenizer.get_vocab())),
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

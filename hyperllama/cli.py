@@ -112,6 +112,43 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    recipe: Annotated[Path, typer.Argument(help="An evaluation recipe, such as recipes/quickstart/evaluate.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Dotted keys of the recipe.")] = None,
+) -> None:
+    """Hold a hypernetwork's prefixes against everything they should be held against; run it again to go on."""
+    _workflows()
+    from eval.run import evaluate
+    from eval.summary import quantity
+
+    summary = evaluate(recipe, overrides or ())
+    if summary is None:
+        return
+    width = max(len(method["label"]) for method in summary["methods"].values())
+    for method in summary["methods"].values():
+        figures = method["metrics"][summary["headline"]]
+        interval = " to ".join(quantity(figures[side], summary["headline"]) for side in ("low", "high"))
+        typer.echo(f"{method['label']:<{width}}  {quantity(figures['mean'], summary['headline']):>9}   {interval}")
+    for verdict in summary["verdicts"]:
+        typer.echo(f"\n{verdict['question']} {verdict['answer']}".rstrip() + f"\n  {verdict['sentence']}")
+    typer.echo(f"\n{summary['report']}")
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A recipe of any kind.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Dotted keys of the recipe.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Another recipe whose data this one's must not share.")] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="How many episodes to draw for the figures.")] = 500,
+) -> None:
+    """Say what a recipe's data is, before anything is paid for: no GPU, no weights."""
+    _workflows()
+    from eval.check import check as report
+
+    typer.echo(report(recipe, overrides or (), against=against, episodes=episodes))
+
+
+@app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="A prefix file, or the folder of a run.")]) -> None:
     """Say what a prefix or a run is, what made it, and for which base."""
     workflows = _workflows()

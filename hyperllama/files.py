@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,31 @@ def read_json(path: str | Path, what: str) -> Any:
         raise UserError(f"{path}: not a text file; expected {what}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); expected {what}") from None
+
+
+def read_json_lines(path: str | Path, what: str) -> Iterator[tuple[str, Any]]:
+    """The values of a file of JSON lines, each with "file, line n" to begin an error with; UserError where it is not JSON."""
+    path = Path(path)
+    try:
+        # Not splitlines: a JSON string may hold other line separators of Unicode as they are.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error}); expected JSON lines") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                yield where, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: not JSON ({error.msg}); expected {what}") from None
+
+
+def whole_json_lines(path: str | Path) -> list[Any]:
+    """The values of a file of JSON lines that grows, up to a line that a crash cut short; none if there is no file."""
+    values = []
+    for line in Path(path).read_text(encoding="utf-8").split("\n") if Path(path).exists() else ():
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return values

@@ -12,12 +12,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attention_masks import GistLayout, Segment, rotate
+from attention_masks import GistLayout, Segment
 from hyperllama import __version__
-from hyperllama.backbone import BaseIdentity, identify, inverse_frequencies, packed_arguments
+from hyperllama.backbone import BaseIdentity, identify
 from hyperllama.data.packing import GistBatch
+from hyperllama.encoding import encode_gists
 from hyperllama.errors import UserError
 from hyperllama.files import canonical_json, read_json, sha256, write_atomically
 from hyperllama.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RowLora
@@ -106,25 +107,9 @@ class GistHypernetwork(PackedModel):
         ids (1, T), anything in gist rows; `layout` has gists in every segment; a reader is the list of segments that it
         reads, in order, and its prefix holds their gists one after the other at positions 0, 1, 2, ...
         """
-        device = self.gists.device
-        layout = layout.to(device)
-        cache = _GistRows(layout.gist_rows)
-        self.base.get_decoder()(
-            inputs_embeds=self._embed(ids.to(device), layout),
-            past_key_values=cache,
-            use_cache=True,
-            gist_lora=self.lora,
-            **packed_arguments(self.base, layout, self.backend),
-        )
-        column = {row: i for i, row in enumerate(layout.gist_rows.tolist())}
-        prefixes = []
-        for reads in readers:
-            rows = [row for segment in reads for row in layout.gists_of(segment)]
-            columns = torch.tensor([column[row] for row in rows], device=device)
-            to_front = torch.arange(len(rows), device=device) - layout.positions[rows]
-            keys = [rotate(k[:, columns], to_front, inverse_frequencies(self.base)) for k, _ in cache.states]
-            prefixes.append(Prefix(keys, [v[:, columns] for _, v in cache.states]))
-        return prefixes
+        layout = layout.to(self.gists.device)
+        embeds = self._embed(ids.to(self.gists.device), layout)
+        return encode_gists(self.base, layout, readers, backend=self.backend, inputs_embeds=embeds, gist_lora=self.lora)
 
     def _sign(self, manifest: Manifest, context: list[int]) -> Manifest:
         return dataclasses.replace(
@@ -204,19 +189,6 @@ def read_config(folder: str | Path) -> dict:
             f"{folder}: not a hypernetwork, it has no {', '.join(missing)}; give the folder of a finished training run"
         )
     return read_json(folder / CONFIG, "a hypernetwork's manifest")
-
-
-class _GistRows(DynamicCache):
-    """A cache that keeps gist rows only, (N, S, D) a layer, so that memory does not grow with the context."""
-
-    def __init__(self, rows: Tensor):
-        super().__init__()
-        self.rows = rows
-        self.states: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        self.states.append((key_states[0, :, self.rows].to(value_states.dtype), value_states[0, :, self.rows]))
-        return key_states, value_states
 
 
 def _card(config: dict, parameters: int) -> str:

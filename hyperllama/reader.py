@@ -1,4 +1,4 @@
-"""The frozen model that reads prefixes: stock `generate`, with one prefix a row."""
+"""The frozen model that reads prefixes: stock `generate`, with one prefix a row, and likelihoods in packed passes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hyperllama.backbone import identify
+from hyperllama.encoding import encode_whole
 from hyperllama.errors import UserError
 from hyperllama.prefix import Prefix
+from hyperllama.scoring import Question, continuation_scores
 
 
 class Reader:
@@ -19,15 +21,42 @@ class Reader:
         self.model, self.tokenizer = model, tokenizer
         self.identity = identify(model, tokenizer)
 
+    def encode(self, contexts: Sequence[Sequence[int]], *, batch_tokens: int = 8192) -> list[Prefix]:
+        """Prefixes that keep every token of the contexts (token ids, at least one each): full attention, encoded once."""
+        prefixes: list[Prefix] = []
+        batch: list[Sequence[int]] = []
+        for context in contexts:
+            if batch and sum(map(len, batch)) + len(context) > batch_tokens:
+                prefixes += encode_whole(self.model, batch)
+                batch = []
+            batch.append(context)
+        return prefixes + (encode_whole(self.model, batch) if batch else [])
+
+    def score(self, questions: Sequence[Question], *, batch_tokens: int = 8192) -> list[list[float]]:
+        """The log-probability in nats of each continuation of each question, summed over its tokens.
+
+        Raises UserError for a prefix of another base, or an empty prompt or continuation.
+        """
+        for prefix in {id(q.prefix): q.prefix for q in questions if q.prefix is not None}.values():
+            prefix.check(self.identity)
+        return continuation_scores(self.model, questions, batch_tokens=batch_tokens)
+
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix] | None = None, *, batch_size: int = 32, **settings
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefixes: Sequence[Prefix] | None = None,
+        *,
+        batch_size: int = 32,
+        batch_tokens: int | None = None,
+        **settings,
     ) -> list[list[int]]:
         """Continue each prompt behind its own prefix; different tasks and lengths may share a batch.
 
-        `prompts` are token ids; `prefixes` one for each, or None to read without; `settings` go to transformers'
-        `generate` verbatim, apart from `num_return_sequences`: an answer a prompt. Returns the new tokens of each row,
-        up to its end token. Raises UserError for a prefix of another base, or where the model's positions end.
+        `prompts` are token ids; `prefixes` one for each, or None to read without; `settings` go to transformers' `generate`
+        verbatim, apart from `num_return_sequences`: an answer a prompt. A batch has at most `batch_size` rows, and with
+        `batch_tokens` no more prefix rows and prompt tokens, padding included, unless one row has. Returns the new tokens of
+        each row, up to its end token. Raises UserError for a prefix of another base, or where the model's positions end.
         """
         if settings.get("num_return_sequences", 1) != 1:
             raise ValueError("a reader gives one answer a prompt: repeat the prompt instead of num_return_sequences")
@@ -36,10 +65,10 @@ class Reader:
         for prefix in {id(p): p for p in prefixes or ()}.values():
             prefix.check(self.identity)
         # Neighbours in length share a batch, so that little of it is padding.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        gists = [prefix.gists for prefix in prefixes] if prefixes is not None else [0] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: (gists[i], len(prompts[i])))
         continuations: list[list[int]] = [[]] * len(prompts)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in _batches(order, gists, list(map(len, prompts)), batch_size, batch_tokens):
             batch = self._generate([prompts[i] for i in rows], prefixes and [prefixes[i] for i in rows], settings)
             for i, continuation in zip(rows, batch, strict=True):
                 continuations[i] = continuation
@@ -72,6 +101,19 @@ class Reader:
         output = self.model.generate(ids, attention_mask=mask, **cache, **settings)[:, longest:].tolist()
         ends = settings["eos_token_id"]  # one, several or none; what follows is padding
         return [_until(row, set(ends) if isinstance(ends, list) else {ends}) for row in output]
+
+
+def _batches(order: list[int], gists: list[int], prompts: list[int], most_rows: int, most_tokens: int | None):
+    """Cut `order` into batches of rows that are padded to their longest prefix and their longest prompt."""
+    batch: list[int] = []
+    for i in order:
+        width = max(gists[j] for j in (*batch, i)) + max(prompts[j] for j in (*batch, i))
+        if batch and (len(batch) == most_rows or (most_tokens is not None and (len(batch) + 1) * width > most_tokens)):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def _until(row: list[int], ends: set[int]) -> list[int]:

@@ -1,10 +1,9 @@
-"""Recipes: what a training run is, as typed YAML. No torch, no weights: a wrong recipe is told about at once and in full."""
+"""Recipes: what a run is, as typed YAML. No torch, no weights: a wrong recipe is told about at once and in full."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +13,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from hyperllama.data.p3 import P3Settings
+from hyperllama.data.symbols import SymbolSettings
 from hyperllama.data.synthetic import SyntheticLanguage
+from hyperllama.data.templates import TemplateSettings
 from hyperllama.data.text import Limits, TextFormat
-from hyperllama.errors import UserError
+from hyperllama.data.windows import WindowSettings
+from hyperllama.errors import UserError, in_one_line
+from hyperllama.recipe_checks import recipe_problems
 
 
 @dataclass(frozen=True)
@@ -54,23 +58,52 @@ class LoraRecipe:
 
 
 @dataclass(frozen=True)
-class DataRecipe:
-    """Where episodes come from and how they are drawn.
+class SourceRecipe:
+    """One source of episodes.
 
-    source: "synthetic" (a generated language), "sni" (a clone of natural-instructions at `root`; `split` is a list below
-    `splits`), or "jsonl" (a file, or a folder of files, at `root`). An episode has `min_shots` to `shots` demonstrations
-    (exactly `shots` if `min_shots` is null) and `queries` queries that share them.
+    source: "synthetic" (a generated language), "sni" (Super-NaturalInstructions; `split` is a list below `splits`), "p3" (the
+    Public Pool of Prompts), "templates" (P3 prompts rendered over labelled sets), "symbols" (symbol tuning of labelled sets),
+    "text" (windows of plain text), or "jsonl" (a file, or a folder of files). `root` is a local folder or file, `hub` a name
+    for the `datasets` library instead. At most `instances_per_task` examples of a task are used. `own_demonstrations`: show
+    only those that a task's file means to be shown (S-NI's positive examples), not its other examples. `weight` counts in a
+    mixture.
     """
 
-    source: Literal["synthetic", "sni", "jsonl"] = "synthetic"
+    source: Literal["synthetic", "sni", "p3", "templates", "symbols", "text", "jsonl"] = "synthetic"
     root: str | None = None
+    hub: str | None = None
     split: str = "train"
     splits: str = "splits/default"
     instances_per_task: int = 100
+    own_demonstrations: bool = False
+    weight: float = 1.0
+    p3: P3Settings = field(default_factory=P3Settings)
+    templates: TemplateSettings = field(default_factory=TemplateSettings)
+    symbols: SymbolSettings = field(default_factory=SymbolSettings)
+    text: WindowSettings = field(default_factory=WindowSettings)
+    synthetic: SyntheticLanguage = field(default_factory=SyntheticLanguage)
+
+
+@dataclass(frozen=True)
+class DataRecipe(SourceRecipe):
+    """Where episodes come from and how they are drawn: one source, or a `mixture` of several by their weights.
+
+    An episode has `min_shots` to `shots` demonstrations (exactly `shots` if `min_shots` is null; per class for symbols) and
+    `queries` queries that share them.
+    """
+
+    mixture: list[SourceRecipe] = field(default_factory=list)
     shots: int = 16
     min_shots: int | None = None
     queries: int = 4
-    synthetic: SyntheticLanguage = field(default_factory=SyntheticLanguage)
+
+    @property
+    def parts(self) -> list[SourceRecipe]:
+        """The sources: those of the mixture, or the one."""
+        return list(self.mixture) or [self]
+
+    def __str__(self) -> str:
+        return " + ".join(f"{part.source} {part.hub or part.root or ''}".strip() for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -101,36 +134,89 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
 
 
-def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe file with `dotted.key=value` overrides.
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """One evaluation: methods side by side on the same examples.
+
+    `hypernetwork` is the folder of a run, whose base is read from there, or from `model` if it has moved; without one, `model`
+    alone is evaluated. `multi_task` is the run of a full-attention model, `prefixes` a folder of prefix files named by task.
+    `budget` is the number of key-value rows of the methods that have one, the hypernetwork's gists unless given. `methods` are
+    names of `eval.methods.METHODS`; empty for all that apply. `metric`: "text" generates and scores ROUGE-L and exact match,
+    "choices" ranks the choices of a query by likelihood, "loss" is that of the continuation; "auto" goes by the data. `format`
+    and `limits` are those of the hypernetwork unless given. At most `episodes` episodes of a source that could go on for ever.
+    A batch has at most `batch_tokens` tokens. `leaks`: whether data shared with the training refuses or warns.
+    """
+
+    method: Literal["evaluate"] = "evaluate"
+    output: str | None = None
+    seed: int = 0
+    hypernetwork: str | None = None
+    model: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    multi_task: str | None = None
+    prefixes: str | None = None
+    data: DataRecipe = field(default_factory=DataRecipe)
+    episodes: int = 100
+    budget: int | None = None
+    methods: list[str] = field(default_factory=list)
+    metric: Literal["auto", "text", "choices", "loss"] = "auto"
+    format: TextFormat | None = None
+    limits: Limits | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
+    batch_tokens: int = 8192
+    resamples: int = 1000
+    leaks: Literal["refuse", "warn"] = "refuse"
+
+
+SCHEMAS = {"hypernetwork": Recipe, "full_attention": Recipe, "evaluate": EvaluationRecipe}
+OPEN = ("training", "model.architecture", "generation")  # keys below these are not ours to know
+AnyRecipe = Recipe | EvaluationRecipe
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = (), *, schema: type = Recipe) -> Any:
+    """Read and check a recipe file with `dotted.key=value` overrides; a `Recipe`, or what `schema` says.
 
     Raises UserError with one line for every problem: the file (or "command line"), the key, what is wrong, and the nearest
     known name.
     """
+    written = _read(path)
+    named = written.get("method", "hypernetwork")
+    if SCHEMAS.get(named, schema) is not schema:
+        verb = "evaluate" if named == "evaluate" else "train"
+        raise UserError(f"{path}: its method is {named}; run it with hyperllama {verb}")
+    problems: list[str] = []
+    merged = _merge(OmegaConf.structured(schema), written, schema, str(path), problems)
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            problems.append(f"command line: {override!r} is not of the form dotted.key=value")
+            continue
+        merged = _merge(merged, OmegaConf.from_dotlist([override]), schema, "command line", problems)
+    recipe = OmegaConf.to_object(merged)
+    problems += [f"{path}: {problem}" for problem in recipe_problems(recipe)]
+    if problems:
+        raise UserError("\n".join(problems))
+    return recipe
+
+
+def load_any_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> AnyRecipe:
+    """A recipe of whichever kind its `method` says it is."""
+    return load_recipe(path, overrides, schema=SCHEMAS.get(_read(path).get("method", "hypernetwork"), Recipe))
+
+
+def _read(path: str | Path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such recipe file")
     try:
         written = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path}: not YAML ({in_one_line(error)})") from error
     if not OmegaConf.is_dict(written):
         raise UserError(f"{path}: a recipe is a mapping of keys, this is {type(OmegaConf.to_container(written)).__name__}")
-    problems: list[str] = []
-    merged = _merge(OmegaConf.structured(Recipe), written, str(path), problems)
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            problems.append(f"command line: {override!r} is not of the form dotted.key=value")
-            continue
-        merged = _merge(merged, OmegaConf.from_dotlist([override]), "command line", problems)
-    recipe = OmegaConf.to_object(merged)
-    problems += [f"{path}: {problem}" for problem in _impossible(recipe)]
-    if problems:
-        raise UserError("\n".join(problems))
-    return recipe
+    return written
 
 
-def save_recipe(recipe: Recipe) -> str:
+def save_recipe(recipe: AnyRecipe) -> str:
     """The resolved recipe as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
@@ -147,12 +233,12 @@ def differences(old: str, new: str) -> list[str]:
     return [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
 
 
-def _merge(config, addition, where: str, problems: list[str]):
+def _merge(config, addition, schema: type, where: str, problems: list[str]):
     """Merge leaf by leaf, so that each problem is found, not only the first."""
-    for key, value in _leaves(OmegaConf.to_container(addition), Recipe, ""):
-        nearest = _nearest(key)
-        if nearest is not None:
-            problems.append(f"{where}: {key}: unknown key{nearest}")
+    for key, value in _leaves(OmegaConf.to_container(addition), schema, ""):
+        unknown = list(_unknown(key, value, schema))
+        if unknown:
+            problems += [f"{where}: {problem}" for problem in unknown]
             continue
         try:
             one = value
@@ -164,25 +250,42 @@ def _merge(config, addition, where: str, problems: list[str]):
     return config
 
 
+def _unknown(key: str, value: Any, schema: type):
+    """What is unknown about a key, or about the keys of a list's elements below it."""
+    nearest = _nearest(key, schema)
+    if nearest is not None:
+        yield f"{key}: unknown key{nearest}"
+    elif key == "data.mixture" and isinstance(value, list):
+        for i, element in enumerate(value):
+            for name, part in _leaves(element, SourceRecipe, "") if isinstance(element, dict) else ():
+                for problem in _unknown(name, part, SourceRecipe):
+                    yield f"{key}[{i}].{problem}"
+
+
 def _leaves(value: Any, schema: Any, key: str):
     """Dotted keys and values, down to where the schema stops having named fields."""
     if dataclasses.is_dataclass(schema) and isinstance(value, dict):
         types = typing.get_type_hints(schema)
         for name, part in value.items():
-            yield from _leaves(part, types.get(name), f"{key}.{name}" if key else str(name))
-    elif key in ("training", "model.architecture") and isinstance(value, dict):
+            yield from _leaves(part, _named(types.get(name)), f"{key}.{name}" if key else str(name))
+    elif key in OPEN and isinstance(value, dict):
         for name, part in value.items():
             yield f"{key}.{name}", part
     else:
         yield key, value
 
 
-def _nearest(key: str) -> str | None:
+def _named(kind: Any) -> Any:
+    """The dataclass of an optional one."""
+    return next((part for part in typing.get_args(kind) if dataclasses.is_dataclass(part)), kind)
+
+
+def _nearest(key: str, schema: Any) -> str | None:
     """None for a known key; for an unknown one a hint, which may be empty."""
-    names, schema, known = key.split("."), Recipe, ""
+    names, known = key.split("."), ""
     for i, name in enumerate(names):
         if not dataclasses.is_dataclass(schema):
-            if known not in ("training", "model.architecture"):
+            if known not in OPEN and typing.get_origin(schema) is not dict:
                 return f"; {known} has no keys below it"
             if known == "training" and i == 1:
                 return _hint("training", name, _training_fields())
@@ -190,7 +293,7 @@ def _nearest(key: str) -> str | None:
         types = typing.get_type_hints(schema)
         if name not in types:
             return _hint(known, name, list(types))
-        schema, known = types[name], f"{known}.{name}" if known else name
+        schema, known = _named(types[name]), f"{known}.{name}" if known else name
     return None
 
 
@@ -207,67 +310,3 @@ def _training_fields() -> list[str]:
     from transformers import TrainingArguments
 
     return [f.name for f in dataclasses.fields(TrainingArguments)]
-
-
-def _impossible(recipe: Recipe) -> list[str]:
-    """Everything about the values of a recipe that cannot work, a sentence each."""
-    found = []
-
-    def check(holds: bool, problem: str):
-        if not holds:
-            found.append(problem)
-
-    model, data, limits, training = recipe.model, recipe.data, recipe.limits, recipe.training
-    check(bool(recipe.output), "output: give the folder for this run")
-    folder = Path(model.name_or_path or "")
-    if model.name_or_path and folder.is_dir():
-        has_config = (folder / "config.json").is_file()
-        check(has_config, f"model.name_or_path: {folder} is not a model folder, it has no config.json; give one that has")
-    if not model.name_or_path:
-        check(bool(model.architecture), "model: give name_or_path, or an architecture to initialise at random")
-        known = not model.architecture or "model_type" in model.architecture
-        check(known, "model.architecture.model_type: give the kind of model, such as llama")
-        enough = model.tokenizer == "words" or model.vocab_size >= 300
-        check(enough, "model.vocab_size: at least 300, the bytes and some merges")
-        fits = model.tokenizer == "bytes" or data.source == "synthetic"
-        check(fits, "model.tokenizer: words knows the synthetic language only; choose bytes")
-    check(recipe.gist.tokens >= 1, f"gist.tokens: at least 1, not {recipe.gist.tokens}")
-    check(recipe.lora.rank >= 1, f"lora.rank: at least 1, not {recipe.lora.rank}")
-    check(0 <= recipe.lora.dropout < 1, f"lora.dropout: a share below 1, not {recipe.lora.dropout}")
-    fewest = data.shots if data.min_shots is None else data.min_shots
-    check(0 <= fewest <= data.shots, f"data.min_shots: between 0 and data.shots={data.shots}, not {fewest}")
-    check(data.queries >= 1, f"data.queries: at least 1, not {data.queries}")
-    check(data.instances_per_task >= 1, f"data.instances_per_task: at least 1, not {data.instances_per_task}")
-    check(limits.context_tokens >= 1, f"limits.context_tokens: at least 1, not {limits.context_tokens}")
-    check(
-        limits.query_tokens >= 2,
-        f"limits.query_tokens: at least 2 (a token of input, one of answer), not {limits.query_tokens}",
-    )
-    if data.source == "synthetic":
-        found += [f"data.synthetic: {problem}" for problem in data.synthetic.problems()]
-    else:
-        check(bool(data.root), f"data.root: give the folder or file of source {data.source}")
-        if data.root and not Path(data.root).exists():
-            found.append(f"data.root: {data.root} does not exist; set it to where your copy of the data is")
-    found += recipe.format.problems()
-    check("output_dir" not in training, "training.output_dir: is set by output; remove it")
-    if data.source == "synthetic":
-        check(training.get("max_steps", -1) > 0, "training.max_steps: the synthetic language is endless, so say how many steps")
-    positions = _positions(model)
-    needed = limits.context_tokens + limits.query_tokens + (recipe.gist.tokens if recipe.method == "hypernetwork" else 0)
-    if positions is not None and needed > positions:
-        found.append(f"limits: context_tokens, query_tokens and gists need {needed} positions, but the model has {positions}")
-    return found
-
-
-def _positions(model: ModelRecipe) -> int | None:
-    """The model's longest sequence, where it can be known without loading anything."""
-    if not model.name_or_path:
-        return model.architecture.get("max_position_embeddings")
-    config = Path(model.name_or_path) / "config.json"
-    if not config.is_file():
-        return None
-    try:
-        return json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings")
-    except ValueError:
-        return None

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hyperllama.errors import UserError
-from hyperllama.files import write_atomically
+from hyperllama.errors import UserError, in_one_line
+from hyperllama.files import whole_json_lines, write_atomically
 from hyperllama.objectives import TokenLoss
 
 CHECKPOINTS, METRICS, PLOT = "checkpoints", "metrics.jsonl", "loss.png"
@@ -71,7 +71,7 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            kept = [line for line in whole_json_lines(self.path) if line["step"] <= state.global_step]
             write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -82,18 +82,7 @@ class MetricsFile(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            plot_loss(read_metrics(self.path), self.plot)
-
-
-def read_metrics(path: str | Path) -> list[dict]:
-    """The lines of a metrics file; a last line that a crash cut short is left out."""
-    lines = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+            plot_loss(whole_json_lines(self.path), self.plot)
 
 
 def plot_loss(metrics: list[dict], path: str | Path) -> None:
@@ -139,4 +128,4 @@ def training_arguments(settings: dict, *, run: str | Path, seed: int) -> Trainin
     try:
         return TrainingArguments(**{**defaults, **settings})
     except (TypeError, ValueError, ImportError) as error:
-        raise UserError(f"training: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"training: {in_one_line(error)}") from error

@@ -18,32 +18,22 @@ from transformers.trainer_utils import TrainOutput
 from hyperllama import __version__
 from hyperllama.backbone import check_config, load_base, load_config, load_tokenizer, random_base, random_config
 from hyperllama.data.episode import Example, Source
-from hyperllama.data.files import read_json_lines_tasks, read_sni, read_task
 from hyperllama.data.packing import pack_full, pack_gist
+from hyperllama.data.sni import read_task
 from hyperllama.data.stream import Collator, EpisodeStream
-from hyperllama.data.synthetic import SyntheticSource
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
-from hyperllama.files import read_json, write_atomically
+from hyperllama.files import read_json, whole_json_lines, write_atomically
 from hyperllama.full_attention import FullAttention
 from hyperllama.hypernetwork import CONFIG, GistHypernetwork, read_config
 from hyperllama.prefix import Manifest, Prefix
 from hyperllama.reader import Reader
 from hyperllama.recipe import Recipe, differences, load_recipe, save_recipe
-from hyperllama.training import CHECKPOINTS, METRICS, GistTrainer, newest_checkpoint, read_metrics, training_arguments
+from hyperllama.sources import make_source
+from hyperllama.training import CHECKPOINTS, METRICS, GistTrainer, newest_checkpoint, training_arguments
 
 RECIPE, VERSIONS, BASE, RESULT = "recipe.yaml", "versions.json", "base", "result.json"
-
-
-def make_source(recipe: Recipe) -> Source:
-    """The data source that a recipe names."""
-    data = recipe.data
-    if data.source == "synthetic":
-        return SyntheticSource(data.synthetic)
-    if data.source == "sni":
-        return read_sni(data.root, split=data.split, splits=data.splits, instances_per_task=data.instances_per_task)
-    return read_json_lines_tasks(data.root)
 
 
 def make_base(recipe: Recipe, source: Source) -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerBase]:
@@ -89,7 +79,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
         if (run / RESULT).is_file():
             print(f"{run}: training had finished already; remove the folder to train again")
             return None
-    source = make_source(recipe)
+    source = make_source(recipe.data)
     set_seed(recipe.seed)
     write_atomically(run / RECIPE, resolved)
     write_atomically(run / VERSIONS, json.dumps(versions(), indent=2) + "\n")
@@ -132,11 +122,11 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
         notes = {
             "format": dataclasses.asdict(recipe.format),
             "limits": dataclasses.asdict(recipe.limits),
-            "data": f"{data.source} {data.root or ''}".strip(),
+            "data": str(data),
         }
         model.save_pretrained(run, notes)
         left_out = {
-            name: sum(line.get(name, 0) for line in read_metrics(run / METRICS))
+            name: sum(line.get(name, 0) for line in whole_json_lines(run / METRICS))
             for name in ("demonstrations", "dropped_demonstrations", "skipped_queries")
         }
         # Written last: its presence says that everything else is there.
@@ -159,11 +149,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def load_hypernetwork(run: str | Path, base_path: str | None = None) -> tuple[GistHypernetwork, Encoder]:
+def load_hypernetwork(
+    run: str | Path, base_path: str | None = None, *, dtype: str = "float32"
+) -> tuple[GistHypernetwork, Encoder]:
     """A trained hypernetwork with its base, and the encoder of its text format; `base_path` where the base has moved."""
     config = read_config(run)
     name = base_path or config["base"]["name"]
-    base, tokenizer = load_base(name), load_tokenizer(name)
+    base, tokenizer = load_base(name, dtype=dtype), load_tokenizer(name)
     notes = config["notes"]
     encoder = Encoder(tokenizer, TextFormat(**notes.get("format", {})), Limits(**notes.get("limits", {})))
     return GistHypernetwork.from_pretrained(run, base, tokenizer=tokenizer), encoder

@@ -5,12 +5,14 @@ from collections import Counter
 from random import Random
 
 import pytest
+from data_files import write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hyperllama.data.episode import Episode, Example, Task, TaskSource
-from hyperllama.data.files import read_json_lines, read_json_lines_tasks, read_sni, read_sni_task, read_task
+from hyperllama.data.files import read_examples, read_json_lines_tasks
 from hyperllama.data.packing import pack_full, pack_gist
+from hyperllama.data.sni import read_sni, read_sni_task, read_task
 from hyperllama.data.stream import EpisodeStream
 from hyperllama.data.synthetic import SyntheticLanguage, SyntheticSource
 from hyperllama.data.text import EncodedEpisode, Encoder, Limits, TextFormat
@@ -33,12 +35,6 @@ def sni_task(**changes) -> dict:
         ],
     }
     return {**task, **changes}
-
-
-def write(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
-    return path
 
 
 def test_sni_task(tmp_path):
@@ -82,7 +78,7 @@ def test_bad_sni_files_are_named(tmp_path, content, message):
 )
 def test_bad_json_lines_are_named_with_their_line(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
-        read_json_lines(write(tmp_path / "e.jsonl", content))
+        read_examples(write(tmp_path / "e.jsonl", content))
     assert str(tmp_path / "e.jsonl") in str(caught.value)
 
 
@@ -103,7 +99,7 @@ def test_inputs_need_no_outputs(tmp_path):
 @given(pairs=st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=5))
 def test_json_lines_round_trip_any_text(tmp_path, pairs):
     lines = "\n".join(json.dumps({"input": i, "output": o}) for i, o in pairs)
-    examples = read_json_lines(write(tmp_path / "e.jsonl", lines))
+    examples = read_examples(write(tmp_path / "e.jsonl", lines))
     assert [(e.input, e.output) for e in examples] == pairs
 
 
@@ -111,23 +107,23 @@ def test_sni_folder_takes_the_listed_tasks_that_are_there(tmp_path):
     for name in ("task1", "task2", "task3"):
         write(tmp_path / "tasks" / f"{name}.json", sni_task())
     write(tmp_path / "splits" / "default" / "train_tasks.txt", "task1\ntask3\ntask9\n")
-    source = read_sni(str(tmp_path), split="train", splits="splits/default", instances_per_task=1)
+    source = read_sni(str(tmp_path), split="train", splits="splits/default", instances=1)
     assert [(t.name, len(t.examples)) for t in source.tasks] == [("task1", 1), ("task3", 1)]
     with pytest.raises(UserError, match="test_tasks.txt is not there; choose a list below"):
-        read_sni(str(tmp_path), split="test", splits="splits/default", instances_per_task=1)
+        read_sni(str(tmp_path), split="test", splits="splits/default", instances=1)
     write(tmp_path / "splits" / "default" / "test_tasks.txt", "task8\n")
     with pytest.raises(UserError, match="none of the 1 tasks"):
-        read_sni(str(tmp_path), split="test", splits="splits/default", instances_per_task=1)
+        read_sni(str(tmp_path), split="test", splits="splits/default", instances=1)
     with pytest.raises(UserError, match="has no folder tasks; give a clone of natural-instructions"):
-        read_sni(str(tmp_path / "tasks"), split="test", splits="splits/default", instances_per_task=1)
+        read_sni(str(tmp_path / "tasks"), split="test", splits="splits/default", instances=1)
 
 
 def test_a_folder_of_json_lines_is_a_task_a_file(tmp_path):
     for name in "ab":
         write(tmp_path / f"{name}.jsonl", '{"input": "a", "output": "b"}')
-    assert [t.name for t in read_json_lines_tasks(str(tmp_path)).tasks] == ["a", "b"]
+    assert [t.name for t in read_json_lines_tasks(str(tmp_path), instances=9).tasks] == ["a", "b"]
     with pytest.raises(UserError, match="neither a .jsonl file nor a folder with some"):
-        read_json_lines_tasks(str(tmp_path / "missing"))
+        read_json_lines_tasks(str(tmp_path / "missing"), instances=9)
 
 
 def test_an_episode_never_shows_what_it_asks():
@@ -310,7 +306,7 @@ def test_tokenizers_survive_their_files(tmp_path, kind):
 
 
 def test_real_sni_reads_and_encodes(real_data):
-    source = read_sni(str(real_data / "sni"), split="test", splits="splits/default", instances_per_task=100)
+    source = read_sni(str(real_data / "sni"), split="test", splits="splits/default", instances=100)
     assert len(source.tasks) >= 50 and all(t.instruction and t.demonstrations and t.examples for t in source.tasks)
     tokenizer = train_tokenizer([source.tasks[0].instruction], kind="bytes", vocab_size=300)
     stream = EpisodeStream(

@@ -1,61 +1,412 @@
-"""Evaluation: the conditions are what they are called."""
+"""Evaluation: methods are what they are called, figures are paired, and a run can be cut and shared out at will."""
 
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import numpy as np
 import pytest
-from conftest import tiny_base, trained_hypernetwork
+import torch
+from conftest import tiny_architecture, tiny_base, trained_hypernetwork
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import set_seed
 
-from eval.conditions import CONDITIONS, accuracy, answer_all
-from eval.quickstart import unseen_tasks
-from eval.report import bars
-from hyperllama.data.episode import Episode, Example
+from eval.answering import kind_of, queries_of, results
+from eval.intervals import Bootstrap
+from eval.methods import METHODS, Bench, shuffled
+from eval.metrics import headline, normalise, rouge_l, score_choices, score_text
+from eval.run import evaluate
+from eval.summary import difference, quantity, summarise
+from hyperllama.backbone import random_base
+from hyperllama.data.episode import Episode, Example, TextWindow
 from hyperllama.data.synthetic import SyntheticLanguage, SyntheticSource
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
+from hyperllama.files import whole_json_lines
+from hyperllama.hypernetwork import GistHypernetwork
 from hyperllama.reader import Reader
 
+ROOT = Path(__file__).parent.parent
 LANGUAGE = SyntheticLanguage(categories=12, words_per_category=4, symbols=16, task_categories=3)
+WORDS = TextFormat(query="{input}", answer="{output}", separator="", end_token=False, answer_tokens=2)
+
+
+class TestMetrics:
+    @pytest.mark.parametrize(
+        "answer, references, rouge, exact",
+        [
+            ("The cats sat.", ["the cat sat"], 1.0, 0.0),  # stemming is ROUGE's alone
+            (" the  CAT, sat ", ["x", "The cat sat!"], 1.0, 1.0),
+            ("a b c d", ["a c"], 2 / 3, 0.0),
+            ("c a", ["a b c"], 0.4, 0.0),  # order counts: the longest common subsequence has one word
+            ("", ["a"], 0.0, 0.0),
+            ("?", ["!"], 0.0, 1.0),  # as the official script has it: nothing is left of either
+        ],
+    )
+    def test_text(self, answer, references, rouge, exact):
+        assert score_text(answer, references) == pytest.approx({"rouge_l": rouge, "exact_match": exact})
+
+    def test_references_must_not_be_empty(self):
+        with pytest.raises(UserError, match="has no references to score 'x' against"):
+            score_text("x", [])
+
+    @given(st.text(), st.text())
+    def test_a_text_equals_itself_and_rouge_is_symmetric(self, a, b):
+        assert normalise(a) == normalise(normalise(a))
+        assert rouge_l(a, b) == pytest.approx(rouge_l(b, a)) and 0 <= rouge_l(a, b) <= 1
+
+    def test_choices_are_ranked(self):
+        assert score_choices([-3.0, -1.0, -2.0], 1) == {"accuracy": 1.0}
+        assert score_choices([-3.0, -1.0, -2.0], 2) == {"accuracy": 0.0}
+
+    def test_headline_metrics_of_categories(self):
+        assert headline("text") == headline("text", "Title Generation") == "rouge_l"
+        assert headline("text", "Word Analogy") == "exact_match" and headline("choices", "Word Analogy") == "accuracy"
+
+    def test_copying_over_the_official_test_tasks(self, real_data, tmp_path):
+        """The reference figures of an independent implementation: ROUGE-L and exact match, x100."""
+        recipe = tmp_path / "copy.yaml"
+        recipe.write_text(f"""
+method: evaluate
+output: {tmp_path}/out
+data: {{source: sni, root: {real_data}/sni, split: test, shots: 2, queries: 100}}
+""")
+        found = evaluate(recipe)["methods"]
+        figures = {name: [round(100 * m["mean"], 2) for m in found[name]["metrics"].values()] for name in found}
+        assert figures == {"copy_input": [15.52, 0.0], "copy_demonstration": [30.27, 23.56]}
+
+
+class TestIntervals:
+    def test_means_weigh_units_and_intervals_cover_them(self):
+        bootstrap = Bootstrap([2, 2, 6], seed=1)
+        found = bootstrap.mean([2, 0, 3])
+        assert found.mean == 0.5 and 0 <= found.low <= 0.5 <= found.high <= 1
+
+    def test_differences_are_paired(self):
+        rng = np.random.default_rng(0)
+        hard = rng.normal(size=200) * 10  # episodes differ far more than methods do
+        bootstrap = Bootstrap(np.ones(200))
+        paired = bootstrap.difference(hard + 1 + rng.normal(size=200) * 0.1, hard)
+        assert paired.mean == pytest.approx(1, abs=0.05) and paired.high - paired.low < 0.1 and paired.excludes_zero()
+        assert bootstrap.mean(hard).high - bootstrap.mean(hard).low > 2
+
+    def test_intervals_cover_at_their_rate(self):
+        rng = np.random.default_rng(3)
+        hits = 0
+        for _ in range(200):
+            found = Bootstrap(np.ones(80), resamples=400, seed=int(rng.integers(1e9))).mean(rng.normal(loc=0.3, size=80))
+            hits += found.low <= 0.3 <= found.high
+        assert 0.88 < hits / 200 <= 1
+
+    def test_recovered_share(self):
+        bootstrap = Bootstrap(np.ones(50))
+        nothing, everything = np.zeros(50), np.ones(50)
+        assert bootstrap.recovered(np.full(50, 0.75), nothing, everything).mean == 0.75
+        assert bootstrap.recovered(np.full(50, 0.75), nothing, nothing) is None
 
 
 @pytest.fixture(scope="module")
-def setting():
-    tokenizer = train_tokenizer(SyntheticSource(LANGUAGE).texts(), kind="words", vocab_size=0)
-    text_format = TextFormat(query="{input}", answer="{output}", separator="", end_token=False, answer_tokens=2)
-    hypernetwork = trained_hypernetwork(tiny_base(), tokenizer=tokenizer)
-    return hypernetwork, Encoder(tokenizer, text_format, Limits(64, 16)), unseen_tasks(LANGUAGE, 4, 6, 2)
+def words():
+    return train_tokenizer(SyntheticSource(LANGUAGE).texts(), kind="words", vocab_size=0)
 
 
-def test_conditions_are_what_they_are_called(setting):
-    hypernetwork, encoder, episodes = setting
-    answers = answer_all(hypernetwork, encoder, episodes, tasks_per_pass=3)
-    assert tuple(answers) == CONDITIONS and all([len(a) for a in answers[name]] == [2] * 4 for name in CONDITIONS)
-    reader = Reader(hypernetwork.base, encoder.tokenizer)
-
-    def ask(prompt, prefix=None):
-        return encoder.tokenizer.decode(reader.generate([prompt], prefix and [prefix], max_new_tokens=2)[0])
-
-    contexts = [encoder.context("", episode.demonstrations)[0] for episode in episodes]
-    for i, episode in enumerate(episodes):
-        (own,), (other,) = (hypernetwork.compress([contexts[j % 4]]) for j in (i, i + 1))
-        for q, query in enumerate(episode.queries):
-            prompt = encoder.prompt(query.input)
-            assert answers["prefix"][i][q] == ask(prompt, own)
-            assert answers["swapped_prefix"][i][q] == ask(prompt, other)
-            assert answers["full_context"][i][q] == ask(contexts[i] + prompt)
-            assert answers["no_context"][i][q] == ask(encoder.start + prompt)
-    assert answers["prefix"] != answers["swapped_prefix"]
+@pytest.fixture(scope="module")
+def bench(words):
+    base = tiny_base()
+    episodes = SyntheticSource(LANGUAGE).evaluation(shots=6, queries=2, episodes=4, seed=0)
+    return Bench(
+        episodes=episodes,
+        encoder=Encoder(words, WORDS, Limits(64, 16)),
+        reader=Reader(base, words),
+        hypernetwork=trained_hypernetwork(base, tokenizer=words),
+        budget=3,
+    )
 
 
-def test_swapping_needs_different_tasks(setting):
-    hypernetwork, encoder, episodes = setting
-    with pytest.raises(UserError, match="needs neighbouring episodes of different tasks"):
-        answer_all(hypernetwork, encoder, episodes[:1])
+class TestMethods:
+    def run(self, bench, name, kind="choices", indices=(0, 1, 2, 3)):
+        asked = [queries_of(bench, bench.episodes[i], kind) for i in indices]
+        lines = list(results(bench, METHODS[name], indices, asked, kind, {}))
+        bench.forget()
+        return lines
+
+    @pytest.mark.parametrize("kind", ["choices", "text"])
+    def test_methods_are_what_they_are_called(self, bench, kind):
+        """Each against a plain pass of the model over tokens, one query and choice at a time."""
+        contexts = [bench.encoder.context("", e.demonstrations)[0] for e in bench.episodes]
+        prefixes = [bench.hypernetwork.compress([context])[0] for context in contexts]
+        lines = {name: self.run(bench, name, kind) for name in ("no_context", "full_context", "prefix", "swapped_prefix")}
+        model = bench.reader.model
+        for i, episode in enumerate(bench.episodes):
+            for q, query in enumerate(episode.queries):
+                prompt = bench.encoder.prompt(query.input)
+
+                def plain(context, prefix=None, prompt=prompt, query=query):
+                    if kind == "text":
+                        ids = bench.reader.generate([[*context, *prompt]], prefix and [prefix], max_new_tokens=2)[0]
+                        return bench.encoder.tokenizer.decode(ids).strip()
+                    cache = {} if prefix is None else {"past_key_values": prefix.to_cache()}
+                    with torch.no_grad():
+                        likely = model(torch.tensor([[*context, *prompt]]), **cache).logits[0, -1]
+                    return max(query.choices, key=lambda choice: likely[bench.encoder.answer(choice)[0]].item())
+
+                place = 2 * i + q
+                assert lines["no_context"][place]["answer"] == plain(bench.encoder.start)
+                assert lines["full_context"][place]["answer"] == plain(contexts[i])
+                assert lines["prefix"][place]["answer"] == plain([], prefixes[i])
+                assert lines["swapped_prefix"][place]["answer"] == plain([], prefixes[(i + 1) % 4])
+        assert [x["answer"] for x in lines["prefix"]] != [x["answer"] for x in lines["swapped_prefix"]]
+
+    def test_budgets_are_kept(self, bench):
+        for name in ("fewer_demonstrations", "last_tokens", "mean_pool", "prefix"):
+            states = METHODS[name].run(bench, range(4))
+            assert all(0 < state.prefix.gists <= 3 for state in states), name
+        bench.forget()
+        fewer = METHODS["fewer_demonstrations"].run(bench, [0])[0]
+        assert (fewer.demonstrations, fewer.tokens) == (1, 3)  # start, word, symbol
+
+    def test_a_long_instruction_gives_way_to_demonstrations(self, words):
+        episode = Episode("x " * 30, (Example("a", "b"), Example("c", "d")), (Example("e", "f"),), "t")
+        reader = Reader(tiny_base(), words)
+        bench = Bench([episode], Encoder(words, WORDS, Limits(64, 16)), reader, budget=6)
+        (state,) = METHODS["fewer_demonstrations"].run(bench, [0])
+        assert (state.demonstrations, state.tokens) == (2, 5)
+
+    @given(outputs=st.lists(st.sampled_from("abcd"), min_size=1, max_size=12), seed=st.integers(0, 9))
+    def test_shuffled_labels(self, outputs, seed):
+        demonstrations = tuple(Example(str(i), o, (o,)) for i, o in enumerate(outputs))
+        changed = shuffled(Episode("", demonstrations, (), "t"), seed, 0).demonstrations
+        assert [e.input for e in changed] == [str(i) for i in range(len(outputs))]
+        assert sorted(e.output for e in changed) == sorted(outputs)
+        kept = sum(a.output == b.output for a, b in zip(demonstrations, changed))
+        largest = max(outputs.count(o) for o in outputs)
+        assert kept == max(0, 2 * largest - len(outputs))  # none, but what a class of more than half must keep
+
+    def test_partners_are_of_another_task(self, bench):
+        a, b = bench.episodes[0], bench.episodes[1]
+        assert Bench([a, a, b]).partner(0) == 2 and Bench([a, b, a]).partner(2) == 1
+        with pytest.raises(UserError, match="needs episodes of at least two tasks"):
+            Bench([a, a]).partner(0)
+
+    def test_costs_stand_beside_answers(self, bench):
+        (full, *_), (prefix, *_) = self.run(bench, "full_context"), self.run(bench, "prefix")
+        assert full["state_rows"] == full["context_tokens"] == 13 and prefix["state_rows"] == 3
+        assert full["state_bytes"] / prefix["state_bytes"] == 13 / 3
+        assert full["reread_flops"] > full["query_flops"] > prefix["query_flops"] > 0
+        assert full["reread_flops"] == pytest.approx(full["encode_flops"] + full["query_flops"], rel=0.05)
+
+    def test_plain_text_is_scored_by_loss(self, words):
+        text = " ".join(Random(0).choices(SyntheticSource(LANGUAGE).words, k=200))
+        episodes = [Episode("", (), (), f"t{i}", window=TextWindow(text[70 * i :], 20, 10)) for i in range(3)]
+        base = tiny_base()
+        bench = Bench(episodes, Encoder(words, WORDS, Limits()), Reader(base, words), trained_hypernetwork(base), budget=3)
+        assert kind_of(episodes, "auto") == "loss"
+        lines = self.run(bench, "full_context", "loss", (0, 1, 2))
+        ids = torch.tensor([[words.bos_token_id, *words(text)["input_ids"][:30]]])
+        with torch.no_grad():
+            likely = base(ids).logits[0].log_softmax(-1)
+        expected = -sum(likely[row, ids[0, row + 1]].item() for row in range(21, 30))
+        assert (lines[0]["weight"], lines[0]["metrics"]["loss"]) == (9, pytest.approx(expected, abs=1e-3))
+        (last,) = METHODS["fewer_demonstrations"].run(bench, [0])
+        assert last.tokens == 3 and METHODS["prefix"].run(bench, [0])[0].prefix.gists == 3
 
 
-def test_accuracy_counts_any_reference():
-    episode = Episode("", (), (Example("a", "b", ("b", "c")), Example("a", "b")), "t")
-    assert accuracy([episode], [["c ", "c"]]) == 0.5
+class TestBadData:
+    def ask(self, words, query, kind, limits=None):
+        bench = Bench([Episode("", (), (query,), "t")], Encoder(words, WORDS, limits or Limits()))
+        return queries_of(bench, bench.episodes[0], kind)
+
+    def test_an_answer_outside_its_choices(self, words):
+        with pytest.raises(UserError, match=r"task t: the answer 'c' is not among its choices \['a', 'b'\]"):
+            self.ask(words, Example("x", "c", ("c",), ("a", "b")), "choices")
+
+    def test_a_query_too_long(self, words):
+        query = Example("x " * 20, "c")
+        with pytest.raises(UserError, match="task t: query 0 takes 21 tokens, more than limits.query_tokens=10"):
+            self.ask(words, query, "text", Limits(query_tokens=10))
+        assert self.ask(words, query, "text", Limits(query_tokens=10, too_long_query="skip")) == []
+
+    def test_kinds_that_the_data_does_not_allow(self):
+        asked, chosen = (Episode("", (), (Example("a", "b", (), choices),)) for choices in ((), ("b", "c")))
+        assert (kind_of([asked], "auto"), kind_of([chosen], "auto")) == ("text", "choices")
+        with pytest.raises(UserError, match="the data calls for choices and text"):
+            kind_of([asked, chosen], "auto")
+        with pytest.raises(UserError, match="choices needs data in which every query has choices"):
+            kind_of([asked], "choices")
+        with pytest.raises(UserError, match="windows of plain text have no answers"):
+            kind_of([Episode("", (), (), window=TextWindow("a", 1, 1))], "text")
 
 
-def test_the_picture_is_a_png(tmp_path):
-    bars({"no_context": 0.03, "prefix": 0.9, "full_context": 1.0}, tmp_path / "r.png", title="t", chance=0.03)
-    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, words):
+    """A hypernetwork of the synthetic language as a run leaves it, untrained, and an evaluation recipe beside it."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    set_seed(0)
+    base = random_base(tiny_architecture("llama"), vocab_size=len(words), bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    base.save_pretrained(folder / "base")
+    words.save_pretrained(folder / "base")
+    base.config.name_or_path = str(folder / "base")
+    hypernetwork: GistHypernetwork = trained_hypernetwork(base, tokenizer=words)
+    notes = {"format": vars(WORDS), "limits": {"context_tokens": 64, "query_tokens": 16}}
+    hypernetwork.save_pretrained(folder / "run", notes)
+    (folder / "run" / "recipe.yaml").write_text("output: x\nmodel: {architecture: {model_type: llama}, tokenizer: words}\n"
+                                                "training: {max_steps: 1}\n")  # fmt: skip
+    (folder / "evaluate.yaml").write_text(f"""
+method: evaluate
+output: {folder}/out
+hypernetwork: {folder}/run
+multi_task: {folder}/base
+data:
+  source: synthetic
+  shots: 6
+  queries: 2
+  synthetic: {{categories: 12, words_per_category: 4, symbols: 16, task_categories: 3, split: test}}
+episodes: 12
+batch_tokens: 60
+""")
+    return folder
+
+
+def command(run_folder, *arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "hyperllama", "evaluate", str(run_folder / "evaluate.yaml"), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def answers(folder):
+    lines = [line for path in sorted(folder.glob("examples/*.jsonl")) for line in whole_json_lines(path)]
+    found = {(x["method"], x["episode"], x["query"]): (x["answer"], x["metrics"]) for x in lines}
+    assert len(found) == len(lines), "something was scored twice"
+    return found
+
+
+class TestRuns:
+    def test_a_run_leaves_report_and_pictures(self, run_folder, tmp_path):
+        summary = evaluate(run_folder / "evaluate.yaml", [f"output={tmp_path}/out"])
+        out = tmp_path / "out"
+        wanted = set(METHODS) - {"instruction_only", "stored_prefix", "copy_input", "copy_demonstration"}
+        assert set(summary["methods"]) == wanted and summary["queries"] == 24
+        assert json.loads((out / "summary.json").read_text())["methods"] == summary["methods"]
+        report = (out / "report.md").read_text()
+        assert (
+            "## What it says" in report
+            and "Does it depend on its context?" in report
+            and "read again with every query" in report
+        )
+        assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("quality.png", "cost.png"))
+        assert all(label["label"] in report for label in summary["methods"].values())
+        assert {entry["answer"] for entry in summary["verdicts"]} <= {"yes", "no", "unclear", ""}
+        # Nothing is done again, and a method more is added to what is there.
+        before = answers(out)
+        again = evaluate(run_folder / "evaluate.yaml", [f"output={out}", "methods=[prefix,no_context]"])
+        assert set(again["methods"]) == {"prefix", "no_context"} and answers(out) == before
+        with pytest.raises(UserError, match=r"holds an evaluation of another recipe \(it differs in episodes\)"):
+            evaluate(run_folder / "evaluate.yaml", [f"output={out}", "episodes=3"])
+
+    @pytest.mark.slow
+    def test_two_shards_are_one_run(self, run_folder, tmp_path):
+        evaluate(run_folder / "evaluate.yaml", [f"output={tmp_path}/one"])
+        both = [command(run_folder, f"output={tmp_path}/two", RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+        ends = [process.communicate(timeout=120) for process in both]
+        assert all(process.returncode == 0 for process in both), ends
+        assert sorted(path.name for path in (tmp_path / "two" / "examples").iterdir()) == ["rank0.jsonl", "rank1.jsonl"]
+        assert answers(tmp_path / "two") == answers(tmp_path / "one")
+        one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+        assert one["methods"] == two["methods"]
+
+    @pytest.mark.slow
+    def test_an_interrupted_run_goes_on(self, run_folder, tmp_path):
+        evaluate(run_folder / "evaluate.yaml", [f"output={tmp_path}/whole"])
+        out = tmp_path / "cut"
+        process = command(run_folder, f"output={out}")
+        path, deadline = out / "examples" / "rank0.jsonl", time.time() + 100
+        while time.time() < deadline and (not path.exists() or path.stat().st_size < 4000):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        there = len(path.read_text().splitlines())
+        with path.open("a") as file:
+            file.write('{"method": "prefix", "episode": 11, "qu')  # what a crash leaves
+        assert 0 < there < 240 and not (out / "summary.json").exists()
+        process = command(run_folder, f"output={out}")
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert answers(out) == answers(tmp_path / "whole")
+
+    def test_leaks_refuse_or_warn(self, run_folder, tmp_path):
+        changes = [f"output={tmp_path}/out", "data.synthetic.split=train", "episodes=2", "methods=[prefix]"]
+        with pytest.raises(UserError, match="leaks: .*task synthetic language, train split.*; evaluate on other data"):
+            evaluate(run_folder / "evaluate.yaml", changes)
+        assert "train split" in evaluate(run_folder / "evaluate.yaml", [*changes, "leaks=warn"])["shared_with_training"]
+
+    def test_wrong_methods_are_named(self, run_folder):
+        with pytest.raises(UserError, match="methods: no method prefx; choose from no_context, "):
+            evaluate(run_folder / "evaluate.yaml", ["methods=[prefx]"])
+        with pytest.raises(UserError, match="methods: instruction_only needs has_instructions, which this recipe"):
+            evaluate(run_folder / "evaluate.yaml", ["methods=[instruction_only]"])
+
+    def test_stored_prefixes_are_read_by_task(self, run_folder, tmp_path):
+        from hyperllama import workflows
+
+        data = tmp_path / "data"
+        data.mkdir()
+        source = SyntheticSource(LANGUAGE)
+        for name in ("one", "two"):
+            task = source.task(Random(name), 6, 4)
+            lines = [json.dumps({"input": e.input, "output": e.output}) for e in (*task.demonstrations, *task.queries)]
+            (data / f"{name}.jsonl").write_text("\n".join(lines))
+        workflows.compress(run_folder / "run", sorted(data.iterdir()), f"{tmp_path}/prefixes/")
+        changes = ["data.source=jsonl", f"data.root={data}", f"prefixes={tmp_path}/prefixes", f"output={tmp_path}/out"]
+        summary = evaluate(run_folder / "evaluate.yaml", [*changes, "methods=[stored_prefix,copy_input]"])
+        assert summary["queries"] == 4 and summary["methods"]["stored_prefix"]["state_rows"] == 3
+
+    def test_a_model_alone_needs_no_hypernetwork(self, run_folder, tmp_path):
+        changes = [f"output={tmp_path}/out", "hypernetwork=null", f"model={run_folder}/base", "multi_task=null", "budget=4"]
+        changes += ["format.query='{input}'", "format.answer='{output}'", "format.separator=''", "format.end_token=false"]
+        summary = evaluate(run_folder / "evaluate.yaml", changes)
+        assert {"full_context", "mean_pool"} <= set(summary["methods"]) and summary["ours"] is None and not summary["verdicts"]
+        assert "prefix" not in summary["methods"]
+
+
+def line(method, episode, value, **more):
+    place = {"method": method, "episode": episode, "query": 0, "of": 1, "task": "t", "category": "", "weight": 1}
+    return {**place, "metrics": {"loss": value}, **more}
+
+
+class TestSummary:
+    FACTS = {"kind": "loss", "queries_offered": 40}
+
+    def summary(self, **losses):
+        lines = [line(name, i, value + i % 7) for name, value in losses.items() for i in range(40)]
+        return summarise(lines, list(losses), self.FACTS, resamples=200, seed=0)
+
+    def test_lower_is_better_for_a_loss(self):
+        found = self.summary(no_context=5.0, full_context=1.0, prefix=2.0, swapped_prefix=6.0)
+        by_question = {verdict["question"]: verdict for verdict in found["verdicts"]}
+        assert by_question["Does it help?"]["answer"] == "yes"
+        assert by_question["Is it as good as full attention?"]["answer"] == "no"
+        assert by_question["Does it depend on its context?"]["answer"] == "yes"
+        assert found["share_of_gain"]["mean"] == pytest.approx(0.75)
+
+    def test_a_prefix_that_ignores_its_context_is_told_so(self):
+        found = self.summary(no_context=5.0, full_context=5.0, prefix=2.0, swapped_prefix=2.0)
+        by_question = {verdict["question"]: verdict for verdict in found["verdicts"]}
+        assert by_question["Does it depend on its context?"]["answer"] == "unclear"
+        assert "there is little to compress" in by_question["Is it as good as full attention?"]["sentence"]
+
+    def test_figures_for_people(self):
+        assert (quantity(0.1234, "accuracy"), quantity(1.23456, "loss")) == ("12.3 %", "1.235")
+        assert difference({"mean": -0.1, "low": -0.2, "high": 0.05}, "accuracy") == "-10.0 [-20.0, +5.0]"
+        assert re.fullmatch(r"\+1\.000 \[.*\]", difference({"mean": 1, "low": 0, "high": 2}, "loss"))

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from eval.methods import METHODS
 from hyperllama.errors import UserError
-from hyperllama.recipe import differences, load_recipe, save_recipe
+from hyperllama.recipe import EvaluationRecipe, differences, load_any_recipe, load_recipe, save_recipe
 from hyperllama.training import training_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -35,14 +37,58 @@ def test_there_are_recipes():
     assert len(RECIPES) >= 4, RECIPES
 
 
+def places(value):
+    """Every folder that a recipe expects to find."""
+    if isinstance(value, list):
+        return [place for part in value for place in places(part)]
+    if not isinstance(value, dict):
+        return []
+    own = [value[key] for key in ("root", "hypernetwork", "prefixes") if isinstance(value.get(key), str)]
+    return own + [place for part in value.values() for place in places(part)]
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_recipe_is_whole(path, tmp_path, monkeypatch):
     # What a recipe expects to find is made here, so that the check does not depend on the machine.
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    recipe = load_recipe(path, ["data.root=data"])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for place in places(OmegaConf.to_container(OmegaConf.load(path))):
+        Path(place).mkdir(parents=True, exist_ok=True)
+    recipe = load_any_recipe(path)
     assert recipe.output.startswith("runs/")
-    training_arguments({**recipe.training, "use_cpu": True}, run=tmp_path / "run", seed=recipe.seed)
+    if recipe.method == "evaluate":
+        assert set(recipe.methods) <= set(METHODS)
+    else:
+        training_arguments({**recipe.training, "use_cpu": True}, run=tmp_path / "run", seed=recipe.seed)
+
+
+def test_a_recipe_of_another_verb_is_told_its_own(tmp_path):
+    assert "its method is evaluate; run it with hyperllama evaluate" in problems(tmp_path, "method: evaluate")[0]
+    with pytest.raises(UserError, match="its method is hypernetwork; run it with hyperllama train"):
+        load_recipe(write(tmp_path, GOOD), schema=EvaluationRecipe)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("format: {quary: x}", "format.quary: unknown key; did you mean format.query?"),
+        ("data: {mixture: [{source: sni, splot: x}]}", "data.mixture[0].splot: unknown key; did you mean split?"),
+        ("data: {mixture: [{source: sni, root: nowhere}]}", "data.mixture[0].root: nowhere does not exist"),
+        ("data: {mixture: [{source: text, root: ., text: {continuation_tokens: 1}}]}", "data.mixture[0].text: continuation"),
+        ("data: {source: symbols, root: ., symbols: {kinds: [emoji]}}", "data.symbols: kinds: choose from integers"),
+        ("data: {source: jsonl, hub: x}", "data.hub: source jsonl reads local files; give data.root instead"),
+        ("data: {source: sni, hub: x, root: .}", "data: give root or hub, not both"),
+        ("data: {source: templates, root: .}", "data.templates.templates: give P3's templates"),
+        ("resamples: 3", "resamples: at least 100 for an interval, not 3"),
+        ("hypernetwork: nowhere", "hypernetwork: nowhere is not a folder; train or compress first"),
+        ("metric: f1", "metric: Invalid value 'f1'"),
+    ],
+)
+def test_problems_of_an_evaluation(tmp_path, text, expected):
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, f"method: evaluate\noutput: out\n{text}\n"), schema=EvaluationRecipe)
+    (line,) = str(caught.value).splitlines()
+    assert expected in line
 
 
 def test_a_good_recipe_with_overrides(tmp_path):
@@ -87,8 +133,6 @@ def test_a_good_recipe_with_overrides(tmp_path):
     ],
 )
 def test_each_problem_is_named(tmp_path, change, expected):
-    from omegaconf import OmegaConf
-
     text = OmegaConf.to_yaml(OmegaConf.merge(OmegaConf.create(GOOD), OmegaConf.create(change)))
     assert expected.replace("{file}", str(tmp_path / "r.yaml")) in problems(tmp_path, text)
 

@@ -17,7 +17,8 @@ from hyperllama.data.packing import pack_gist
 from hyperllama.data.stream import Collator
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
-from hyperllama.training import GistTrainer, newest_checkpoint, read_metrics, training_arguments
+from hyperllama.files import whole_json_lines
+from hyperllama.training import GistTrainer, newest_checkpoint, training_arguments
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,7 +54,9 @@ training:
 
 def losses(run):
     return [
-        (line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(Path(run) / "metrics.jsonl") if "loss" in line
+        (line["step"], line["loss"], line["grad_norm"])
+        for line in whole_json_lines(Path(run) / "metrics.jsonl")
+        if "loss" in line
     ]
 
 
@@ -71,7 +74,7 @@ def test_a_run_leaves_all_that_describes_it(recipe, tmp_path):
     names = {path.name for path in run.iterdir()}
     assert names >= {"recipe.yaml", "versions.json", "metrics.jsonl", "loss.png", "result.json", "adapter_model.safetensors",
                      "adapter_config.json", "gists.safetensors", "hypernetwork.json", "README.md", "checkpoints"}  # fmt: skip
-    first = read_metrics(run / "metrics.jsonl")[0]
+    first = whole_json_lines(run / "metrics.jsonl")[0]
     assert first["targets"] > 0 and first["demonstrations"] == 4 * 3 and first["dropped_demonstrations"] == 0
     assert json.loads((run / "versions.json").read_text())["torch"] == torch.__version__
     saved = {path.name for path in (run / "checkpoints" / "checkpoint-6").iterdir()}
@@ -158,7 +161,7 @@ def test_workers_and_bf16_and_tensorboard(recipe, tmp_path):
 
 def test_what_the_limits_leave_out_is_counted_and_said(recipe, tmp_path, capsys):
     workflows.train(recipe, ["limits.context_tokens=60"])
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = whole_json_lines(tmp_path / "run" / "metrics.jsonl")
     dropped = sum(line.get("dropped_demonstrations", 0) for line in lines)
     assert dropped > 0 and dropped + sum(line.get("demonstrations", 0) for line in lines) == 6 * 4 * 3
     assert f"{dropped} demonstrations did not fit into limits.context_tokens" in capsys.readouterr().out

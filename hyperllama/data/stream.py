@@ -11,7 +11,7 @@ from random import Random
 
 from torch.utils.data import Dataset
 
-from hyperllama.data.episode import Source
+from hyperllama.data.episode import Episode, Source
 from hyperllama.data.packing import GistBatch
 from hyperllama.data.text import EncodedEpisode, Encoder
 from hyperllama.errors import UserError
@@ -27,12 +27,15 @@ class EpisodeStream(Dataset):
     def __len__(self) -> int:
         return self.length
 
+    def episode(self, index: int, attempt: int = 0) -> Episode:
+        """The text of an episode; a later attempt is what is drawn if none of its queries fits."""
+        rng = Random(f"{self.seed}/{index}/{attempt}")
+        return self.source.draw(rng, rng.randint(self.min_shots, self.shots), self.queries, index)
+
     def __getitem__(self, index: int) -> EncodedEpisode:
         skipped = 0
         for attempt in range(100):
-            rng = Random(f"{self.seed}/{index}/{attempt}")
-            shots = rng.randint(self.min_shots, self.shots)
-            encoded = self.encoder.encode(self.source.draw(rng, shots, self.queries, index))
+            encoded = self.encoder.encode(self.episode(index, attempt))
             if encoded.queries:
                 return EncodedEpisode(**{**vars(encoded), "skipped_queries": encoded.skipped_queries + skipped})
             skipped += encoded.skipped_queries

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from hyperllama.data.episode import Episode, Example
+from hyperllama.data.episode import Episode, Example, Provenance
 from hyperllama.errors import UserError
 
 
@@ -75,10 +75,21 @@ class SyntheticSource:
             words["".join(rng.choices(syllables, k=3))] = None
         self.words = list(words)
         self.categories = [self.words[i :: language.categories] for i in range(language.categories)]
-        self.symbols = [f"<{i}>" for i in range(language.symbols)]
+        self.symbols = tuple(f"<{i}>" for i in range(language.symbols))
 
     def __len__(self) -> int:
         return 0
+
+    def evaluation(self, *, shots: int, queries: int, episodes: int, seed: int) -> list[Episode]:
+        """`episodes` tasks, without any warm-up; neighbours differ."""
+        made: list[Episode] = []
+        for i in range(episodes):
+            attempts = (self.task(Random(f"evaluation/{seed}/{i}/{attempt}"), shots, queries) for attempt in range(100))
+            made.append(next(episode for episode in attempts if not made or episode.task != made[-1].task))
+        return made
+
+    def provenance(self) -> Provenance:
+        return Provenance(frozenset({f"synthetic language, {self.language.split} split"}))
 
     def texts(self) -> list[str]:
         return [*self.words, *self.symbols]
@@ -98,11 +109,14 @@ class SyntheticSource:
         for place, category in enumerate(chosen):
             words = rng.sample(self.categories[category], self.language.words_per_category)
             share = min((shots + len(chosen) - 1 - place) // len(chosen), len(words) - 1)
-            shown += [Example(word, names[category]) for word in words[:share]]
-            held_back += [Example(word, names[category]) for word in words[share:]]
+            shown += [self._example(word, names[category]) for word in words[:share]]
+            held_back += [self._example(word, names[category]) for word in words[share:]]
         rng.shuffle(shown)
         asked = rng.sample(held_back, min(queries, len(held_back)))
         return Episode("", tuple(shown), tuple(asked), "synthetic " + "+".join(map(str, sorted(chosen))))
+
+    def _example(self, word: str, symbol: str) -> Example:
+        return Example(word, symbol, (symbol,), self.symbols)
 
     def _categories(self, rng: Random) -> list[int]:
         while True:

@@ -50,8 +50,8 @@ class TextFormat:
 class Limits:
     """Upper bounds in tokens. `context_tokens` covers instruction and demonstrations, `query_tokens` a query with its answer.
 
-    Demonstrations that do not fit are left out whole, and counted. A query that does not fit is an error, or is skipped and
-    counted.
+    Demonstrations that do not fit are left out whole, and counted. A query that does not fit, or all queries of an instruction
+    that does not, are an error, or are skipped and counted. Windows of plain text have sizes of their own.
     """
 
     context_tokens: int = 1024
@@ -80,7 +80,12 @@ class Encoder:
         self.start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         # Examples are drawn again and again: most pieces of text have been tokenised before.
         self._known: dict[str, list[int]] = {}
-        self.end = [tokenizer.eos_token_id] if text_format.end_token and tokenizer.eos_token_id is not None else []
+        if text_format.end_token and tokenizer.eos_token_id is None:
+            raise UserError(
+                "format.end_token: the tokenizer has no end token, so answers could not end; set it to false, or give the "
+                "tokenizer an eos_token"
+            )
+        self.end = [tokenizer.eos_token_id] if text_format.end_token else []
 
     def _ids(self, text: str) -> list[int]:
         if text not in self._known:
@@ -108,7 +113,7 @@ class Encoder:
         if len(ids) > self.limits.context_tokens:
             raise UserError(
                 f"an instruction takes {len(ids)} tokens, more than limits.context_tokens={self.limits.context_tokens}: "
-                f"raise the limit or shorten {instruction[:60]!r}"
+                f"raise it, set limits.too_long_query to skip, or shorten {instruction[:60]!r}"
             )
         spans, separator = [], self._ids(self.format.separator)
         for example in demonstrations:
@@ -120,8 +125,18 @@ class Encoder:
         return ids, spans
 
     def encode(self, episode: Episode) -> EncodedEpisode:
-        """Token ids of an episode, with what was left out counted. UserError for a query too long, unless they are skipped."""
-        context, answers = self.context(episode.instruction, episode.demonstrations)
+        """Token ids of an episode, with what was left out counted. UserError for a query too long, unless they are skipped.
+
+        A window of plain text that turns out too short has no queries, and counts as skipped.
+        """
+        if episode.window is not None:
+            return self._window(episode)
+        try:
+            context, answers = self.context(episode.instruction, episode.demonstrations)
+        except UserError as error:
+            if self.limits.too_long_query == "error":
+                raise UserError(f"task {episode.task or '?'}: {error}") from None
+            return EncodedEpisode((), (), task=episode.task, skipped_queries=len(episode.queries))
         queries, skipped = [], 0
         for example in episode.queries:
             prompt, answer = self.prompt(example.input), self.answer(example.output)
@@ -147,3 +162,13 @@ class Encoder:
             dropped_demonstrations=len(episode.demonstrations) - len(answers),
             skipped_queries=skipped,
         )
+
+    def _window(self, episode: Episode) -> EncodedEpisode:
+        """Context and continuation of plain text, without templates: the first token is read, the others are predicted."""
+        window = episode.window
+        ids = self.tokenizer(window.text, add_special_tokens=False)["input_ids"]  # too many to be worth keeping
+        cut = window.context_tokens
+        continuation = tuple(ids[cut : cut + window.continuation_tokens])
+        whole = len(continuation) == window.continuation_tokens
+        queries = (((continuation[0],), continuation[1:]),) if whole else ()
+        return EncodedEpisode((*self.start, *ids[:cut]), queries, task=episode.task, skipped_queries=0 if whole else 1)

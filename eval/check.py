@@ -1,0 +1,200 @@
+"""`hyperllama check`: what a recipe's data is, before anything is paid for. No GPU and no weights."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+
+import numpy as np
+
+from attention_masks import GistLayout, Segment, draw
+from eval.run import check_leaks
+from hyperllama.backbone import check_config, load_config, load_tokenizer, random_config
+from hyperllama.data.episode import Episode, Source
+from hyperllama.data.leaks import find_leaks
+from hyperllama.data.mixture import MixtureSource
+from hyperllama.data.p3 import P3Source
+from hyperllama.data.packing import pack_full, pack_gist
+from hyperllama.data.stream import EpisodeStream
+from hyperllama.data.templates import TemplateSource
+from hyperllama.data.text import EncodedEpisode, Encoder, Limits, TextFormat
+from hyperllama.data.vocabulary import train_tokenizer
+from hyperllama.errors import UserError
+from hyperllama.hypernetwork import read_config
+from hyperllama.recipe import AnyRecipe, EvaluationRecipe, Recipe, load_any_recipe
+from hyperllama.sources import make_source
+
+PERCENTILES = (5, 50, 95, 100)
+MASK_ROWS = 28
+
+
+def check(
+    recipe_path: str | Path, overrides: Sequence[str] = (), *, against: str | Path | None = None, episodes: int = 500
+) -> str:
+    """A report on a recipe of any kind, as text; `episodes` are drawn for its figures, as training would draw them.
+
+    Raises UserError for whatever running the recipe would refuse about its values, data, config or tokenizer.
+    """
+    recipe = load_any_recipe(recipe_path, overrides)
+    source = make_source(recipe.data)
+    encoder, made = _encoder(recipe, source)
+    drawn = list(_draw(recipe, source, encoder, episodes))
+    encoded = [encoded for _, encoded in drawn]
+    lines = [f"{recipe_path}: method {recipe.method}, data {recipe.data}", *_data(source), f"tokenizer       {made}", ""]
+    lines += _figures(recipe, encoded)
+    lines += ["", *_leaks(recipe, source, against)]
+    lines += ["", *_mask(recipe, encoded)]
+    lines += ["", "one episode as text, | between what is tokenised by itself:", "", *_text(encoder, *drawn[0])]
+    return "\n".join(lines)
+
+
+def _encoder(recipe: AnyRecipe, source: Source) -> tuple[Encoder, str]:
+    """The encoder that a run would use, and where its tokenizer comes from."""
+    text_format, limits, gist_notes = recipe.format, recipe.limits, {}
+    if isinstance(recipe, Recipe):
+        name, revision = recipe.model.name_or_path, recipe.model.revision
+        if not name:
+            tokenizer = train_tokenizer(source.texts(), kind=recipe.model.tokenizer, vocab_size=recipe.model.vocab_size)
+            random_config(recipe.model.architecture, vocab_size=len(tokenizer))
+            return Encoder(tokenizer, text_format, limits), f"{recipe.model.tokenizer}, {len(tokenizer):,} tokens, trained now"
+    else:
+        name, revision = recipe.model, None
+        if recipe.hypernetwork:
+            config = read_config(recipe.hypernetwork)
+            name, gist_notes = name or config["base"]["name"], config["notes"]
+    if name is None:
+        raise UserError("model: this evaluation names no model, so there are no tokens to count; its methods only copy text")
+    check_config(load_config(name, revision), name)
+    text_format = text_format or TextFormat(**gist_notes.get("format", {}))
+    limits = limits or Limits(**gist_notes.get("limits", {}))
+    tokenizer = load_tokenizer(name, revision)
+    return Encoder(tokenizer, text_format, limits), f"of {name}, {len(tokenizer):,} tokens"
+
+
+def _draw(recipe: AnyRecipe, source: Source, encoder: Encoder, count: int) -> Iterator[tuple[Episode, EncodedEpisode]]:
+    data = recipe.data
+    if isinstance(recipe, EvaluationRecipe):
+        drawn = source.evaluation(shots=data.shots, queries=data.queries, episodes=recipe.episodes, seed=recipe.seed)
+        yield from ((episode, encoder.encode(episode)) for episode in drawn[:count])
+        return
+    fewest = data.shots if data.min_shots is None else data.min_shots
+    stream = EpisodeStream(
+        source, encoder, seed=recipe.seed, length=count, shots=data.shots, min_shots=fewest, queries=data.queries
+    )
+    for i in range(count):
+        yield stream.episode(i), stream[i]
+
+
+def _data(source: Source) -> list[str]:
+    found, size = source.provenance(), len(source)
+    names = sorted(found.tasks)
+    shown = ", ".join(names[:4]) + (f", ... {names[-1]}" if len(names) > 4 else "")
+    lines = [f"tasks           {len(names):,}: {shown}", f"examples        {f'{size:,}' if size else 'endless'}"]
+    if found.datasets:
+        lines.append(f"made from       {len(found.datasets):,} data sets")
+    for part in source.sources if isinstance(source, MixtureSource) else [source]:
+        if isinstance(part, TemplateSource):
+            report = part.report
+            lines.append(f"rendered        {report.rendered:,} examples; {report.dropped:,} came out empty and are left out")
+            lines += [f"not applicable  {name}: {reason}" for name, reason in report.skipped.items()]
+        if isinstance(part, P3Source) and part.missing:
+            lines.append(f"not there       {', '.join(part.missing)}")
+    return lines
+
+
+def _figures(recipe: AnyRecipe, encoded: Sequence[EncodedEpisode]) -> list[str]:
+    queries = [len(prompt) + len(answer) for e in encoded for prompt, answer in e.queries]
+    columns = {
+        "context": [len(e.context) for e in encoded],
+        "query + answer": queries,
+        "answer": [len(answer) for e in encoded for _, answer in e.queries],
+        "demonstrations": [e.demonstrations for e in encoded],
+        "queries": [len(e.queries) for e in encoded],
+    }
+    lines = [
+        f"{len(encoded):,} episodes, tokens{'':4}" + "".join(f"{f'{p} %' if p < 100 else 'longest':>9}" for p in PERCENTILES)
+    ]
+    for name, values in columns.items():
+        if values and any(values):
+            cells = "".join(f"{np.percentile(values, p):9,.0f}" for p in PERCENTILES)
+            lines.append(f"  {name:<22}{cells}")
+    shown, dropped = sum(e.demonstrations for e in encoded), sum(e.dropped_demonstrations for e in encoded)
+    share = f" ({100 * dropped / (shown + dropped):.1f} %)" if shown + dropped else ""
+    lines += [
+        f"dropped         {dropped:,} of {shown + dropped:,} demonstrations{share} do not fit into limits.context_tokens",
+        f"skipped         {sum(e.skipped_queries for e in encoded):,} queries do not fit into limits.query_tokens",
+        "cut             nothing: what does not fit is left out whole",
+    ]
+    empty = sum(not e.context for e in encoded)
+    if empty:
+        lines.append(f"empty           {empty:,} episodes have no context at all")
+    if isinstance(recipe, Recipe):
+        batch = recipe.training.get("per_device_train_batch_size", 8) * recipe.training.get("gradient_accumulation_steps", 1)
+        gists = recipe.gist.tokens if recipe.method == "hypernetwork" else 0
+        # In full attention each query has its context before it.
+        rows = [
+            sum(len(p) + len(a) - 1 for p, a in e.queries)
+            + (len(e.context) + gists) * (1 if recipe.method == "hypernetwork" else len(e.queries))
+            for e in encoded
+        ]
+        steps = recipe.training.get("max_steps", -1)
+        per_step = batch * float(np.mean(rows))
+        total = f", {per_step * steps:,.0f} in {steps:,} steps" if steps > 0 else ""
+        lines.append(f"one step        {batch} episodes a device, {per_step:,.0f} tokens on average{total}")
+    return lines
+
+
+def _leaks(recipe: AnyRecipe, source: Source, against: str | Path | None) -> list[str]:
+    lines = []
+    if isinstance(recipe, EvaluationRecipe):
+        lines.append(f"shared with training: {check_leaks(recipe, source)[0]}")
+    if against is not None:
+        other = make_source(load_any_recipe(against).data)
+        lines.append(f"shared with {against}: {find_leaks(source.provenance(), other.provenance())}")
+    return lines or ["shared data: not checked; name the other recipe with --against"]
+
+
+def _mask(recipe: AnyRecipe, encoded: Sequence[EncodedEpisode]) -> list[str]:
+    """The mask of the recipe's first batch, or as many of its episodes as can be drawn; a cell may stand for several rows."""
+    if isinstance(recipe, Recipe):
+        size, gists = recipe.training.get("per_device_train_batch_size", 8), recipe.gist.tokens
+    else:
+        size, gists = 1, recipe.budget or (read_config(recipe.hypernetwork)["gists"] if recipe.hypernetwork else 16)
+    full = isinstance(recipe, Recipe) and recipe.method == "full_attention"
+    batch = list(encoded[:size])
+    whole = (pack_full(batch) if full else pack_gist(batch, gists)).layout
+    while len(batch) > 1 and sum(1 + len(e.queries) for e in batch) > MASK_ROWS // 4:
+        batch.pop()
+    layout = (pack_full(batch) if full else pack_gist(batch, gists)).layout
+    unit = max(1, math.ceil(layout.tokens / MASK_ROWS))
+    drawn = GistLayout([_shrunk(segment, unit) for segment in layout.segments])
+    kinds = Counter("context" if segment.gists else "query" for segment in whole.segments)
+    counts = ", ".join(
+        f"{n} {kind if n == 1 else {'context': 'contexts', 'query': 'queries'}[kind]}" for kind, n in kinds.items()
+    )
+    what = f"mask of the first batch ({counts}, {whole.tokens:,} rows)"
+    if len(batch) < size:
+        what += f", its first {len(batch)} of {size} episodes"
+    return [f"{what}; a cell is about {unit} row{'s' if unit > 1 else ''}:", "", draw(drawn)]
+
+
+def _shrunk(segment: Segment, unit: int) -> Segment:
+    gists = math.ceil(segment.gists / unit)
+    rest = math.ceil((segment.tokens - segment.gists) / unit)
+    return Segment(rest + gists, gists=gists, reads=segment.reads)
+
+
+def _text(encoder: Encoder, episode: Episode, encoded: EncodedEpisode) -> list[str]:
+    decode = encoder.tokenizer.decode
+    ends = sorted({end for span in encoded.answers for end in span} | {len(encoded.context)})
+    pieces, start = [], 0
+    for end in ends:
+        pieces.append(decode(list(encoded.context[start:end])))
+        start = end
+    query = Random(0).choice(encoded.queries) if encoded.queries else ((), ())
+    shown = [f"context of {episode.task or 'the first episode'}:", "|".join(pieces)]
+    shown += ["", "a query and its answer:", f"{decode(list(query[0]))}|{decode(list(query[1]))}"]
+    return [line for part in shown for line in part.split("\n")]

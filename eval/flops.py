@@ -1,0 +1,141 @@
+"""FLOPs and bytes of reading, answering, scoring and compressing, by formula, from a model's config alone.
+
+One multiply-add counts as 2 FLOPs. Counted are matrix products: linear layers (2 * in * out a row), attention and the output
+head. Norms, biases, activations, rotation, softmax and embedding lookups are left out, as in `torch.utils.flop_counter`.
+Attention is counted over the full rectangle of queries by keys, as that counter counts it and as dense kernels compute it;
+causal kernels skip up to half of it. All figures are for one sequence without padding; a batch costs their sum.
+
+What they are for: HINT (Ivison et al. 2023, arXiv 2212.10315) compares n inputs of i tokens under an instruction of t tokens.
+At N FLOPs a token, writing the instruction before each input costs N * n * (t + i), encoding it once N * (t + n * i). That is
+no merit of a compressed prefix alone: a prompt whose keys and values are cached is also encoded once, and costs the same
+order. What remains between the two is the size of the state that a task leaves (`ModelCost.state_bytes`) and the attention
+that each query and each new token pays for reading it (`past`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hyperllama.backbone import check_config
+from hyperllama.errors import UserError
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+# What `hyperllama.last_layer` leaves of the last layer for rows that are compressed.
+KEPT_IN_LAST_LAYER = ("k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """The sizes of a decoder that decide what it costs: L layers, H query heads and N key-value heads of D dimensions.
+
+    `linears` are the linear layers of one decoder layer: name -> (in, out). Lengths are in tokens, results in FLOPs.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocabulary: int
+    linears: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, config) -> ModelCost:
+        """The sizes in a transformers config; UserError for a model that these formulas have not been checked on."""
+        name = getattr(config, "name_or_path", "") or config.model_type
+        if config.model_type not in ARCHITECTURES:
+            raise UserError(f"{name}: FLOPs are known for {', '.join(ARCHITECTURES)}, not for {config.model_type}")
+        check_config(config, name)
+        hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        linears = {
+            "q_proj": (hidden, heads * head_dim),
+            "k_proj": (hidden, kv_heads * head_dim),
+            "v_proj": (hidden, kv_heads * head_dim),
+            "o_proj": (heads * head_dim, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+        return cls(config.num_hidden_layers, heads, kv_heads, head_dim, hidden, config.vocab_size, linears)
+
+    @property
+    def per_row(self) -> int:
+        """FLOPs of all linear layers of the decoder for one row, without the head."""
+        return self.layers * sum(2 * i * o for i, o in self.linears.values())
+
+    @property
+    def per_pair(self) -> int:
+        """FLOPs of attention for one pair of a query row and a key row, over all heads and layers: scores and values."""
+        return 4 * self.heads * self.head_dim * self.layers
+
+    @property
+    def per_head_row(self) -> int:
+        """FLOPs of the output head for one row."""
+        return 2 * self.hidden * self.vocabulary
+
+    def read(self, tokens: int, *, past: int = 0, head_rows: int = 0) -> int:
+        """FLOPs of `tokens` new rows that attend to `past` earlier keys and to each other.
+
+        `past` is a prefix or a cached context, whose own cost is not in here. The head is on `head_rows` of the new rows.
+        """
+        if not 0 <= head_rows <= tokens or past < 0:
+            raise ValueError(f"no pass has {tokens} rows, {past} past keys and the head on {head_rows} rows")
+        return self.per_row * tokens + self.per_pair * tokens * (past + tokens) + self.per_head_row * head_rows
+
+    def generate(self, prompt: int, answer: int, *, past: int = 0) -> int:
+        """FLOPs of generating `answer` tokens, an end token included, after a prompt behind `past` keys, with a cache.
+
+        The pass over the prompt gives the first token; each of the answer - 1 steps after it reads one more row.
+        """
+        if prompt < 1 or answer < 1:
+            raise ValueError(f"generation needs a prompt and an answer of at least one token, not {prompt} and {answer}")
+        steps = answer - 1
+        pairs = steps * (past + prompt) + steps * (steps + 1) // 2
+        decode = (self.per_row + self.per_head_row) * steps + self.per_pair * pairs
+        return self.read(prompt, past=past, head_rows=1) + decode
+
+    def score(self, prompt: int, choices: Sequence[int], *, past: int = 0) -> int:
+        """FLOPs of the likelihoods of answers of `choices` tokens each, after one prompt that they share.
+
+        The prompt is read once and its last row scores the first token of every choice. A choice of c tokens then needs
+        c - 1 rows of its own, which attend to the past, the prompt and themselves; each scores one more token.
+        """
+        if prompt < 1 or not choices or min(choices) < 1:
+            raise ValueError(f"scoring needs a prompt and choices of at least one token, not {prompt} and {list(choices)}")
+        own = sum(self.read(c - 1, past=past + prompt, head_rows=c - 1) for c in choices)
+        return self.read(prompt, past=past, head_rows=1) + own
+
+    def encode(self, context: int) -> int:
+        """FLOPs of reading a context with the decoder alone, all its keys and values kept; no head, nothing skipped."""
+        return self.read(context)
+
+    def compress(self, context: int, gists: int, rank: int, targets: str | Sequence[str] = "all-linear") -> int:
+        """FLOPs of `GistHypernetwork.compress` for a context of `context` tokens; contexts packed in one pass add up.
+
+        context + gists rows pass through the decoder with LoRA of rank `rank` on the linear layers named in `targets`
+        (2 * rank * (in + out) a row). Of the last layer only keys and values, with their LoRA, are computed; its attention
+        still runs over all rows, on queries of zeros, and is counted. No head.
+        """
+        if context < 1 or gists < 1:
+            raise ValueError(f"compressing needs at least one token and one gist, not {context} and {gists}")
+        named = self.linears if targets == "all-linear" else {targets} if isinstance(targets, str) else set(targets)
+        if unknown := set(named) - set(self.linears):
+            raise ValueError(f"the model has no linear layers {sorted(unknown)}, only {', '.join(self.linears)}")
+        cost = {name: 2 * i * o + 2 * rank * (i + o) * (name in named) for name, (i, o) in self.linears.items()}
+        last = sum(cost[name] for name in KEPT_IN_LAST_LAYER)
+        rows = context + gists
+        return rows * ((self.layers - 1) * sum(cost.values()) + last) + self.per_pair * rows * rows
+
+    def state_bytes(self, rows: int, bytes_per_element: int = 2) -> int:
+        """Bytes of the keys and values of `rows` rows (gists of a prefix, or tokens of a cached context) in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * rows * bytes_per_element
+
+
+def amortised(encode: float, per_query: float, n: int) -> float:
+    """The cost of one query, in the unit of the arguments, when a task's state is made once and read by `n` queries."""
+    if n < 1:
+        raise ValueError(f"a task's state is shared by at least one query, not {n}")
+    return encode / n + per_query

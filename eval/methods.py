@@ -1,0 +1,276 @@
+"""Methods: what stands before a query. A new one is one function of a bench and some episodes.
+
+Every method leaves a `State`: the prefix that queries of an episode read, and what it took to make. Full attention is a
+prefix that keeps every token, so all methods are read by the same code; a method for text may also answer by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+from hyperllama.backbone import inverse_frequencies
+from hyperllama.data.episode import Episode, Example
+from hyperllama.data.text import Encoder, Limits
+from hyperllama.encoding import last_rows, mean_pooled
+from hyperllama.errors import UserError
+from hyperllama.hypernetwork import GistHypernetwork
+from hyperllama.prefix import Prefix
+from hyperllama.reader import Reader
+
+Role = Literal["ours", "context", "budget", "control", "copy"]
+
+
+@dataclass(frozen=True)
+class State:
+    """What queries of one episode read (None: nothing), and the tokens that were read to make it.
+
+    `gists` says how many gist rows were computed beside them, 0 for plain full attention; `demonstrations` how many fitted.
+    """
+
+    prefix: Prefix | None
+    tokens: int
+    gists: int = 0
+    demonstrations: int = 0
+
+
+@dataclass
+class Bench:
+    """The models, the episodes of an evaluation, and what methods share about them.
+
+    `budget` is the number of key-value rows that a compressed context may have.
+    """
+
+    episodes: Sequence[Episode]
+    encoder: Encoder | None = None
+    reader: Reader | None = None
+    hypernetwork: GistHypernetwork | None = None
+    multi_task: Reader | None = None
+    prefixes: Path | None = None
+    budget: int | None = None
+    seed: int = 0
+    batch_tokens: int = 8192
+    _whole: dict = dataclasses.field(default_factory=dict)
+
+    def context(self, episode: Episode) -> list[int]:
+        """Token ids of an episode's context under the text format and its limits."""
+        if episode.window is not None:
+            return list(self.encoder.encode(episode).context)
+        return self.encoder.context(episode.instruction, episode.demonstrations)[0]
+
+    def partner(self, i: int) -> int:
+        """The next episode that is of another task (or group of tasks, where each episode has a task of its own)."""
+        there = self.episodes
+        for offset in range(1, len(there)):
+            j = (i + offset) % len(there)
+            if there[j].task != there[i].task:
+                return j
+        raise UserError("swapped_prefix: needs episodes of at least two tasks; evaluate more, or leave the method out")
+
+    def whole(self, contexts: Sequence[Sequence[int]], reader: Reader | None = None) -> list[State]:
+        """States of full attention over contexts; an empty one reads nothing. Those of the last call are kept for the next."""
+        reader = reader or self.reader
+        keys = [(id(reader), tuple(context)) for context in contexts]
+        new = [key for key in dict.fromkeys(keys) if key not in self._whole and key[1]]
+        made = reader.encode([key[1] for key in new], batch_tokens=self.batch_tokens)
+        self._whole.update(zip(new, made, strict=True))
+        return [State(self._whole.get(key), len(key[1])) for key in keys]
+
+    def compressed(self, episodes: Sequence[Episode]) -> list[State]:
+        """States of the hypernetwork's prefixes, in passes of at most `batch_tokens` tokens."""
+        contexts = [self.context(episode) for episode in episodes]
+        prefixes: list[Prefix] = []
+        batch: list[list[int]] = []
+        for context in contexts:
+            if batch and sum(len(c) + self.budget for c in batch) + len(context) > self.batch_tokens:
+                prefixes += self.hypernetwork.compress(batch)
+                batch = []
+            batch.append(context)
+        prefixes += self.hypernetwork.compress(batch)
+        gists = self.hypernetwork.num_gists
+        return [State(prefix, len(context), gists) for prefix, context in zip(prefixes, contexts, strict=True)]
+
+    def forget(self) -> None:
+        """Let go of the states that are kept: the next episodes are others."""
+        self._whole.clear()
+
+    @cached_property
+    def has_instructions(self) -> bool:
+        return any(episode.instruction for episode in self.episodes)
+
+    @cached_property
+    def has_demonstrations(self) -> bool:
+        return any(episode.demonstrations for episode in self.episodes)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method by name: its `label` for people, what it `needs` of a bench, the `role` it plays in a comparison."""
+
+    name: str
+    label: str
+    role: Role
+    needs: tuple[str, ...]
+    run: Callable[[Bench, Sequence[int]], list]
+
+    def missing(self, bench: Bench) -> list[str]:
+        """What the method needs and the bench has not."""
+        return [need for need in self.needs if not getattr(bench, need)]
+
+    @property
+    def answers(self) -> bool:
+        """Whether the method answers by itself, without a model."""
+        return self.role == "copy"
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(label: str, role: Role, *needs: str):
+    """Register a function (bench, indices of episodes) -> a State for each, or with role "copy" the answers to its queries."""
+
+    def register(run):
+        METHODS[run.__name__] = Method(run.__name__, label, role, needs, run)
+        return run
+
+    return register
+
+
+@method("no context", "context", "reader")
+def no_context(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """The query alone, after the start token if the tokenizer has one."""
+    return bench.whole([bench.encoder.start for _ in indices])
+
+
+@method("instruction only", "context", "reader", "has_instructions", "has_demonstrations")
+def instruction_only(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """The instruction without demonstrations, in full attention."""
+    return bench.whole([bench.encoder.context(bench.episodes[i].instruction, ())[0] for i in indices])
+
+
+@method("all demonstrations, full attention", "context", "reader")
+def full_context(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """Everything in full attention: what a prefix is to come up to."""
+    return bench.whole([bench.context(bench.episodes[i]) for i in indices])
+
+
+@method("multi-task model, full attention", "context", "multi_task")
+def multi_task(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """Everything in full attention, read by a model that was trained on such episodes with all of its weights."""
+    return bench.whole([bench.context(bench.episodes[i]) for i in indices], bench.multi_task)
+
+
+@method("fewer demonstrations, same memory", "budget", "reader", "budget")
+def fewer_demonstrations(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """As many whole demonstrations as fit into the budget in full attention, behind the instruction if that fits too.
+
+    Of plain text, its last tokens.
+    """
+    tight = Encoder(bench.encoder.tokenizer, bench.encoder.format, Limits(context_tokens=bench.budget))
+    contexts, counts = [], []
+    for i in indices:
+        episode = bench.episodes[i]
+        if episode.window is not None:
+            kept, shown = [*tight.start, *bench.context(episode)[len(tight.start) :][len(tight.start) - bench.budget :]], []
+        else:
+            room = bench.budget - len(tight.context(episode.instruction, ())[0]) if _fits(tight, episode) else -1
+            kept, shown = tight.context(episode.instruction if room >= 0 else "", episode.demonstrations)
+        contexts.append(kept)
+        counts.append(len(shown))
+    return [dataclasses.replace(state, demonstrations=n) for state, n in zip(bench.whole(contexts), counts, strict=True)]
+
+
+def _fits(encoder: Encoder, episode: Episode) -> bool:
+    try:
+        encoder.context(episode.instruction, ())
+    except UserError:
+        return False
+    return True
+
+
+@method("last tokens' keys and values", "budget", "reader", "budget")
+def last_tokens(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """The keys and values of the last tokens of the context, which have seen all of it, and nothing else."""
+    inv_freq = inverse_frequencies(bench.reader.model)
+    return [
+        dataclasses.replace(state, prefix=state.prefix and last_rows(state.prefix, bench.budget, inv_freq))
+        for state in full_context(bench, indices)
+    ]
+
+
+@method("mean-pooled keys and values", "budget", "reader", "budget")
+def mean_pool(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """Means of neighbouring keys and values of the context, without any training."""
+    inv_freq = inverse_frequencies(bench.reader.model)
+    return [
+        dataclasses.replace(state, prefix=state.prefix and mean_pooled(state.prefix, bench.budget, inv_freq))
+        for state in full_context(bench, indices)
+    ]
+
+
+@method("the prefix", "ours", "reader", "hypernetwork")
+def prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """The prefix that the hypernetwork makes of instruction and demonstrations."""
+    return bench.compressed([bench.episodes[i] for i in indices])
+
+
+@method("another task's prefix", "control", "reader", "hypernetwork")
+def swapped_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """The prefix of the next episode of another task: does it matter what was compressed?"""
+    return bench.compressed([bench.episodes[bench.partner(i)] for i in indices])
+
+
+@method("prefix of shuffled labels", "control", "reader", "hypernetwork", "has_demonstrations")
+def shuffled_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """The prefix of demonstrations whose outputs have changed places: does it matter which output belongs to which input?"""
+    return bench.compressed([shuffled(bench.episodes[i], bench.seed, i) for i in indices])
+
+
+@method("shuffled labels, full attention", "control", "reader", "has_demonstrations")
+def shuffled_context(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """Demonstrations whose outputs have changed places, in full attention."""
+    return bench.whole([bench.context(shuffled(bench.episodes[i], bench.seed, i)) for i in indices])
+
+
+@method("prefix file", "ours", "reader", "prefixes")
+def stored_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """A prefix file of the episode's task: compressed earlier, tuned, or made by anything else."""
+    states = []
+    for i in indices:
+        loaded = Prefix.load(bench.prefixes / f"{bench.episodes[i].task}.safetensors", bench.reader.identity)
+        states.append(State(loaded, loaded.manifest.context_tokens or 0 if loaded.manifest else 0, loaded.gists))
+    return states
+
+
+@method("copy the input", "copy")
+def copy_input(bench: Bench, indices: Sequence[int]) -> list[list[str]]:
+    """The input itself as its answer."""
+    return [[query.input for query in bench.episodes[i].queries] for i in indices]
+
+
+@method("copy the first demonstration's output", "copy", "has_demonstrations")
+def copy_demonstration(bench: Bench, indices: Sequence[int]) -> list[list[str]]:
+    """The output of the first demonstration as the answer to everything."""
+    first = [bench.episodes[i].demonstrations[:1] for i in indices]
+    return [[shown[0].output if shown else ""] * len(bench.episodes[i].queries) for shown, i in zip(first, indices)]
+
+
+def shuffled(episode: Episode, seed: int, index: int) -> Episode:
+    """The episode with the outputs of its demonstrations dealt out anew, so that as many as possible are wrong."""
+    outputs = [(e.output, e.references) for e in episode.demonstrations]
+    order = sorted(range(len(outputs)), key=lambda i: outputs[i][0])
+    # Turned by the size of the largest class, no output meets its own class unless that has more than half of all.
+    largest = max((sum(o == output for output, _ in outputs) for o, _ in outputs), default=0)
+    Random(f"{seed}/{index}").shuffle(order)
+    order.sort(key=lambda i: outputs[i][0])  # stable: at random within a class
+    turned = order[largest:] + order[:largest]
+    changed: list[Example] = list(episode.demonstrations)
+    for place, source in zip(order, turned, strict=True):
+        output, references = outputs[source]
+        changed[place] = dataclasses.replace(episode.demonstrations[place], output=output, references=references)
+    return dataclasses.replace(episode, demonstrations=tuple(changed))

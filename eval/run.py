@@ -1,0 +1,240 @@
+"""`hyperllama evaluate`: methods side by side on the same examples, resumable and shared out over ranks.
+
+Leaves in `output`: examples/rank*.jsonl (a line an example and method), summary.json, report.md, quality.png, cost.png, and the
+resolved recipe. Ranks (torchrun, or RANK and WORLD_SIZE set by hand) take every n-th episode and need no connection: whoever
+finishes last finds all lines there and writes the report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.answering import Kind, Query, kind_of, queries_of, results
+from eval.methods import METHODS, Bench, Method
+from eval.report import write_report
+from eval.summary import summarise
+from hyperllama import workflows
+from hyperllama.backbone import check_config, load_base, load_config, load_tokenizer
+from hyperllama.data.episode import Episode, Source
+from hyperllama.data.leaks import find_leaks
+from hyperllama.data.text import Encoder, Limits, TextFormat
+from hyperllama.errors import UserError
+from hyperllama.files import whole_json_lines, write_atomically
+from hyperllama.hypernetwork import read_config
+from hyperllama.reader import Reader
+from hyperllama.recipe import EvaluationRecipe, differences, load_recipe, save_recipe
+from hyperllama.sources import make_source
+
+EXAMPLES, SUMMARY, RECIPE = "examples", "summary.json", "recipe.yaml"
+# May change between one start and the next: what is there stays valid.
+FREE = ("methods", "resamples", "batch_tokens", "leaks")
+GROUP_QUERIES = 2000
+
+
+def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Evaluate what a recipe describes, or go on where the last run in its folder stopped.
+
+    Returns the summary, or None for a rank that is done while others are not.
+    """
+    recipe = load_recipe(recipe_path, overrides, schema=EvaluationRecipe)
+    unknown = sorted(set(recipe.methods) - set(METHODS))
+    if unknown:
+        raise UserError(f"{recipe_path}: methods: no method {', '.join(unknown)}; choose from {', '.join(METHODS)}")
+    output, rank, ranks = Path(recipe.output), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    resolved = save_recipe(recipe)
+    if (output / RECIPE).is_file():
+        changed = set(differences((output / RECIPE).read_text(encoding="utf-8"), resolved))
+        changed = {key for key in changed if key.split(".")[0] not in FREE}
+        if changed:
+            raise UserError(
+                f"{output} holds an evaluation of another recipe (it differs in {', '.join(sorted(changed))}); "
+                "set output to a new folder, or remove this one"
+            )
+    names = [recipe.model, recipe.multi_task]
+    for name in filter(None, names):
+        check_config(load_config(name), name)
+    if recipe.hypernetwork:
+        read_config(recipe.hypernetwork)
+    source = make_source(recipe.data)
+    data = recipe.data
+    episodes = source.evaluation(shots=data.shots, queries=data.queries, episodes=recipe.episodes, seed=recipe.seed)
+    if not episodes or not any(e.queries or e.window for e in episodes):
+        raise UserError("data: gives no queries to evaluate; raise data.queries or data.instances_per_task")
+    kind = kind_of(episodes, recipe.metric)
+    leaks, found = check_leaks(recipe, source)
+    if rank == 0:
+        print(f"shared with the training data: {leaks}", file=sys.stderr)
+    if found and recipe.leaks == "refuse":
+        raise UserError(f"leaks: {leaks}; evaluate on other data, or set leaks to warn to have it reported anyway")
+    bench = make_bench(recipe, episodes)
+    methods = applicable(recipe, bench, kind)
+    write_atomically(output / RECIPE, resolved)
+    asked = {i: queries_of(bench, episode, kind) for i, episode in enumerate(episodes)}
+    run = Run(output / EXAMPLES, rank, [method.name for method in methods], {i: len(q) for i, q in asked.items()})
+    for method, indices in run.left(bench, asked, range(rank, len(episodes), ranks)):
+        run.write(results(bench, method, indices, [asked[i] for i in indices], kind, recipe.generation))
+    lines = run.lines()
+    if run.missing(lines):
+        print(f"rank {rank}: done; {run.missing(lines)} of all results are still to come from others", file=sys.stderr)
+        return None
+    facts = describe(recipe, bench, episodes, kind, leaks, sum(len(e.queries or (1,)) for e in episodes))
+    summary = summarise(lines, [m.name for m in methods], facts, resamples=recipe.resamples, seed=recipe.seed)
+    write_atomically(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_report(summary, output)
+    return summary | {"report": str(output / "report.md")}
+
+
+class Run:
+    """The result lines of an evaluation on disk: what is there already is not computed again."""
+
+    def __init__(self, folder: Path, rank: int, methods: Sequence[str], sizes: dict[int, int]):
+        self.folder, self.methods, self.sizes = folder, list(methods), sizes
+        self.path = folder / f"rank{rank}.jsonl"
+        if self.path.exists():  # a line that a crash cut short, and the episode that it belongs to, are done again
+            complete = _complete(whole_json_lines(self.path))
+            write_atomically(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in complete))
+
+    def lines(self) -> list[dict]:
+        """Every whole episode's lines, of all ranks, in the order of methods, episodes and queries."""
+        found = {}
+        for path in sorted(self.folder.glob("rank*.jsonl")):
+            for line in _complete(whole_json_lines(path)):
+                if line["method"] in self.methods and line["episode"] in self.sizes:
+                    found[self.methods.index(line["method"]), line["episode"], line["query"]] = line
+        return [found[key] for key in sorted(found)]
+
+    def missing(self, lines: Sequence[dict]) -> int:
+        """How many results are not there yet."""
+        return len(self.methods) * sum(self.sizes.values()) - len(lines)
+
+    def left(self, bench: Bench, asked: dict[int, list[Query]], mine: Sequence[int]) -> Iterator[tuple[Method, list[int]]]:
+        """What this rank still has to do: a method and a group of episodes at a time, all methods of a group together."""
+        done = {(line["method"], line["episode"]) for line in self.lines()}
+        mine = [i for i in mine if self.sizes[i]]
+        todo = [i for i in mine if any((name, i) not in done for name in self.methods)]
+        finished = 0
+        for group in _groups(bench, asked, todo):
+            for name in self.methods:
+                left = [i for i in group if (name, i) not in done]
+                if left:
+                    yield METHODS[name], left
+            bench.forget()
+            finished += len(group)
+            print(
+                f"{self.path.parent.parent}: {finished} of {len(todo)} episodes, {len(self.methods)} methods", file=sys.stderr
+            )
+
+    def write(self, lines: Iterator[dict]) -> None:
+        """Append results in one go."""
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _complete(lines: Sequence[dict]) -> list[dict]:
+    """The lines of episodes that are there with all of their queries."""
+    groups = defaultdict(list)
+    for line in lines:
+        groups[line["method"], line["episode"]].append(line)
+    return [line for group in groups.values() if len(group) >= group[0]["of"] for line in group]
+
+
+def _groups(bench: Bench, asked: dict[int, list[Query]], indices: Sequence[int]) -> Iterator[list[int]]:
+    """Neighbouring episodes whose contexts together have at most `batch_tokens` tokens, or one alone."""
+    group: list[int] = []
+    tokens = queries = 0
+    for i in indices:
+        context = len(bench.context(bench.episodes[i])) if bench.encoder is not None else 0
+        if group and (tokens + context > bench.batch_tokens or queries + len(asked[i]) > GROUP_QUERIES):
+            yield group
+            group, tokens, queries = [], 0, 0
+        group.append(i)
+        tokens, queries = tokens + context, queries + len(asked[i])
+    if group:
+        yield group
+
+
+def make_bench(recipe: EvaluationRecipe, episodes: Sequence[Episode]) -> Bench:
+    """The models that a recipe names, loaded, with the text format of the hypernetwork unless the recipe has its own."""
+    shared = {"episodes": episodes, "seed": recipe.seed, "batch_tokens": recipe.batch_tokens, "budget": recipe.budget}
+    shared["prefixes"] = Path(recipe.prefixes) if recipe.prefixes else None
+    if not recipe.hypernetwork and not recipe.model:
+        return Bench(**shared)
+    hypernetwork, name, encoder = None, recipe.model, None
+    if recipe.hypernetwork:
+        hypernetwork, encoder = workflows.load_hypernetwork(recipe.hypernetwork, recipe.model, dtype=recipe.dtype)
+        base, tokenizer = hypernetwork.base, encoder.tokenizer
+        shared["budget"] = recipe.budget or hypernetwork.num_gists
+    else:
+        base, tokenizer = load_base(name, dtype=recipe.dtype), load_tokenizer(name)
+    text_format = recipe.format or (encoder.format if encoder else TextFormat())
+    encoder = Encoder(tokenizer, text_format, recipe.limits or (encoder.limits if encoder else Limits()))
+    multi_task = None
+    if recipe.multi_task:
+        other = load_tokenizer(recipe.multi_task)
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"multi_task: {recipe.multi_task} has another tokenizer than the base; both must read the same tokens"
+            )
+        multi_task = Reader(load_base(recipe.multi_task, dtype=recipe.dtype), other)
+    return Bench(encoder=encoder, reader=Reader(base, tokenizer), hypernetwork=hypernetwork, multi_task=multi_task, **shared)
+
+
+def applicable(recipe: EvaluationRecipe, bench: Bench, kind: Kind) -> list[Method]:
+    """The methods to evaluate: those that are asked for, or all for which models and data are there."""
+    chosen = []
+    for method in METHODS.values():
+        missing = method.missing(bench) + (["answers"] if method.answers and kind != "text" else [])
+        if not recipe.methods and not missing:
+            chosen.append(method)
+        elif method.name in recipe.methods:
+            if missing:
+                raise UserError(f"methods: {method.name} needs {', '.join(missing)}, which this recipe does not give")
+            chosen.append(method)
+    return chosen
+
+
+def check_leaks(recipe: EvaluationRecipe, source: Source) -> tuple[str, bool]:
+    """What the evaluation shares with the data of its runs, in words, and whether it shares anything."""
+    found, shares = [], False
+    for run in filter(None, (recipe.hypernetwork, recipe.multi_task)):
+        path = Path(run) / workflows.RECIPE
+        if not path.is_file():
+            found.append(f"{run}: not known, it has no {workflows.RECIPE}")
+            continue
+        try:
+            training = make_source(load_recipe(path).data)
+        except UserError as error:
+            found.append(f"{run}: not checked ({str(error).splitlines()[0]})")
+            continue
+        leaks = find_leaks(training.provenance(), source.provenance())
+        found.append(f"{run}: {leaks}")
+        shares = shares or bool(leaks)
+    return "; ".join(found) or "no run to compare with", shares
+
+
+def describe(recipe: EvaluationRecipe, bench: Bench, episodes, kind: Kind, leaks: str, offered: int) -> dict[str, Any]:
+    """What was evaluated, for the summary."""
+    return {
+        "kind": kind,
+        "data": str(recipe.data),
+        "shots": recipe.data.shots,
+        "episodes": len(episodes),
+        "tasks": len({episode.category or episode.task for episode in episodes}),
+        "queries_offered": offered,
+        "budget": bench.budget,
+        "base": bench.reader.identity.as_dict() if bench.reader else None,
+        "hypernetwork": recipe.hypernetwork,
+        "multi_task": recipe.multi_task,
+        "shared_with_training": leaks,
+        "versions": workflows.versions(),
+    }

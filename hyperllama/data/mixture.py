@@ -1,0 +1,40 @@
+"""Several sources as one, by weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from itertools import accumulate
+from operator import or_
+from random import Random
+
+from hyperllama.data.episode import Episode, Provenance, Source
+from hyperllama.errors import UserError
+
+
+class MixtureSource:
+    """Each episode comes from one of `sources`, drawn by `weights`; the episode's own random numbers decide which."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
+        if not sources or len(sources) != len(weights) or not all(weight > 0 for weight in weights):
+            raise UserError("data.mixture: needs at least one source, each with a weight above 0")
+        self.sources = list(sources)
+        self._cumulative = list(accumulate(weights))
+
+    def draw(self, rng: Random, shots: int, queries: int, index: int) -> Episode:
+        (source,) = rng.choices(self.sources, cum_weights=self._cumulative)
+        return source.draw(rng, shots, queries, index)
+
+    def evaluation(self, *, shots: int, queries: int, episodes: int, seed: int) -> list[Episode]:
+        """The evaluation episodes of all sources, one source after the other."""
+        return [e for s in self.sources for e in s.evaluation(shots=shots, queries=queries, episodes=episodes, seed=seed)]
+
+    def __len__(self) -> int:
+        sizes = [len(source) for source in self.sources]
+        return sum(sizes) if all(sizes) else 0
+
+    def texts(self) -> Iterable[str]:
+        return (text for source in self.sources for text in source.texts())
+
+    def provenance(self) -> Provenance:
+        return reduce(or_, (source.provenance() for source in self.sources))

@@ -1,0 +1,127 @@
+"""Super-NaturalInstructions (Wang et al. 2022, arXiv 2204.07705): a clone of natural-instructions, or a copy on the hub.
+
+The official split lists decide which tasks train and which test; the English track has only tasks whose instruction, input
+and output are English. Official training takes up to 100 instances a task at random, official evaluation the first 100 of
+each of the 119 test tasks; a context is the definition and the first k positive examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from random import Random
+
+from hyperllama.data.episode import Example, Task, TaskSource
+from hyperllama.data.files import example_from, read_examples
+from hyperllama.data.hub import load_split, require_columns
+from hyperllama.errors import UserError
+from hyperllama.files import read_json
+
+LANGUAGES = ("Input_language", "Output_language", "Instruction_language")
+
+
+def read_task(path: str | Path, *, outputs: bool = True) -> Task:
+    """One task from an S-NI task file (.json) or JSON lines of {"input": ..., "output": ...} (.jsonl).
+
+    In JSON lines every example may be shown and asked; `outputs=False` reads inputs that have no outputs. Raises UserError
+    that names file and line.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; expected examples as JSON lines or an S-NI task file")
+    if path.suffix == ".json":
+        return read_sni_task(path)
+    return Task(path.stem, "", (), tuple(read_examples(path, outputs=outputs)))
+
+
+def read_sni_task(path: str | Path) -> Task:
+    """One task file: definition, positive examples as demonstrations, instances as examples with all their references."""
+    return _task(_task_file(path), Path(path))
+
+
+def read_sni(root: str, *, split: str, splits: str, instances: int, own_demonstrations: bool = False) -> TaskSource:
+    """The English tasks of one official split below `root`: `tasks/*.json`, listed in `splits`/`split`_tasks.txt.
+
+    At most `instances` of each: a sample that the task's name decides for a split named train, else the first ones. With
+    `own_demonstrations` only positive examples are shown. Listed tasks that are not there are left out; UserError if that
+    leaves none.
+    """
+    folder, listing = Path(root) / "tasks", Path(root) / splits / f"{split}_tasks.txt"
+    if not folder.is_dir():
+        raise UserError(
+            f"data.root: {root} has no folder tasks; give a clone of natural-instructions, or a folder of its layout"
+        )
+    if not listing.is_file():
+        raise UserError(f"data.split: {listing} is not there; choose a list below {Path(root) / splits}")
+    names = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    files = {path: _task_file(path) for path in (folder / f"{name}.json" for name in names) if path.is_file()}
+    english = {path: value for path, value in files.items() if _is_english(value)}
+    if not english:
+        raise UserError(f"data.root: none of the {len(names)} tasks of {listing} is in {folder} and in English")
+    return _source((_task(value, path) for path, value in english.items()), split, instances, own_demonstrations)
+
+
+def read_sni_hub(name: str, *, split: str, instances: int) -> TaskSource:
+    """S-NI as rows of task_name, definition, inputs, targets, as hub copies such as Muennighoff/natural-instructions have it.
+
+    Rows of one task and input are one example with several references. Such copies have no positive examples, so
+    demonstrations are other examples of the task.
+    """
+    rows = load_split(name, split=split)
+    require_columns(rows, name, ("task_name", "definition", "inputs", "targets"))
+    found: dict[str, tuple[str, dict[str, list[str]]]] = {}
+    for row in rows:
+        definition, examples = found.setdefault(row["task_name"], (row["definition"], {}))
+        targets = [row["targets"]] if isinstance(row["targets"], str) else row["targets"]
+        examples.setdefault(row["inputs"], []).extend(targets)
+    tasks = []
+    for task, (definition, inputs) in found.items():
+        answered = [(text, list(dict.fromkeys(targets))) for text, targets in inputs.items() if targets]
+        if not answered:
+            raise UserError(f"{name}: task {task} has no references; leave it out of the data")
+        examples = tuple(Example(text, targets[0], tuple(targets)) for text, targets in answered)
+        tasks.append(Task(task, definition, (), examples, datasets=(task,)))
+    return _source(tasks, split, instances)
+
+
+def _source(tasks: Iterable[Task], split: str, instances: int, own_demonstrations: bool = False) -> TaskSource:
+    def cap(task: Task) -> Task:
+        if len(task.examples) <= instances:
+            return task
+        kept = range(instances)
+        if split == "train":
+            kept = sorted(Random(task.name).sample(range(len(task.examples)), instances))
+        return Task(**{**vars(task), "examples": tuple(task.examples[i] for i in kept)})
+
+    return TaskSource([cap(task) for task in tasks], own_demonstrations=own_demonstrations)
+
+
+def _task_file(path: str | Path) -> dict:
+    value = read_json(path, "an S-NI task file")
+    if not isinstance(value, dict) or "Instances" not in value:
+        raise UserError(f"{path}: not an S-NI task file, it has no Instances; expected the schema of natural-instructions")
+    if not value["Instances"]:
+        raise UserError(f"{path}: its list of Instances is empty; choose another task file")
+    return value
+
+
+def _task(value: dict, path: Path) -> Task:
+    lists = {}
+    for key in ("Positive Examples", "Instances"):
+        items = value.get(key, [])
+        if not isinstance(items, list):
+            raise UserError(f"{path}: {key} must be a list")
+        lists[key] = tuple(example_from(item, f"{path}, {key} {i}") for i, item in enumerate(items))
+    definition = value.get("Definition", "")
+    return Task(
+        path.stem,
+        "\n".join(definition) if isinstance(definition, list) else definition,
+        lists["Positive Examples"],
+        lists["Instances"],
+        category=next(iter(value.get("Categories", ())), ""),
+        datasets=tuple(value.get("Source", ())),
+    )
+
+
+def _is_english(value: dict) -> bool:
+    return all(set(value.get(key, ["English"])) == {"English"} for key in LANGUAGES)

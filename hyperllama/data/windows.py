@@ -1,0 +1,125 @@
+"""Plain text for hyperpretraining: windows of context and continuation, from text files or a column of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+from hyperllama.data.episode import Episode, Provenance, TextWindow
+from hyperllama.data.hub import load_split, require_columns
+from hyperllama.errors import UserError
+
+# More characters than a token has on average in any text that a tokenizer was made for: a window is cut from a longer span.
+CHARACTERS_PER_TOKEN = 12
+
+
+@dataclass(frozen=True)
+class WindowSettings:
+    """A window is `min_context_tokens` to `context_tokens` tokens of context, then `continuation_tokens` to be predicted.
+
+    Of each document the last twentieth is held out: `part` "test" reads only that, "train" the rest, "all" everything.
+    `column` is the text of a data set of the `datasets` library, of which the first `rows` rows are read; files need neither.
+    """
+
+    context_tokens: int = 256
+    min_context_tokens: int | None = None
+    continuation_tokens: int = 128
+    column: str = "text"
+    rows: int = 10_000
+    part: Literal["train", "test", "all"] = "all"
+
+    def problems(self) -> list[str]:
+        """What is wrong with the sizes, a sentence each."""
+        found = []
+        fewest = self.context_tokens if self.min_context_tokens is None else self.min_context_tokens
+        if not 1 <= fewest <= self.context_tokens:
+            found.append("min_context_tokens must be between 1 and context_tokens")
+        if self.continuation_tokens < 2:
+            found.append("continuation_tokens must be at least 2: one to read, one to predict")
+        return found
+
+
+class WindowSource:
+    """Windows of documents, each window of text equally likely; `shots` and `queries` have no meaning here."""
+
+    def __init__(self, documents: Sequence[tuple[str, str]], settings: WindowSettings):
+        if settings.problems():
+            raise UserError(f"data.text: {'; '.join(settings.problems())}")
+        self.settings = settings
+        self._span = CHARACTERS_PER_TOKEN * (settings.context_tokens + settings.continuation_tokens)
+        parts = [(name, _part(text, settings.part)) for name, text in documents]
+        self.documents = [(name, text) for name, text in parts if text.strip()]
+        if not self.documents:
+            raise UserError("data.root: its text files are empty; give some text")
+        self._cumulative = list(accumulate(len(text) for _, text in self.documents))
+
+    def draw(self, rng: Random, shots: int, queries: int, index: int) -> Episode:
+        (name, text), fewest = self._document(rng), self.settings.min_context_tokens
+        most = self.settings.context_tokens
+        context_tokens = most if fewest is None else rng.randint(fewest, most)
+        # A window that starts in the last stretch may come out short; the encoder says so, and another is drawn.
+        start = rng.randrange(max(1, len(text) - self._span // 4))
+        return self._window(name, text, start, context_tokens)
+
+    def evaluation(self, *, shots: int, queries: int, episodes: int, seed: int) -> list[Episode]:
+        """`episodes` windows, at places that the seed decides, with as much context as the settings allow."""
+        made = []
+        for i in range(episodes):
+            rng = Random(f"evaluation/{seed}/{i}")
+            name, text = self._document(rng)
+            start = rng.randrange(max(1, len(text) - self._span // 2))
+            made.append(self._window(name, text, start, self.settings.context_tokens))
+        return made
+
+    def _document(self, rng: Random) -> tuple[str, str]:
+        return rng.choices(self.documents, cum_weights=self._cumulative)[0]
+
+    def _window(self, name: str, text: str, start: int, context_tokens: int) -> Episode:
+        if start:  # from the next word on, so that no token is half a word
+            end_of_word = text.find(" ", start, start + 200)
+            start = end_of_word + 1 if end_of_word >= 0 else start
+        window = TextWindow(text[start : start + self._span], context_tokens, self.settings.continuation_tokens)
+        return Episode("", (), (), f"{name}:{start}", name, window)
+
+    def __len__(self) -> int:
+        return self._cumulative[-1] // self._span + 1
+
+    def texts(self) -> list[str]:
+        return [text for _, text in self.documents]
+
+    def provenance(self) -> Provenance:
+        names = frozenset(name for name, _ in self.documents)
+        part = self.settings.part
+        # The train and the test part of one document share nothing.
+        return Provenance(frozenset(f"{name} ({part})" for name in names) if part != "all" else names, frozenset(), frozenset())
+
+
+def read_text_files(root: str) -> list[tuple[str, str]]:
+    """(name, text) of one text file, or of every .txt file below a folder. UserError names a file that is not UTF-8."""
+    path = Path(root)
+    paths = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if not paths or not all(p.is_file() for p in paths):
+        raise UserError(f"data.root: {root} is neither a text file nor a folder with .txt files")
+    documents = []
+    for p in paths:
+        try:
+            documents.append((str(p.relative_to(path)) if path.is_dir() else p.name, p.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{p}: cannot be read as UTF-8 text ({error}); convert it, or leave it out") from error
+    return documents
+
+
+def load_text_column(name: str, *, config: str | None, split: str, column: str, rows: int) -> list[tuple[str, str]]:
+    """(name, text) of the first `rows` rows of a column of a data set, fetched as a stream."""
+    loaded = load_split(name, config=config, split=split, streaming=True, rows=rows)
+    require_columns(loaded, name, (column,))
+    return [(f"{name}[{i}]", row[column]) for i, row in enumerate(loaded)]
+
+
+def _part(text: str, part: str) -> str:
+    cut = len(text) - len(text) // 20
+    return {"train": text[:cut], "test": text[cut:], "all": text}[part]

@@ -1,0 +1,115 @@
+"""What is impossible about the values of a recipe: everything that can be known without loading anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FROM_HUB = ("sni", "p3", "symbols", "templates", "text")
+
+
+def recipe_problems(recipe: Any) -> list[str]:
+    """Everything about a recipe, of any kind, that cannot work: "key: what is wrong; what to do", a sentence each."""
+    check = _Checks()
+    check(bool(recipe.output), "output: give the folder for this run")
+    _data(recipe.data, check)
+    (_evaluation if recipe.method == "evaluate" else _training)(recipe, check)
+    return list(check)
+
+
+class _Checks(list):
+    def __call__(self, holds: bool, problem: str) -> None:
+        if not holds:
+            self.append(problem)
+
+
+def _data(data: Any, check: _Checks) -> None:
+    fewest = data.shots if data.min_shots is None else data.min_shots
+    check(0 <= fewest <= data.shots, f"data.min_shots: between 0 and data.shots={data.shots}, not {fewest}")
+    check(data.queries >= 1, f"data.queries: at least 1, not {data.queries}")
+    for i, part in enumerate(data.parts):
+        key = f"data.mixture[{i}]" if data.mixture else "data"
+        check(part.instances_per_task >= 1, f"{key}.instances_per_task: at least 1, not {part.instances_per_task}")
+        check(part.weight > 0, f"{key}.weight: above 0, not {part.weight}")
+        if part.source in ("synthetic", "symbols", "text", "p3"):
+            check.extend(f"{key}.{part.source}: {problem}" for problem in getattr(part, part.source).problems())
+        if part.source == "synthetic":
+            continue
+        if part.hub:
+            check(part.source in FROM_HUB, f"{key}.hub: source {part.source} reads local files; give {key}.root instead")
+            check(not part.root, f"{key}: give root or hub, not both")
+        else:
+            check(bool(part.root), f"{key}.root: give the folder or file of source {part.source}")
+            there = not part.root or Path(part.root).expanduser().exists()
+            check(there, f"{key}.root: {part.root} does not exist; set it to where your copy of the data is")
+        if part.source == "templates":
+            check(bool(part.templates.templates), f"{key}.templates.templates: give P3's templates, JSON lines or YAML folders")
+
+
+def _format(recipe: Any, check: _Checks) -> None:
+    if recipe.format is not None:
+        check.extend(recipe.format.problems())
+    limits = recipe.limits
+    if limits is not None:
+        check(limits.context_tokens >= 1, f"limits.context_tokens: at least 1, not {limits.context_tokens}")
+        check(
+            limits.query_tokens >= 2,
+            f"limits.query_tokens: at least 2 (a token of input, one of answer), not {limits.query_tokens}",
+        )
+
+
+def _training(recipe: Any, check: _Checks) -> None:
+    model, data, limits, training = recipe.model, recipe.data, recipe.limits, recipe.training
+    endless = any(part.source == "synthetic" for part in data.parts)
+    folder = Path(model.name_or_path or "")
+    if model.name_or_path and folder.is_dir():
+        has_config = (folder / "config.json").is_file()
+        check(has_config, f"model.name_or_path: {folder} is not a model folder, it has no config.json; give one that has")
+    if not model.name_or_path:
+        check(bool(model.architecture), "model: give name_or_path, or an architecture to initialise at random")
+        known = not model.architecture or "model_type" in model.architecture
+        check(known, "model.architecture.model_type: give the kind of model, such as llama")
+        enough = model.tokenizer == "words" or model.vocab_size >= 300
+        check(enough, "model.vocab_size: at least 300, the bytes and some merges")
+        fits = model.tokenizer == "bytes" or all(part.source == "synthetic" for part in data.parts)
+        check(fits, "model.tokenizer: words knows the synthetic language only; choose bytes")
+    check(recipe.gist.tokens >= 1, f"gist.tokens: at least 1, not {recipe.gist.tokens}")
+    check(recipe.lora.rank >= 1, f"lora.rank: at least 1, not {recipe.lora.rank}")
+    check(0 <= recipe.lora.dropout < 1, f"lora.dropout: a share below 1, not {recipe.lora.dropout}")
+    _format(recipe, check)
+    check("output_dir" not in training, "training.output_dir: is set by output; remove it")
+    if endless:
+        check(training.get("max_steps", -1) > 0, "training.max_steps: the synthetic language is endless, so say how many steps")
+    positions = _positions(model)
+    gists = recipe.gist.tokens if recipe.method == "hypernetwork" else 0
+    needed = limits.context_tokens + limits.query_tokens + gists
+    if positions is not None and needed > positions:
+        check(False, f"limits: context_tokens, query_tokens and gists need {needed} positions, but the model has {positions}")
+    for part in data.parts:
+        window = part.text.context_tokens + part.text.continuation_tokens + gists + 1
+        if part.source == "text" and positions is not None and window > positions:
+            check(False, f"data.text: context, continuation and gists need {window} positions, but the model has {positions}")
+
+
+def _evaluation(recipe: Any, check: _Checks) -> None:
+    check(recipe.episodes >= 1, f"episodes: at least 1, not {recipe.episodes}")
+    check(recipe.batch_tokens >= 1, f"batch_tokens: at least 1, not {recipe.batch_tokens}")
+    check(recipe.resamples >= 100, f"resamples: at least 100 for an interval, not {recipe.resamples}")
+    for key in ("hypernetwork", "prefixes"):
+        folder = getattr(recipe, key)
+        check(not folder or Path(folder).is_dir(), f"{key}: {folder} is not a folder; train or compress first")
+    _format(recipe, check)
+
+
+def _positions(model: Any) -> int | None:
+    """The model's longest sequence, where it can be known without loading anything."""
+    if not model.name_or_path:
+        return model.architecture.get("max_position_embeddings")
+    config = Path(model.name_or_path) / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings")
+    except ValueError:
+        return None

@@ -1,0 +1,144 @@
+"""The likelihood of continuations behind prefixes, packed: queries of one task share its prefix, choices share their prompt.
+
+A prefix stands in the packed row as a segment of placeholder rows whose keys and values are replaced at every layer. A prompt
+with several continuations is a segment that they all read, so it is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from attention_masks import GistLayout, Segment, rotate
+from hyperllama.backbone import inverse_frequencies, packed_arguments
+from hyperllama.errors import UserError
+from hyperllama.prefix import Prefix
+
+# Bounds for one pass: rows of attention keys that are gathered, as a multiple of its tokens, and entries of its logits.
+GATHERED_PER_TOKEN, LOGITS = 32, 2**28
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt (token ids, at least one) and the continuations whose likelihood is asked for, each of at least one token."""
+
+    prompt: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+    prefix: Prefix | None = None
+
+
+@torch.no_grad()
+def continuation_scores(
+    model: PreTrainedModel, questions: Sequence[Question], *, batch_tokens: int = 8192, backend: str = "auto"
+) -> list[list[float]]:
+    """The summed log-probability, in nats, of each continuation of each question; a pass has at most `batch_tokens` tokens."""
+    scores: list[list[float]] = []
+    for batch in _batches(questions, batch_tokens, model.config.vocab_size):
+        scores += _score(model, batch, backend)
+    return scores
+
+
+def _batches(questions: Sequence[Question], batch_tokens: int, vocabulary: int):
+    batch: list[Question] = []
+    tokens = gathered = targets = 0
+    seen: set[int] = set()
+    for question in questions:
+        if not question.prompt or not question.continuations or not all(question.continuations):
+            raise UserError("a question needs a prompt and continuations of at least one token each; none may be empty")
+        gists = question.prefix.gists if question.prefix else 0
+        new = len(question.prompt) + sum(len(c) - 1 for c in question.continuations)
+        own = new + (0 if id(question.prefix) in seen else gists)
+        reads = gists * len(question.continuations) + len(question.prompt) * len(question.continuations)
+        heads = sum(map(len, question.continuations))
+        full = tokens + own > batch_tokens or gathered + reads > GATHERED_PER_TOKEN * batch_tokens
+        if batch and (full or (targets + heads) * vocabulary > LOGITS):
+            yield batch
+            batch, tokens, gathered, targets, seen, own = [], 0, 0, 0, set(), new + gists
+        batch.append(question)
+        seen.add(id(question.prefix))
+        tokens, gathered, targets = tokens + own, gathered + reads, targets + heads
+    if batch:
+        yield batch
+
+
+@dataclass
+class _Row:
+    """A packed row as it grows."""
+
+    ids: list[int] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], gists: int = 0, reads: tuple[int, ...] = ()) -> tuple[int, int]:
+        """Append a segment; returns its index and its first row."""
+        first = len(self.ids)
+        self.ids += ids
+        self.segments.append(Segment(len(ids), gists=gists, reads=reads))
+        return len(self.segments) - 1, first
+
+
+def _score(model: PreTrainedModel, questions: Sequence[Question], backend: str) -> list[list[float]]:
+    row, places = _Row(), dict[int, int]()
+    prefixes = {id(q.prefix): q.prefix for q in questions if q.prefix is not None and q.prefix.gists}
+    for key, prefix in prefixes.items():
+        places[key], _ = row.add([0] * prefix.gists, gists=prefix.gists)
+    # For each continuation, the rows that predict its tokens; choices share the row that predicts their first.
+    predicting: list[list[int]] = []
+    for question in questions:
+        reads = (places[id(question.prefix)],) if id(question.prefix) in places else ()
+        if len(question.continuations) == 1:
+            (only,) = question.continuations
+            _, first = row.add([*question.prompt, *only[:-1]], reads=reads)
+            start = first + len(question.prompt) - 1
+            predicting.append(list(range(start, start + len(only))))
+            continue
+        prompt, first = row.add(question.prompt, gists=len(question.prompt), reads=reads)
+        for continuation in question.continuations:
+            predicting.append([first + len(question.prompt) - 1])
+            if len(continuation) > 1:
+                _, start = row.add(continuation[:-1], reads=(*reads, prompt))
+                predicting[-1] += range(start, start + len(continuation) - 1)
+    continuations = [c for question in questions for c in question.continuations]
+    head_rows = sorted({r for rows in predicting for r in rows})
+    place = {r: i for i, r in enumerate(head_rows)}
+    device = model.device
+    layout = GistLayout(row.segments).to(device)
+    logits = model(
+        input_ids=torch.tensor([row.ids], device=device),
+        past_key_values=_Injected(model, layout, list(prefixes.values())),
+        use_cache=True,
+        logits_to_keep=torch.tensor(head_rows, device=device),
+        **packed_arguments(model, layout, backend),
+    ).logits[0]
+    likelihoods = logits.float().log_softmax(-1)
+    rows = torch.tensor([place[r] for rows in predicting for r in rows], device=device)
+    tokens = torch.tensor([token for c in continuations for token in c], device=device)
+    picked = likelihoods[rows, tokens].cpu().split(list(map(len, continuations)))
+    sums = iter([part.sum().item() for part in picked])
+    return [[next(sums) for _ in question.continuations] for question in questions]
+
+
+class _Injected(DynamicCache):
+    """Puts the keys and values of prefixes into the rows of the first segments of a packed row; keeps nothing."""
+
+    def __init__(self, model: PreTrainedModel, layout: GistLayout, prefixes: Sequence[Prefix]):
+        super().__init__()
+        self.rows = torch.arange(sum(prefix.gists for prefix in prefixes), device=model.device)
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        for layer in range(prefixes[0].layers if prefixes else 0):
+            keys = torch.cat([prefix.keys[layer] for prefix in prefixes], dim=1).to(model.device)
+            starts = layout.positions[self.rows] - torch.cat([torch.arange(p.gists) for p in prefixes]).to(model.device)
+            if starts.any():
+                keys = rotate(keys, starts, inverse_frequencies(model))
+            values = torch.cat([prefix.values[layer] for prefix in prefixes], dim=1)
+            self.pairs.append((keys, values.to(model.device)))
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.pairs:
+            return key_states, value_states
+        keys, values = self.pairs[layer_idx]
+        key_states = key_states.index_copy(2, self.rows, keys[None].to(key_states.dtype))
+        return key_states, value_states.index_copy(2, self.rows, values[None].to(value_states.dtype))

@@ -1,0 +1,98 @@
+"""`hyperllama check`: what a recipe's data is, without weights."""
+
+import json
+import re
+
+import pytest
+from data_files import WORDS, lines, write
+
+from eval.check import check
+from hyperllama.errors import UserError
+
+
+@pytest.fixture
+def recipe(tmp_path, saved_base):
+    for name in ("one", "two"):
+        rows = [{"input": f"{name} {i} " + "x" * (i % 60), "output": str(i)} for i in range(60)]
+        write(tmp_path / "data" / f"{name}.jsonl", lines(rows))
+    return write(
+        tmp_path / "r.yaml",
+        f"""
+output: {tmp_path}/run
+model: {{name_or_path: {saved_base}}}
+gist: {{tokens: 4}}
+data: {{source: jsonl, root: {tmp_path}/data, shots: 5, queries: 2}}
+limits: {{context_tokens: 300, query_tokens: 75, too_long_query: skip}}
+training: {{max_steps: 7, per_device_train_batch_size: 2}}
+""",
+    )
+
+
+def test_a_training_recipe(recipe, tmp_path, saved_base, monkeypatch):
+    # No weights: a folder with config and tokenizer is enough.
+    folder = tmp_path / "light"
+    folder.mkdir()
+    for path in saved_base.iterdir():
+        if "safetensors" not in path.name:
+            (folder / path.name).write_bytes(path.read_bytes())
+    text = check(recipe, [f"model.name_or_path={folder}"], episodes=60)
+    assert "tasks           2: one, two" in text and "examples        120" in text
+    (dropped,) = [line for line in text.splitlines() if line.startswith("dropped")]
+    count, total = (int(word) for word in dropped.replace(",", "").split() if word.isdigit())
+    assert 0 < count < total == 300
+    (skipped,) = [line for line in text.splitlines() if line.startswith("skipped")]
+    assert int(skipped.split()[1]) > 0 and "cut             nothing" in text
+    longest = next(int(line.split()[-1]) for line in text.splitlines() if line.strip().startswith("context"))
+    assert 200 < longest <= 300 and "in 7 steps" in text
+    mask = [line for line in text.splitlines() if line.startswith(("S0 ", "S1 ", "S2 ", "S3 ", "S4 ", "S5 "))]
+    assert len(mask) > 10 and any("G" in line for line in mask) and re.search("2 contexts, [2-4] queries", text)
+    assert "|" in text.split("context of ")[1] and "</s>" in text
+
+
+def test_a_mixture_with_text_and_a_random_base(tmp_path):
+    write(tmp_path / "texts" / "a.txt", WORDS)
+    write(tmp_path / "cls" / "a" / "train.jsonl", lines([{"text": f"t {i}", "label": "xy"[i % 2]} for i in range(20)]))
+    path = write(
+        tmp_path / "r.yaml",
+        f"""
+output: out
+model: {{architecture: {{model_type: llama, max_position_embeddings: 512}}, vocab_size: 400}}
+limits: {{context_tokens: 200, query_tokens: 60}}
+data:
+  shots: 2
+  mixture:
+    - {{source: symbols, root: {tmp_path}/cls}}
+    - {{source: text, root: {tmp_path}/texts, text: {{context_tokens: 30, continuation_tokens: 10}}}}
+training: {{max_steps: 3}}
+""",
+    )
+    text = check(path, episodes=20)
+    assert "data symbols" in text and "400 tokens, trained now" in text and "tasks           2" in text
+    full = check(path, ["method=full_attention"], episodes=20)
+    assert "contexts" not in full.split("mask of")[1].splitlines()[0]
+
+
+def test_leaks_against_another_recipe(recipe, tmp_path):
+    other = write(tmp_path / "e.yaml", f"""
+method: evaluate
+output: {tmp_path}/out
+data: {{source: jsonl, root: {tmp_path}/data/one.jsonl}}
+""")  # fmt: skip
+    text = check(recipe, against=other, episodes=5)
+    assert f"shared with {other}: task one; data set one; 60 identical inputs" in text
+    assert "name the other recipe with --against" in check(recipe, episodes=5)
+
+
+def test_what_running_would_refuse_is_refused(recipe, tmp_path, saved_base):
+    with pytest.raises(UserError, match="limits.query_tokens=75: raise it, or set limits.too_long_query to skip"):
+        check(recipe, ["limits.too_long_query=error"])
+    tokenizer = json.loads((saved_base / "tokenizer_config.json").read_text())
+    tokenizer.pop("eos_token")
+    folder = tmp_path / "endless"
+    folder.mkdir()
+    for path in saved_base.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="format.end_token: the tokenizer has no end token"):
+        check(recipe, [f"model.name_or_path={folder}"])
+    assert "one step" in check(recipe, [f"model.name_or_path={folder}", "format.end_token=false"], episodes=3)

@@ -1,0 +1,96 @@
+"""Likelihoods: packed scores are those of one plain pass a continuation, and pooled prefixes are what they are called."""
+
+import pytest
+import torch
+from conftest import tiny_base
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from attention_masks import rotate
+from hyperllama.backbone import inverse_frequencies
+from hyperllama.encoding import encode_whole, last_rows, mean_pooled
+from hyperllama.errors import UserError
+from hyperllama.scoring import Question, continuation_scores
+
+TOKENS = st.lists(st.integers(3, 96), min_size=1, max_size=6).map(tuple)
+
+
+def plain(model, context, prompt, continuation) -> float:
+    """One ordinary forward pass over everything."""
+    ids = torch.tensor([[*context, *prompt, *continuation]])
+    with torch.no_grad():
+        likely = model(ids).logits[0].log_softmax(-1)
+    start = len(context) + len(prompt) - 1
+    return sum(likely[start + i, token].item() for i, token in enumerate(continuation))
+
+
+def test_packed_scores_are_those_of_plain_passes(base):
+    contexts = [tuple(range(3, 15)), (7, 8), (40, 41, 42, 43)]
+    prefixes = encode_whole(base, contexts)
+    asked = [
+        (0, (5, 6), ((9,), (10, 11, 12), (13, 14))),
+        (2, (20,), ((21, 22),)),
+        (0, (5, 6, 7), ((9, 9), (8,))),
+        (None, (5, 6), ((9,), (9, 10))),
+        (1, (30, 31), ((32,), (33,), (34,), (35,))),
+    ]
+    questions = [Question(prompt, answers, None if c is None else prefixes[c]) for c, prompt, answers in asked]
+    expected = [[plain(base, () if c is None else contexts[c], p, a) for a in answers] for c, p, answers in asked]
+    for batch_tokens in (4, 30, 8192):
+        scores = continuation_scores(base, questions, batch_tokens=batch_tokens)
+        for found, wanted in zip(scores, expected, strict=True):
+            assert found == pytest.approx(wanted, abs=2e-4)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    contexts=st.lists(TOKENS, min_size=1, max_size=3),
+    asked=st.lists(st.tuples(st.integers(0, 2), TOKENS, st.lists(TOKENS, min_size=1, max_size=3)), min_size=1, max_size=4),
+)
+def test_any_packing_scores_alike(contexts, asked):
+    model = tiny_base()
+    prefixes = encode_whole(model, contexts)
+    questions = [Question(p, tuple(answers), prefixes[c % len(prefixes)]) for c, p, answers in asked]
+    expected = [[plain(model, contexts[c % len(contexts)], p, a) for a in answers] for c, p, answers in asked]
+    for found, wanted in zip(continuation_scores(model, questions, batch_tokens=25), expected, strict=True):
+        assert found == pytest.approx(wanted, abs=2e-4)
+
+
+def test_choices_share_their_prompt_and_queries_their_prefix(monkeypatch):
+    """Four choices of one token cost the rows of one, and a prefix stands in the row once."""
+    from hyperllama import scoring
+
+    rows = []
+    layout = scoring.GistLayout
+    monkeypatch.setattr(
+        scoring, "GistLayout", lambda segments: rows.append(sum(s.tokens for s in segments)) or layout(segments)
+    )
+    model = tiny_base()
+    (prefix,) = encode_whole(model, [tuple(range(3, 33))])
+    questions = [Question((5, 6, 7), ((9,), (10,), (11, 12), (13,)), prefix) for _ in range(5)]
+    continuation_scores(model, questions)
+    assert rows == [30 + 5 * (3 + 1)]
+
+
+def test_empty_questions_are_refused():
+    for question in (Question((), ((3,),)), Question((3,), ()), Question((3,), ((),))):
+        with pytest.raises(UserError, match="none may be empty"):
+            continuation_scores(tiny_base(), [question])
+
+
+def test_pooling_and_cutting(base):
+    inv_freq = inverse_frequencies(base)
+    (prefix,) = encode_whole(base, [tuple(range(3, 13))])
+    last, pooled = last_rows(prefix, 4, inv_freq), mean_pooled(prefix, 5, inv_freq)
+    assert (last.gists, pooled.gists) == (4, 5)
+    for layer in range(prefix.layers):
+        assert torch.equal(last.values[layer], prefix.values[layer][:, 6:])
+        moved = rotate(last.keys[layer], torch.full((4,), 6), inv_freq)
+        assert torch.allclose(moved, prefix.keys[layer][:, 6:], atol=1e-5)
+        pairs = prefix.values[layer].unflatten(1, (5, 2)).mean(2)
+        assert torch.allclose(pooled.values[layer], pairs, atol=1e-6)
+        upright = rotate(prefix.keys[layer], -torch.arange(10), inv_freq).unflatten(1, (5, 2)).mean(2)
+        assert torch.allclose(rotate(pooled.keys[layer], -torch.arange(5), inv_freq), upright, atol=1e-5)
+    assert last_rows(prefix, 10, inv_freq) is prefix and mean_pooled(prefix, 12, inv_freq) is prefix
+    (uneven,) = encode_whole(base, [tuple(range(3, 10))])
+    assert torch.allclose(mean_pooled(uneven, 1, inv_freq).values[0], uneven.values[0].mean(1, keepdim=True), atol=1e-6)
