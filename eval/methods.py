@@ -64,13 +64,14 @@ class Bench:
         return self.encoder.context(episode.instruction, episode.demonstrations)[0]
 
     def partner(self, i: int) -> int:
-        """The next episode that is of another task (or group of tasks, where each episode has a task of its own)."""
-        there = self.episodes
-        for offset in range(1, len(there)):
-            j = (i + offset) % len(there)
-            if there[j].task != there[i].task:
-                return j
-        raise UserError("swapped_prefix: needs episodes of at least two tasks; evaluate more, or leave the method out")
+        """The next episode of another category, or where all are of one, of another task; ValueError where there is none."""
+        n, own = len(self.episodes), self.episodes[i]
+        others = [(i + offset) % n for offset in range(1, n)]
+        for key in ("category", "task"):
+            for j in others:
+                if getattr(self.episodes[j], key) != getattr(own, key):
+                    return j
+        raise ValueError("an evaluation of a single task has no other task's context")
 
     def whole(self, contexts: Sequence[Sequence[int]], reader: Reader | None = None) -> list[State]:
         """States of full attention over contexts; an empty one reads nothing. Those of the last call are kept for the next."""
@@ -102,6 +103,10 @@ class Bench:
     @cached_property
     def has_instructions(self) -> bool:
         return any(episode.instruction for episode in self.episodes)
+
+    @cached_property
+    def has_other_tasks(self) -> bool:
+        return len({episode.task for episode in self.episodes}) > 1
 
     @cached_property
     def has_demonstrations(self) -> bool:
@@ -219,7 +224,7 @@ def prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
     return bench.compressed([bench.episodes[i] for i in indices])
 
 
-@method("another task's prefix", "control", "reader", "hypernetwork")
+@method("another task's prefix", "control", "reader", "hypernetwork", "has_other_tasks")
 def swapped_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
     """The prefix of the next episode of another task: does it matter what was compressed?"""
     return bench.compressed([bench.episodes[bench.partner(i)] for i in indices])

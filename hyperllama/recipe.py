@@ -64,9 +64,9 @@ class SourceRecipe:
     source: "synthetic" (a generated language), "sni" (Super-NaturalInstructions; `split` is a list below `splits`), "p3" (the
     Public Pool of Prompts), "templates" (P3 prompts rendered over labelled sets), "symbols" (symbol tuning of labelled sets),
     "text" (windows of plain text), or "jsonl" (a file, or a folder of files). `root` is a local folder or file, `hub` a name
-    for the `datasets` library instead. At most `instances_per_task` examples of a task are used. `own_demonstrations`: show
-    only those that a task's file means to be shown (S-NI's positive examples), not its other examples. `weight` counts in a
-    mixture.
+    for the `datasets` library instead. At most `instances_per_task` examples of a task are used. `task_weights`: every task is
+    equally likely, or by its number of examples (sni, p3, templates and jsonl). `own_demonstrations`: show only those that a
+    task's file means to be shown (S-NI's positive examples), not its other examples. `weight` counts in a mixture.
     """
 
     source: Literal["synthetic", "sni", "p3", "templates", "symbols", "text", "jsonl"] = "synthetic"
@@ -75,6 +75,7 @@ class SourceRecipe:
     split: str = "train"
     splits: str = "splits/default"
     instances_per_task: int = 100
+    task_weights: Literal["equal", "size"] = "equal"
     own_demonstrations: bool = False
     weight: float = 1.0
     p3: P3Settings = field(default_factory=P3Settings)

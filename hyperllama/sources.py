@@ -28,16 +28,15 @@ def _one(part: SourceRecipe) -> Source:
         return SyntheticSource(part.synthetic)
     if part.source == "sni":
         if part.hub:
-            return read_sni_hub(part.hub, split=part.split, instances=cap)
-        return read_sni(
-            part.root, split=part.split, splits=part.splits, instances=cap, own_demonstrations=part.own_demonstrations
-        )
+            return read_sni_hub(part.hub, split=part.split, instances=cap, weights=part.task_weights)
+        settings = {"own_demonstrations": part.own_demonstrations, "weights": part.task_weights}
+        return read_sni(part.root, split=part.split, splits=part.splits, instances=cap, **settings)
     if part.source == "p3":
-        return read_p3(part.hub or part.root, part.p3, split=part.split, instances_per_task=cap)
+        return read_p3(part.hub or part.root, part.p3, split=part.split, instances_per_task=cap, weights=part.task_weights)
     if part.source == "symbols":
         return SymbolSource(_labelled(part, part.symbols.sets), part.symbols, instances=cap)
     if part.source == "templates":
-        return TemplateSource(_labelled(part, part.templates.sets), part.templates, instances=cap)
+        return TemplateSource(_labelled(part, part.templates.sets), part.templates, instances=cap, weights=part.task_weights)
     if part.source == "text":
         if part.hub:
             name, _, config = part.hub.partition(":")
@@ -46,7 +45,7 @@ def _one(part: SourceRecipe) -> Source:
             )
             return WindowSource(documents, part.text)
         return WindowSource(read_text_files(part.root), part.text)
-    return read_json_lines_tasks(part.root, instances=cap)
+    return read_json_lines_tasks(part.root, instances=cap, weights=part.task_weights)
 
 
 def _labelled(part: SourceRecipe, names: list[str]) -> list[LabelledSet]:

@@ -193,8 +193,9 @@ class TestMethods:
     def test_partners_are_of_another_task(self, bench):
         a, b = bench.episodes[0], bench.episodes[1]
         assert Bench([a, a, b]).partner(0) == 2 and Bench([a, b, a]).partner(2) == 1
-        with pytest.raises(UserError, match="needs episodes of at least two tasks"):
-            Bench([a, a]).partner(0)
+        near, far = (Episode("", (), (), task, category) for task, category in (("t2", "x"), ("t3", "y")))
+        assert Bench([Episode("", (), (), "t1", "x"), near, far]).partner(0) == 2  # a task of its own kind could help
+        assert Bench([a, b]).has_other_tasks and not Bench([a, a]).has_other_tasks
 
     def test_costs_stand_beside_answers(self, bench):
         (full, *_), (prefix, *_) = self.run(bench, "full_context"), self.run(bench, "prefix")

@@ -49,8 +49,8 @@ def ranked():
     return [prompted(f"ranked {i}", text, idx=[i, j], is_correct=right, weight=1.0) for i, j, text, right in rows]
 
 
-def source(root, split="train", instances=100, **settings):
-    return read_p3(str(root), P3Settings(**settings), split=split, instances_per_task=instances)
+def source(root, split="train", instances=100, weights="equal", **settings):
+    return read_p3(str(root), P3Settings(**settings), split=split, instances_per_task=instances, weights=weights)
 
 
 def in_order(examples):
@@ -252,5 +252,5 @@ class TestP3:
         assert select_configs(names, P3Settings(mixture="t0_held_out"))[0] == names[3:4]
 
     def test_settings_in_a_recipe(self):
-        structured = OmegaConf.merge(OmegaConf.structured(P3Settings), {"mixture": "t0_train", "weights": "size"})
-        assert OmegaConf.to_object(structured) == P3Settings(mixture="t0_train", weights="size")
+        structured = OmegaConf.merge(OmegaConf.structured(P3Settings), {"mixture": "t0_train", "streaming": True})
+        assert OmegaConf.to_object(structured) == P3Settings(mixture="t0_train", streaming=True)

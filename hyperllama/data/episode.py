@@ -80,6 +80,9 @@ class Provenance:
         return Provenance(self.tasks | other.tasks, self.datasets | other.datasets, self.inputs | other.inputs)
 
 
+Weights = Literal["equal", "size"]
+
+
 class Source(Protocol):
     """Draws episodes. A new data source is one class with these members."""
 
@@ -107,7 +110,7 @@ class TaskSource:
     shown, in their order. In training an example that has several references shows one of them at random.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, weights: Literal["equal", "size"] = "equal", own_demonstrations: bool = False):
+    def __init__(self, tasks: Sequence[Task], *, weights: Weights = "equal", own_demonstrations: bool = False):
         self.tasks, self.own_demonstrations = list(tasks), own_demonstrations
         self._cumulative = list(accumulate(len(task.examples) if weights == "size" else 1 for task in self.tasks))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hyperllama.data.episode import Example, Task, TaskSource
+from hyperllama.data.episode import Example, Task, TaskSource, Weights
 from hyperllama.errors import UserError
 from hyperllama.files import read_json_lines
 
@@ -39,10 +39,11 @@ def example_from(value: Any, where: str, outputs: bool = True) -> Example:
     return Example(value["input"], references[0] if references else "", tuple(references), tuple(choices))
 
 
-def read_json_lines_tasks(root: str, *, instances: int) -> TaskSource:
+def read_json_lines_tasks(root: str, *, instances: int, weights: Weights = "equal") -> TaskSource:
     """A .jsonl file as one task, or every .jsonl file of a folder as a task each, with its first `instances` examples."""
     path = Path(root)
     paths = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not paths or not all(p.is_file() for p in paths):
         raise UserError(f"data.root: {root} is neither a .jsonl file nor a folder with some")
-    return TaskSource([Task(p.stem, "", (), tuple(read_examples(p)[:instances]), datasets=(p.stem,)) for p in paths])
+    tasks = [Task(p.stem, "", (), tuple(read_examples(p)[:instances]), datasets=(p.stem,)) for p in paths]
+    return TaskSource(tasks, weights=weights)

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from hyperllama.data.episode import Example, Provenance, TaskSource
+from hyperllama.data.episode import Example, Provenance, TaskSource, Weights
 from hyperllama.errors import UserError, in_one_line
 
 # How the names of configurations begin. The mixtures are the paper's, as github.com/bigscience-workshop/t-zero lists them in
@@ -52,9 +52,7 @@ class P3Settings:
 
     `mixture`: T0's training sets or its held-out ones; or `datasets`, beginnings of configurations' names such as "glue_mrpc",
     and `configs`, whole names. Rows are shuffled; `streaming` draws them from a buffer of `shuffle_buffer` rows, and fetches no
-    more than it needs for that. Demonstrations are rows of
-    `demonstrations_split` where data.split is another. `weights` "size" draws a task by its number of examples up to
-    data.instances_per_task, and has to read all of them first; "equal" reads a task when it is first drawn.
+    more than it needs for that. Demonstrations are rows of `demonstrations_split` where data.split is another.
     """
 
     mixture: Literal["t0_train", "t0_held_out"] | None = None
@@ -63,7 +61,6 @@ class P3Settings:
     streaming: bool = False
     shuffle_buffer: int = 25_000
     demonstrations_split: str = "train"
-    weights: Literal["equal", "size"] = "equal"
 
     def problems(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""
@@ -164,15 +161,15 @@ class P3Source(TaskSource):
     """Episodes of P3, demonstrations and queries of one data set and template; a task is read when it is first drawn.
 
     What is drawn depends on the random numbers alone, not on what was read before. `missing` names data sets of the mixture
-    that are not there, and configurations without the split. `texts` reads everything.
+    that are not there, and configurations without the split. `texts` reads everything, and so do weights by "size".
     """
 
     tasks: list[P3Task]
 
-    def __init__(self, tasks: Sequence[P3Task], settings: P3Settings, *, instances: int, missing: Sequence[str] = ()):
-        super().__init__(tasks, weights=settings.weights)
+    def __init__(self, tasks: Sequence[P3Task], *, weights: Weights, instances: int, missing: Sequence[str] = ()):
+        super().__init__(tasks, weights=weights)
         self.missing = tuple(missing)
-        self._length = sum(len(task.examples) if settings.weights == "size" else instances for task in tasks)
+        self._length = sum(len(task.examples) if weights == "size" else instances for task in tasks)
 
     def __len__(self) -> int:
         """One episode for each example; with equal weights as if every task were full, so that nothing is read to count."""
@@ -190,7 +187,7 @@ class P3Source(TaskSource):
         return sum(task.dropped for task in self.tasks)
 
 
-def read_p3(root: str, settings: P3Settings, *, split: str, instances_per_task: int) -> P3Source:
+def read_p3(root: str, settings: P3Settings, *, split: str, instances_per_task: int, weights: Weights = "equal") -> P3Source:
     """P3 from the hub, by name, or from a folder of CONFIG/SPLIT.jsonl, .json or .parquet (or a clone of the hub's).
 
     Lists configurations only; see `P3Task` and `P3Source` for when rows are read. ANLI's "train" is train_r1 where its splits
@@ -207,7 +204,7 @@ def read_p3(root: str, settings: P3Settings, *, split: str, instances_per_task: 
         if not configs:
             raise UserError(f"data.split: no configuration of data.p3 below {root} has a split {split!r}, such as {without[0]}")
     tasks = [P3Task(config, pool, settings, split, instances_per_task) for config in configs]
-    return P3Source(tasks, settings, instances=instances_per_task, missing=missing)
+    return P3Source(tasks, weights=weights, instances=instances_per_task, missing=missing)
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,11 @@ def read_sni_task(path: str | Path) -> Task:
     return _task(_task_file(path), Path(path))
 
 
-def read_sni(root: str, *, split: str, splits: str, instances: int, own_demonstrations: bool = False) -> TaskSource:
+def read_sni(root: str, *, split: str, splits: str, instances: int, **settings) -> TaskSource:
     """The English tasks of one official split below `root`: `tasks/*.json`, listed in `splits`/`split`_tasks.txt.
 
-    At most `instances` of each: a sample that the task's name decides for a split named train, else the first ones. With
-    `own_demonstrations` only positive examples are shown. Listed tasks that are not there are left out; UserError if that
-    leaves none.
+    At most `instances` of each: a sample that the task's name decides for a split named train, else the first ones.
+    `settings` go to `TaskSource`. Listed tasks that are not there are left out; UserError if that leaves none.
     """
     folder, listing = Path(root) / "tasks", Path(root) / splits / f"{split}_tasks.txt"
     if not folder.is_dir():
@@ -58,10 +57,10 @@ def read_sni(root: str, *, split: str, splits: str, instances: int, own_demonstr
     english = {path: value for path, value in files.items() if _is_english(value)}
     if not english:
         raise UserError(f"data.root: none of the {len(names)} tasks of {listing} is in {folder} and in English")
-    return _source((_task(value, path) for path, value in english.items()), split, instances, own_demonstrations)
+    return _source((_task(value, path) for path, value in english.items()), split, instances, **settings)
 
 
-def read_sni_hub(name: str, *, split: str, instances: int) -> TaskSource:
+def read_sni_hub(name: str, *, split: str, instances: int, **settings) -> TaskSource:
     """S-NI as rows of task_name, definition, inputs, targets, as hub copies such as Muennighoff/natural-instructions have it.
 
     Rows of one task and input are one example with several references. Such copies have no positive examples, so
@@ -81,10 +80,10 @@ def read_sni_hub(name: str, *, split: str, instances: int) -> TaskSource:
             raise UserError(f"{name}: task {task} has no references; leave it out of the data")
         examples = tuple(Example(text, targets[0], tuple(targets)) for text, targets in answered)
         tasks.append(Task(task, definition, (), examples, datasets=(task,)))
-    return _source(tasks, split, instances)
+    return _source(tasks, split, instances, **settings)
 
 
-def _source(tasks: Iterable[Task], split: str, instances: int, own_demonstrations: bool = False) -> TaskSource:
+def _source(tasks: Iterable[Task], split: str, instances: int, **settings) -> TaskSource:
     def cap(task: Task) -> Task:
         if len(task.examples) <= instances:
             return task
@@ -93,7 +92,7 @@ def _source(tasks: Iterable[Task], split: str, instances: int, own_demonstration
             kept = sorted(Random(task.name).sample(range(len(task.examples)), instances))
         return Task(**{**vars(task), "examples": tuple(task.examples[i] for i in kept)})
 
-    return TaskSource([cap(task) for task in tasks], own_demonstrations=own_demonstrations)
+    return TaskSource([cap(task) for task in tasks], **settings)
 
 
 def _task_file(path: str | Path) -> dict:

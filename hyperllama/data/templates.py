@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from hyperllama.data.episode import Example, Task, TaskSource
+from hyperllama.data.episode import Example, Task, TaskSource, Weights
 from hyperllama.data.prompts import Template, missing_fields, render
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import read_json_lines
@@ -76,9 +76,10 @@ class TemplateSource(TaskSource):
         *,
         instances: int | None,
         shown: Sequence[LabelledSet] = (),
+        weights: Weights = "equal",
     ):
         tasks, self.report = render_tasks(sets, settings, instances=instances, shown=shown)
-        super().__init__(tasks)
+        super().__init__(tasks, weights=weights)
 
 
 def render_tasks(
