@@ -128,6 +128,11 @@ class Method:
         return [need for need in self.needs if not getattr(bench, need)]
 
     @property
+    def what(self) -> str:
+        """What the method does, in a sentence or two."""
+        return " ".join(self.run.__doc__.split())
+
+    @property
     def answers(self) -> bool:
         """Whether the method answers by itself, without a model."""
         return self.role == "copy"

@@ -58,6 +58,9 @@ def _markdown(summary: dict[str, Any], costs: bool):
         yield f"| {bold}{method['label']}{bold} | {ROLES[method['role']]} | {' | '.join(cells)} |"
     if costs:
         yield from _cost_table(summary)
+    yield "\n## The methods\n"
+    for method in summary["methods"].values():
+        yield f"- **{method['label']}**: {method['what']}"
     if summary["categories"]:
         yield from _category_table(summary)
     yield f"\n{', '.join(f'{name} {version}' for name, version in summary['versions'].items())}"
@@ -67,9 +70,9 @@ def _cost_table(summary: dict[str, Any]):
     yield "\n## Cost\n\n![Quality against FLOPs](cost.png)\n"
     yield (
         "A context is encoded once per task and its keys and values are kept, unless a row says otherwise. FLOPs are those of "
-        "one query with its share of the encoding, for n queries per task; one multiply-add is 2. A cached full prompt has the "
-        "same FLOPs as any other method that encodes once, up to the attention over its rows: what a prefix saves beside it is "
-        "memory.\n"
+        "one query with its share of the encoding, for n queries per task, by formula; one multiply-add is 2. A cached full "
+        "prompt has the same FLOPs as any other method that encodes once, up to the attention over its rows: what a prefix "
+        "saves beside it is memory.\n"
     )
     yield f"| method | rows kept | bytes per task | {' | '.join(f'n = {n}' for n in QUERIES_PER_TASK)} |"
     yield "|---|---|---" + "|---" * len(QUERIES_PER_TASK) + "|"
@@ -184,6 +187,9 @@ def draw_costs(summary: dict[str, Any], path: str | Path) -> None:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(f"{metric.label}{' (%)' if metric.share else ', lower is better'}")
+    figure.suptitle(
+        "quality against FLOPs of one query with its share of encoding; in brackets what is kept per task", fontsize=9
+    )
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
 

@@ -204,12 +204,13 @@ def applicable(recipe: EvaluationRecipe, bench: Bench, kind: Kind) -> list[Metho
 
 
 def check_leaks(recipe: EvaluationRecipe, source: Source) -> tuple[str, bool]:
-    """What the evaluation shares with the data of its runs, in words, and whether it shares anything."""
+    """What the evaluation shares with the training data of its hypernetwork and models, in words, and whether it does."""
+    base = recipe.model or (read_config(recipe.hypernetwork)["base"]["name"] if recipe.hypernetwork else None)
     found, shares = [], False
-    for run in filter(None, (recipe.hypernetwork, recipe.multi_task)):
+    for run in dict.fromkeys(filter(None, (recipe.hypernetwork, base, recipe.multi_task))):
         path = Path(run) / workflows.RECIPE
         if not path.is_file():
-            found.append(f"{run}: not known, it has no {workflows.RECIPE}")
+            found.append(f"{run}: what it was trained on is not known")
             continue
         try:
             training = make_source(load_recipe(path).data)

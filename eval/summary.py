@@ -48,7 +48,7 @@ def summarise(lines: Sequence[dict], methods: Sequence[str], facts: dict, *, res
     found["chance"] = float(np.mean(chances)) if chances else None
     found["methods"] = {}
     for name in names:
-        entry = {"label": METHODS[name].label, "role": METHODS[name].role}
+        entry = {"label": METHODS[name].label, "role": METHODS[name].role, "what": METHODS[name].what}
         entry["metrics"] = {metric: _figures(bootstrap.mean(table[name][metric])) for metric in metrics}
         if ours and name != ours:
             differences = {m: bootstrap.difference(table[ours][m], table[name][m]) for m in metrics}
