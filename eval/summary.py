@@ -138,7 +138,9 @@ def verdicts(summary: dict[str, Any]) -> list[dict[str, str]]:
         found.append({"question": "Does it compress?", "answer": answer, "sentence": sentence})
     compare("Does it depend on its context?", "swapped_prefix", "with another task's prefix")
     compare("Does it read which output belongs to which input?", "shuffled_prefix", "with the prefix of shuffled labels")
-    compare("Is it better than fewer demonstrations in the same memory?", "fewer_demonstrations", "with as many as fit")
+    fitting = methods.get("fewer_demonstrations", {}).get("demonstrations", 0.0)
+    what = f"with as many as fit ({fitting:.1f} on average)" if fitting else "with what fits into it"
+    compare("Is it better than fewer demonstrations in the same memory?", "fewer_demonstrations", what)
     compare("Is it better than mean pooling, which needs no training?", "mean_pool", "with mean-pooled keys and values")
     compare("Is it better than the last tokens?", "last_tokens", "with the last tokens' keys and values")
     compare("Is it better than a model trained for full attention?", "multi_task", "with the multi-task model")
