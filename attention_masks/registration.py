@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -24,8 +26,16 @@ def register() -> str:
     return NAME
 
 
-def layout_arguments(layout: GistLayout, inv_freq: Tensor, backend: str = "auto") -> dict:
+def layout_arguments(
+    layout: GistLayout,
+    inv_freq: Tensor,
+    backend: str = "auto",
+    states: Sequence[tuple[Tensor, Tensor]] | None = None,
+) -> dict:
     """Keyword arguments with which a decoder reads one packed row (1, T) under `layout`.
+
+    `states` are keys and values (N, R, D) of each layer that stand in the first R rows instead of what the layer computes
+    there: prefixes that come from elsewhere. Keys carry the positions that `layout` gives those rows.
 
     The attention mask is a single element of four dimensions: transformers hands such a mask through untouched, so it
     does not build a T x T mask that nobody reads.
@@ -36,6 +46,7 @@ def layout_arguments(layout: GistLayout, inv_freq: Tensor, backend: str = "auto"
         "gist_layout": layout,
         "gist_inv_freq": inv_freq,
         "gist_backend": backend,
+        "gist_states": states,
     }
 
 
@@ -50,6 +61,7 @@ def gist_attention_forward(
     gist_layout: GistLayout | None = None,
     gist_inv_freq: Tensor | None = None,
     gist_backend: str = "auto",
+    gist_states: Sequence[tuple[Tensor, Tensor]] | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query (B, H, T, D), key and value (B, N, T, D) -> (B, T, H, D), no weights."""
@@ -58,7 +70,14 @@ def gist_attention_forward(
         return ordinary(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if gist_layout.shifted and gist_inv_freq is None:
         raise ValueError("this layout moves keys, so gist attention needs gist_inv_freq: pass layout_arguments(...)")
+    if gist_states:
+        key, value = (_replace(rows, states) for rows, states in zip((key, value), gist_states[module.layer_idx]))
     if dropout:
         raise ValueError("gist attention has no dropout: set attention_dropout to 0 in the model's config")
     output = gist_attention(query, key, value, gist_layout, backend=gist_backend, scale=scaling, inv_freq=gist_inv_freq)
     return output.transpose(1, 2), None
+
+
+def _replace(rows: Tensor, states: Tensor) -> Tensor:
+    """rows (1, N, T, D) with `states` (N, R, D) in place of the first R."""
+    return torch.cat([states[None].to(rows.dtype), rows[:, :, states.shape[1] :]], dim=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -174,15 +174,23 @@ def inverse_frequencies(model: PreTrainedModel) -> Tensor:
     return model.get_decoder().rotary_emb.inv_freq
 
 
-def packed_arguments(model: PreTrainedModel, layout: GistLayout, backend: str = "auto") -> dict:
-    """Keyword arguments with which `model` reads a packed row (1, T) under `layout`; UserError if it is too long for it."""
+def packed_arguments(
+    model: PreTrainedModel,
+    layout: GistLayout,
+    backend: str = "auto",
+    states: Sequence[tuple[Tensor, Tensor]] | None = None,
+) -> dict:
+    """Keyword arguments with which `model` reads a packed row (1, T) under `layout`; UserError if it is too long for it.
+
+    `states`: see `attention_masks.registration.layout_arguments`.
+    """
     longest = model.config.max_position_embeddings
     if layout.last_position >= longest:
         raise UserError(
             f"a context with its gists and queries takes {layout.last_position + 1} positions, but the model has {longest}; "
             "use fewer shots, shorter examples, or a model with a longer context"
         )
-    return layout_arguments(layout, inverse_frequencies(model), backend)
+    return layout_arguments(layout, inverse_frequencies(model), backend, states)
 
 
 def default_device() -> str:

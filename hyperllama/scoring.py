@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
 from hyperllama.backbone import inverse_frequencies, packed_arguments
@@ -108,10 +108,9 @@ def _score(model: PreTrainedModel, questions: Sequence[Question], backend: str) 
     layout = GistLayout(row.segments).to(device)
     logits = model(
         input_ids=torch.tensor([row.ids], device=device),
-        past_key_values=_Injected(model, layout, list(prefixes.values())),
-        use_cache=True,
+        use_cache=False,
         logits_to_keep=torch.tensor(head_rows, device=device),
-        **packed_arguments(model, layout, backend),
+        **packed_arguments(model, layout, backend, prefix_states(model, layout, list(prefixes.values()))),
     ).logits[0]
     likelihoods = logits.float().log_softmax(-1)
     rows = torch.tensor([place[r] for rows in predicting for r in rows], device=device)
@@ -121,24 +120,15 @@ def _score(model: PreTrainedModel, questions: Sequence[Question], backend: str) 
     return [[next(sums) for _ in question.continuations] for question in questions]
 
 
-class _Injected(DynamicCache):
-    """Puts the keys and values of prefixes into the rows of the first segments of a packed row; keeps nothing."""
-
-    def __init__(self, model: PreTrainedModel, layout: GistLayout, prefixes: Sequence[Prefix]):
-        super().__init__()
-        self.rows = torch.arange(sum(prefix.gists for prefix in prefixes), device=model.device)
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-        for layer in range(prefixes[0].layers if prefixes else 0):
-            keys = torch.cat([prefix.keys[layer] for prefix in prefixes], dim=1).to(model.device)
-            starts = layout.positions[self.rows] - torch.cat([torch.arange(p.gists) for p in prefixes]).to(model.device)
-            if starts.any():
-                keys = rotate(keys, starts, inverse_frequencies(model))
-            values = torch.cat([prefix.values[layer] for prefix in prefixes], dim=1)
-            self.pairs.append((keys, values.to(model.device)))
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.pairs:
-            return key_states, value_states
-        keys, values = self.pairs[layer_idx]
-        key_states = key_states.index_copy(2, self.rows, keys[None].to(key_states.dtype))
-        return key_states, value_states.index_copy(2, self.rows, values[None].to(value_states.dtype))
+def prefix_states(model: PreTrainedModel, layout: GistLayout, prefixes: Sequence[Prefix]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (N, R, D) a layer of prefixes that are the first segments of a packed row, where `layout` has them."""
+    if not prefixes:
+        return []
+    gists = torch.cat([torch.arange(prefix.gists) for prefix in prefixes]).to(model.device)
+    shifts = layout.positions[: len(gists)] - gists
+    states = []
+    for layer in range(prefixes[0].layers):
+        keys = torch.cat([prefix.keys[layer].to(model.device) for prefix in prefixes], dim=1)
+        values = torch.cat([prefix.values[layer].to(model.device) for prefix in prefixes], dim=1)
+        states.append((rotate(keys, shifts, inverse_frequencies(model)) if shifts.any() else keys, values))
+    return states
