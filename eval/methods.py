@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -100,32 +99,40 @@ class Bench:
         """Let go of the states that are kept: the next episodes are others."""
         self._whole.clear()
 
-    @cached_property
-    def has_instructions(self) -> bool:
-        return any(episode.instruction for episode in self.episodes)
 
-    @cached_property
-    def has_other_tasks(self) -> bool:
-        return len({episode.task for episode in self.episodes}) > 1
+# What a method may need, by the name under which `Method.needs` has it: in words, for those who lack it.
+NEEDS = {
+    "model": "model, or a hypernetwork with its base",
+    "hypernetwork": "hypernetwork, the folder of a run",
+    "multi_task": "multi_task, the run of a full-attention model",
+    "prefixes": "prefixes, a folder of prefix files",
+    "budget": "budget, or a hypernetwork whose gists are one",
+    "instructions": "data whose tasks have instructions",
+    "demonstrations": "data with demonstrations",
+    "other_tasks": "data of at least two tasks",
+    "answers": "queries with answers in text (metric text)",
+}
 
-    @cached_property
-    def has_demonstrations(self) -> bool:
-        return any(episode.demonstrations for episode in self.episodes)
+
+def found_in(episodes: Sequence[Episode]) -> set[str]:
+    """Which of `NEEDS` the episodes of an evaluation meet."""
+    there = {
+        "instructions": any(episode.instruction for episode in episodes),
+        "demonstrations": any(episode.demonstrations for episode in episodes),
+        "other_tasks": len({episode.task for episode in episodes}) > 1,
+    }
+    return {name for name, holds in there.items() if holds}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method by name: its `label` for people, what it `needs` of a bench, the `role` it plays in a comparison."""
+    """A method by name: its `label` for people, what it `needs` (see `NEEDS`), the `role` it plays in a comparison."""
 
     name: str
     label: str
     role: Role
     needs: tuple[str, ...]
     run: Callable[[Bench, Sequence[int]], list]
-
-    def missing(self, bench: Bench) -> list[str]:
-        """What the method needs and the bench has not."""
-        return [need for need in self.needs if not getattr(bench, need)]
 
     @property
     def what(self) -> str:
@@ -151,19 +158,19 @@ def method(label: str, role: Role, *needs: str):
     return register
 
 
-@method("no context", "context", "reader")
+@method("no context", "context", "model")
 def no_context(bench: Bench, indices: Sequence[int]) -> list[State]:
     """The query alone, after the start token if the tokenizer has one."""
     return bench.whole([bench.encoder.start for _ in indices])
 
 
-@method("instruction only", "context", "reader", "has_instructions", "has_demonstrations")
+@method("instruction only", "context", "model", "instructions", "demonstrations")
 def instruction_only(bench: Bench, indices: Sequence[int]) -> list[State]:
     """The instruction without demonstrations, in full attention."""
     return bench.whole([bench.encoder.context(bench.episodes[i].instruction, ())[0] for i in indices])
 
 
-@method("all demonstrations, full attention", "context", "reader")
+@method("all demonstrations, full attention", "context", "model")
 def full_context(bench: Bench, indices: Sequence[int]) -> list[State]:
     """Everything in full attention: what a prefix is to come up to."""
     return bench.whole([bench.context(bench.episodes[i]) for i in indices])
@@ -175,7 +182,7 @@ def multi_task(bench: Bench, indices: Sequence[int]) -> list[State]:
     return bench.whole([bench.context(bench.episodes[i]) for i in indices], bench.multi_task)
 
 
-@method("fewer demonstrations, same memory", "budget", "reader", "budget")
+@method("fewer demonstrations, same memory", "budget", "model", "budget")
 def fewer_demonstrations(bench: Bench, indices: Sequence[int]) -> list[State]:
     """As many whole demonstrations as fit into the budget in full attention, behind the instruction if that fits too.
 
@@ -203,7 +210,7 @@ def _fits(encoder: Encoder, episode: Episode) -> bool:
     return True
 
 
-@method("last tokens' keys and values", "budget", "reader", "budget")
+@method("last tokens' keys and values", "budget", "model", "budget")
 def last_tokens(bench: Bench, indices: Sequence[int]) -> list[State]:
     """The keys and values of the last tokens of the context, which have seen all of it, and nothing else."""
     inv_freq = inverse_frequencies(bench.reader.model)
@@ -213,7 +220,7 @@ def last_tokens(bench: Bench, indices: Sequence[int]) -> list[State]:
     ]
 
 
-@method("mean-pooled keys and values", "budget", "reader", "budget")
+@method("mean-pooled keys and values", "budget", "model", "budget")
 def mean_pool(bench: Bench, indices: Sequence[int]) -> list[State]:
     """Means of neighbouring keys and values of the context, without any training."""
     inv_freq = inverse_frequencies(bench.reader.model)
@@ -223,31 +230,31 @@ def mean_pool(bench: Bench, indices: Sequence[int]) -> list[State]:
     ]
 
 
-@method("the prefix", "ours", "reader", "hypernetwork")
+@method("the prefix", "ours", "model", "hypernetwork")
 def prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
     """The prefix that the hypernetwork makes of instruction and demonstrations."""
     return bench.compressed([bench.episodes[i] for i in indices])
 
 
-@method("another task's prefix", "control", "reader", "hypernetwork", "has_other_tasks")
+@method("another task's prefix", "control", "model", "hypernetwork", "other_tasks")
 def swapped_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
     """The prefix of the next episode of another task: does it matter what was compressed?"""
     return bench.compressed([bench.episodes[bench.partner(i)] for i in indices])
 
 
-@method("prefix of shuffled labels", "control", "reader", "hypernetwork", "has_demonstrations")
+@method("prefix of shuffled labels", "control", "model", "hypernetwork", "demonstrations")
 def shuffled_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
     """The prefix of demonstrations whose outputs have changed places: does it matter which output belongs to which input?"""
     return bench.compressed([shuffled(bench.episodes[i], bench.seed, i) for i in indices])
 
 
-@method("shuffled labels, full attention", "control", "reader", "has_demonstrations")
+@method("shuffled labels, full attention", "control", "model", "demonstrations")
 def shuffled_context(bench: Bench, indices: Sequence[int]) -> list[State]:
     """Demonstrations whose outputs have changed places, in full attention."""
     return bench.whole([bench.context(shuffled(bench.episodes[i], bench.seed, i)) for i in indices])
 
 
-@method("prefix file", "ours", "reader", "prefixes")
+@method("prefix file", "ours", "model", "prefixes")
 def stored_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
     """A prefix file of the episode's task: compressed earlier, tuned, or made by anything else."""
     states = []
@@ -257,13 +264,13 @@ def stored_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
     return states
 
 
-@method("copy the input", "copy")
+@method("copy the input", "copy", "answers")
 def copy_input(bench: Bench, indices: Sequence[int]) -> list[list[str]]:
     """The input itself as its answer."""
     return [[query.input for query in bench.episodes[i].queries] for i in indices]
 
 
-@method("copy the first demonstration's output", "copy", "has_demonstrations")
+@method("copy the first demonstration's output", "copy", "answers", "demonstrations")
 def copy_demonstration(bench: Bench, indices: Sequence[int]) -> list[list[str]]:
     """The output of the first demonstration as the answer to everything."""
     first = [bench.episodes[i].demonstrations[:1] for i in indices]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.answering import Kind, Query, kind_of, queries_of, results
-from eval.methods import METHODS, Bench, Method
+from eval.methods import METHODS, NEEDS, Bench, Method, found_in
 from eval.report import write_report
 from eval.summary import summarise
 from hyperllama import workflows
@@ -67,13 +67,13 @@ def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str
     if not episodes or not any(e.queries or e.window for e in episodes):
         raise UserError("data: gives no queries to evaluate; raise data.queries or data.instances_per_task")
     kind = kind_of(episodes, recipe.metric)
+    methods = applicable(recipe, episodes, kind)
     leaks, found = check_leaks(recipe, source)
     if rank == 0:
         print(f"shared with the training data: {leaks}", file=sys.stderr)
     if found and recipe.leaks == "refuse":
         raise UserError(f"leaks: {leaks}; evaluate on other data, or set leaks to warn to have it reported anyway")
     bench = make_bench(recipe, episodes)
-    methods = applicable(recipe, bench, kind)
     write_atomically(output / RECIPE, resolved)
     asked = {i: queries_of(bench, episode, kind) for i, episode in enumerate(episodes)}
     run = Run(output / EXAMPLES, rank, [method.name for method in methods], {i: len(q) for i, q in asked.items()})
@@ -189,16 +189,18 @@ def make_bench(recipe: EvaluationRecipe, episodes: Sequence[Episode]) -> Bench:
     return Bench(encoder=encoder, reader=Reader(base, tokenizer), hypernetwork=hypernetwork, multi_task=multi_task, **shared)
 
 
-def applicable(recipe: EvaluationRecipe, bench: Bench, kind: Kind) -> list[Method]:
+def applicable(recipe: EvaluationRecipe, episodes: Sequence[Episode], kind: Kind) -> list[Method]:
     """The methods to evaluate: those that are asked for, or all for which models and data are there."""
+    there = found_in(episodes) | {name for name in ("hypernetwork", "multi_task", "prefixes") if getattr(recipe, name)}
+    there |= {"model"} if recipe.hypernetwork or recipe.model else set()
+    there |= {"budget"} if recipe.hypernetwork or recipe.budget else set()
+    there |= {"answers"} if kind == "text" else set()
     chosen = []
     for method in METHODS.values():
-        missing = method.missing(bench) + (["answers"] if method.answers and kind != "text" else [])
-        if not recipe.methods and not missing:
-            chosen.append(method)
-        elif method.name in recipe.methods:
-            if missing:
-                raise UserError(f"methods: {method.name} needs {', '.join(missing)}, which this recipe does not give")
+        missing = [NEEDS[need] for need in method.needs if need not in there]
+        if method.name in recipe.methods and missing:
+            raise UserError(f"methods: {method.name} needs {'; '.join(missing)}; give it, or leave the method out")
+        if not missing and (not recipe.methods or method.name in recipe.methods):
             chosen.append(method)
     return chosen
 

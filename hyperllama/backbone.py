@@ -174,6 +174,11 @@ def inverse_frequencies(model: PreTrainedModel) -> Tensor:
     return model.get_decoder().rotary_emb.inv_freq
 
 
+def rotary_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's rotary settings as a manifest holds them, with the inverse frequencies that they come to."""
+    return {**model.config.rope_parameters, "inv_freq": inverse_frequencies(model).float().tolist()}
+
+
 def packed_arguments(
     model: PreTrainedModel,
     layout: GistLayout,

@@ -112,6 +112,45 @@ def generate(
 
 
 @app.command()
+def compose(
+    prefixes: Annotated[list[Path], typer.Argument(help="Prefix files of one base, in the order of reading.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new prefix file.")],
+    gists: Annotated[int | None, typer.Option(min=1, help="Keep the first so many gists of each.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Store 8 bits a number, and say what that loses.")] = False,
+) -> None:
+    """Put prefixes one after the other, cut them, or make their file smaller."""
+    made, lost = _workflows().compose(prefixes, output, gists=gists, quantize="int8" if int8 else None)
+    error = "".join(f", {side} off by {100 * part:.2f} %" for side, part in lost.items())
+    typer.echo(f"{output}: {made.gists} gists, {output.stat().st_size:,} bytes{error}")
+
+
+@app.command()
+def tune(
+    recipe: Annotated[Path, typer.Argument(help="A tuning recipe, such as recipes/quickstart/tune.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Dotted keys of the recipe.")] = None,
+) -> None:
+    """Tune prefixes further on the examples of their tasks; run it again to go on."""
+    _workflows()
+    from hyperllama.tune import tune as run
+
+    for name, (path, facts) in (run(recipe, overrides or ()) or {}).items():
+        best = f", validation loss {facts['validation_loss']:.3f} at step {facts['best_step']}" if "best_step" in facts else ""
+        typer.echo(f"{path}: {name}, tuned on {facts['tuned_on']} examples{best}")
+
+
+@app.command()
+def study(
+    recipe: Annotated[Path, typer.Argument(help="A study recipe, such as recipes/tuning/study.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Dotted keys of the recipe.")] = None,
+) -> None:
+    """Compare where prefix tuning starts from, over tasks, seeds and numbers of examples; run it again to go on."""
+    _workflows()
+    from eval.starts import study as run
+
+    typer.echo(run(recipe, overrides or ()))
+
+
+@app.command()
 def evaluate(
     recipe: Annotated[Path, typer.Argument(help="An evaluation recipe, such as recipes/quickstart/evaluate.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Dotted keys of the recipe.")] = None,

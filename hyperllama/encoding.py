@@ -57,6 +57,13 @@ def last_rows(prefix: Prefix, rows: int, inv_freq: Tensor) -> Prefix:
     return Prefix(keys, [v[:, left_out:] for v in prefix.values])
 
 
+def first_rows(prefix: Prefix, rows: int) -> Prefix:
+    """The first `rows` rows of a prefix, which stand where they should already; the whole prefix if it has no more."""
+    if prefix.gists <= rows:
+        return prefix
+    return Prefix([k[:, :rows] for k in prefix.keys], [v[:, :rows] for v in prefix.values])
+
+
 def mean_pooled(prefix: Prefix, rows: int, inv_freq: Tensor) -> Prefix:
     """`rows` means of neighbouring rows, of nearly equal number; the whole prefix if it has no more.
 

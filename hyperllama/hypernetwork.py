@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attention_masks import GistLayout, Segment
 from hyperllama import __version__
-from hyperllama.backbone import BaseIdentity, identify
+from hyperllama.backbone import BaseIdentity, identify, rotary_settings
 from hyperllama.data.packing import GistBatch
 from hyperllama.encoding import encode_gists
 from hyperllama.errors import UserError
@@ -115,7 +115,7 @@ class GistHypernetwork(PackedModel):
         return dataclasses.replace(
             manifest,
             base=self.identity,
-            rotary=dict(self.base.config.rope_parameters),
+            rotary=rotary_settings(self.base),
             hypernetwork_sha256=self.fingerprint(),
             context_tokens=len(context),
             context_sha256=sha256(canonical_json(context)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hyperllama.backbone import packed_arguments
@@ -17,13 +19,16 @@ class PackedModel(nn.Module):
         super().__init__()
         self.base, self.tokenizer, self.backend = base, tokenizer, backend
 
-    def answer_loss(self, batch: GistBatch, **inputs) -> TokenLoss:
-        """Cross entropy of a batch's targets, with the output head on target rows only. `inputs` go to the decoder."""
+    def answer_loss(self, batch: GistBatch, states: Sequence[tuple[Tensor, Tensor]] | None = None, **inputs) -> TokenLoss:
+        """Cross entropy of a batch's targets, with the output head on target rows only. `inputs` go to the decoder.
+
+        `states`: keys and values of each layer for the first rows, see `attention_masks.registration.layout_arguments`.
+        """
         logits = self.base(
             **inputs,
             use_cache=False,
             logits_to_keep=batch.target_rows,
-            **packed_arguments(self.base, batch.layout, self.backend),
+            **packed_arguments(self.base, batch.layout, self.backend, states),
         ).logits
         return answer_cross_entropy(logits[0], batch.targets)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -13,18 +15,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import DynamicCache
 
+from attention_masks import rotate
 from hyperllama.backbone import BaseIdentity
 from hyperllama.errors import UserError
 from hyperllama.files import canonical_json, sha256, write_atomically
 
 FORMAT_VERSION = 1
+SCALES = {"keys": "keys_scale", "values": "values_scale"}
 
 
 @dataclass(frozen=True)
 class Manifest:
     """Where a prefix comes from and what may read it: the header of its file.
 
-    `base` is the only model that may read it. `text_format` holds the templates with which its queries are written (see
+    `base` is the only model that may read it. `rotary` holds the model's rotary settings and, as inv_freq, the inverse
+    frequencies with which keys are moved. `text_format` holds the templates with which its queries are written (see
     `hyperllama.data.text.TextFormat`). `context_tokens` counts the tokens that the gists stand for, `context_sha256` is a
     hash of them. `metrics` is free for what was measured about it.
     """
@@ -115,6 +120,30 @@ class Prefix:
 
     __hash__ = None  # tensors can change
 
+    def truncate(self, gists: int) -> Prefix:
+        """The first `gists` gists, for prefixes that were trained to stand alone at any length. ValueError beyond 1 .. G."""
+        if not 1 <= gists <= self.gists:
+            raise ValueError(f"a prefix of {self.gists} gists can be cut to 1 .. {self.gists} of them, not {gists}")
+        return Prefix([k[:, :gists] for k in self.keys], [v[:, :gists] for v in self.values], self.manifest)
+
+    @staticmethod
+    def concat(first: Prefix, second: Prefix) -> Prefix:
+        """One prefix of both: a reader sees `first`, then `second`, whose keys are moved behind it.
+
+        Raises UserError if they are of different bases, or if the second does not say how its keys are moved.
+        """
+        manifest = second.manifest
+        if first.manifest is None or manifest is None or "inv_freq" not in manifest.rotary:
+            raise UserError(
+                "a prefix without its base's rotary frequencies cannot be concatenated; compress its examples again"
+            )
+        first.check(manifest.base, "the first prefix")
+        inv_freq = torch.tensor(manifest.rotary["inv_freq"], device=second.keys[0].device)
+        shifts = torch.full((second.gists,), first.gists, device=inv_freq.device)
+        keys = [torch.cat([a, rotate(b, shifts, inv_freq).to(a)], dim=1) for a, b in zip(first.keys, second.keys, strict=True)]
+        values = [torch.cat([a, b.to(a)], dim=1) for a, b in zip(first.values, second.values, strict=True)]
+        return Prefix(keys, values, _both(first.manifest, manifest))
+
     def to(self, device=None, dtype=None) -> Prefix:
         """The same prefix on another device or in another dtype."""
         move = [tuple(t.to(device=device, dtype=dtype) for t in side) for side in (self.keys, self.values)]
@@ -168,15 +197,24 @@ class Prefix:
                 f"{where} was made with another tokenizer than that of {identity.name}; use the tokenizer of {made_for.name}"
             )
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, quantize: Literal["int8"] | None = None) -> dict[str, float]:
         """Write one .safetensors file: keys and values (L, N, G, D), the manifest and a checksum in its header.
 
-        Atomic: a crash or a full disk (OSError) leaves the file that stood there whole.
+        `quantize="int8"` stores a quarter of the bytes of float32; `load` gives float32 back. Returns the relative error of
+        keys and values (root mean square), which the manifest then holds too; nothing is lost otherwise. Atomic: a crash or
+        a full disk (OSError) leaves the file that stood there whole.
         """
         tensors = {"keys": torch.stack(self.keys).cpu().contiguous(), "values": torch.stack(self.values).cpu().contiguous()}
+        lost: dict[str, float] = {}
+        if quantize:
+            tensors, lost = _quantized(tensors)
+            if self.manifest is not None:
+                metrics = {**self.manifest.metrics, **{f"int8_error_{side}": error for side, error in lost.items()}}
+                self = Prefix(self.keys, self.values, replace(self.manifest, metrics=metrics))
         manifest = self.manifest.to_json() if self.manifest else ""
         metadata = {"hyperllama": manifest, "sha256": _checksum(manifest, tensors)}
         write_atomically(path, safetensors.torch.save(tensors, metadata))
+        return lost
 
     @classmethod
     def load(cls, path: str | Path, identity: BaseIdentity | None = None) -> Prefix:
@@ -195,7 +233,7 @@ class Prefix:
             raise UserError(
                 f"{path}: not a whole prefix file ({error}); copy it again, or compress the examples again"
             ) from error
-        if "hyperllama" not in metadata or set(tensors) != {"keys", "values"}:
+        if "hyperllama" not in metadata or set(tensors) not in ({"keys", "values"}, {"keys", "values", *SCALES.values()}):
             raise UserError(f"{path}: a safetensors file, but not a prefix; make one with hyperllama compress")
         if metadata.get("sha256") != _checksum(metadata["hyperllama"], tensors):
             raise UserError(f"{path}: damaged, its checksum does not match; copy it again, or compress the examples again")
@@ -203,10 +241,44 @@ class Prefix:
             manifest = Manifest.from_json(metadata["hyperllama"]) if metadata["hyperllama"] else None
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+        for side, scale in SCALES.items():
+            if scale in tensors:
+                tensors[side] = tensors[side].float() * tensors[scale]
         prefix = cls(tensors["keys"].unbind(), tensors["values"].unbind(), manifest)
         if identity is not None:
             prefix.check(identity, str(path))
         return prefix
+
+
+def _quantized(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """8 bits and a scale: keys by channel, values by row, as their outliers lie (Liu et al. 2024, arXiv 2402.02750)."""
+    found, lost = {}, {}
+    for side, axis in (("keys", 2), ("values", 3)):
+        full = tensors[side].float()
+        scale = full.abs().amax(axis, keepdim=True).clamp(min=1e-12) / 127
+        found[side], found[SCALES[side]] = (full / scale).round().to(torch.int8), scale
+        error = found[side].float() * scale - full
+        lost[side] = (error.pow(2).mean() / full.pow(2).mean().clamp(min=1e-24)).sqrt().item()
+    return found, lost
+
+
+def _both(first: Manifest, second: Manifest) -> Manifest:
+    """Where a concatenation comes from. What was measured about its parts says nothing about it."""
+    texts = [m.instruction for m in (first, second) if m.instruction]
+    counts = {
+        name: sum(getattr(m, name) or 0 for m in (first, second)) for name in ("examples", "dropped_examples", "context_tokens")
+    }
+    return replace(
+        first,
+        **counts,
+        task=f"{first.task} + {second.task}",
+        instruction="\n".join(texts) or None,
+        context_sha256=sha256(first.context_sha256 or "", second.context_sha256 or ""),
+        hypernetwork=first.hypernetwork if first.hypernetwork == second.hypernetwork else None,
+        hypernetwork_sha256=first.hypernetwork_sha256 if first.hypernetwork_sha256 == second.hypernetwork_sha256 else None,
+        metrics={},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def _checksum(manifest: str, tensors: dict[str, Tensor]) -> str:

@@ -169,9 +169,81 @@ class EvaluationRecipe:
     leaks: Literal["refuse", "warn"] = "refuse"
 
 
-SCHEMAS = {"hypernetwork": Recipe, "full_attention": Recipe, "evaluate": EvaluationRecipe}
+@dataclass(frozen=True)
+class StartRecipe:
+    """Where tuned prefixes start from.
+
+    kind: "hypernetwork" (the prefix that the run `hypernetwork` makes of a task's examples), "demonstrations" (the keys and
+    values of their first `gists` tokens) or "pooled_demonstrations" (means of neighbours), "vocabulary" (the activations of
+    `words`, or of tokens drawn from the examples), "random" (with the statistics of real keys and values), or "prefix" (the
+    file `prefix`, or TASK.safetensors in that folder). `gists` is read where the start does not decide it. `hidden` puts an MLP
+    of that width between what is trained and the prefix, and folds it away in the end.
+    """
+
+    kind: Literal["hypernetwork", "demonstrations", "pooled_demonstrations", "vocabulary", "random", "prefix"] = "hypernetwork"
+    hypernetwork: str | None = None
+    prefix: str | None = None
+    words: list[str] = field(default_factory=list)
+    gists: int = 16
+    hidden: int | None = None
+
+
+@dataclass(frozen=True)
+class TuneRecipe:
+    """Prefix tuning of one task or several at once, a prefix each, of a frozen model.
+
+    The base is `model`, or the one of `start.hypernetwork`. Tasks are the evaluation episodes of `data`, at most `episodes`:
+    a task is tuned on its data.shots demonstrations and reported on its data.queries queries. Of the demonstrations a share
+    `validation` decides when to stop: after `patience` measurements, `measure_every` steps apart, without improvement of any
+    task; null never stops early. A step sees `examples_per_task` examples of each of `tasks_per_step` tasks (0: all).
+    `training` is transformers' TrainingArguments, verbatim.
+    """
+
+    method: Literal["tune"] = "tune"
+    output: str | None = None
+    seed: int = 0
+    model: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    start: StartRecipe = field(default_factory=StartRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    episodes: int = 20
+    validation: float = 0.25
+    patience: int | None = 5
+    measure_every: int = 10
+    examples_per_task: int = 8
+    tasks_per_step: int = 0
+    format: TextFormat | None = None
+    limits: Limits | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudyRecipe:
+    """The initialisation study: the recipe `tune` for every start, number of examples and seed, and full attention beside them.
+
+    A start is a kind of `StartRecipe`, or "kind:key=value,..." with overrides of its own. `sizes` are data.shots. Seeds draw
+    other tasks and other examples.
+    """
+
+    method: Literal["study"] = "study"
+    output: str | None = None
+    tune: str | None = None
+    starts: list[str] = field(default_factory=lambda: ["hypernetwork", "demonstrations", "vocabulary", "random"])
+    sizes: list[int] = field(default_factory=lambda: [4, 16, 64])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    resamples: int = 1000
+
+
+SCHEMAS = {
+    "hypernetwork": Recipe,
+    "full_attention": Recipe,
+    "evaluate": EvaluationRecipe,
+    "tune": TuneRecipe,
+    "study": StudyRecipe,
+}
+VERBS = {Recipe: "train", EvaluationRecipe: "evaluate", TuneRecipe: "tune", StudyRecipe: "study"}
 OPEN = ("training", "model.architecture", "generation")  # keys below these are not ours to know
-AnyRecipe = Recipe | EvaluationRecipe
+AnyRecipe = Recipe | EvaluationRecipe | TuneRecipe
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = (), *, schema: type = Recipe) -> Any:
@@ -182,9 +254,9 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = (), *, schem
     """
     written = _read(path)
     named = written.get("method", "hypernetwork")
-    if SCHEMAS.get(named, schema) is not schema:
-        verb = "evaluate" if named == "evaluate" else "train"
-        raise UserError(f"{path}: its method is {named}; run it with hyperllama {verb}")
+    meant = SCHEMAS.get(named, schema)
+    if meant is not schema:
+        raise UserError(f"{path}: its method is {named}; run it with hyperllama {VERBS[meant]}")
     problems: list[str] = []
     merged = _merge(OmegaConf.structured(schema), written, schema, str(path), problems)
     for override in overrides:
@@ -223,7 +295,7 @@ def save_recipe(recipe: AnyRecipe) -> str:
 
 
 def differences(old: str, new: str) -> list[str]:
-    """Keys in which two resolved recipes differ."""
+    """Keys in which two resolved recipes differ. A key that one of them lacks has its default: an older version knew fewer."""
 
     def leaves(value, key=""):
         if isinstance(value, dict) and value:
@@ -231,7 +303,9 @@ def differences(old: str, new: str) -> list[str]:
         return {key: value}
 
     a, b = (leaves(OmegaConf.to_container(OmegaConf.create(text))) for text in (old, new))
-    return [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+    schema = OmegaConf.structured(SCHEMAS.get(b.get("method", "hypernetwork"), Recipe))
+    default = leaves(OmegaConf.to_container(schema))
+    return [key for key in sorted({*a, *b}) if a.get(key, default.get(key)) != b.get(key, default.get(key))]
 
 
 def _merge(config, addition, schema: type, where: str, problems: list[str]):

@@ -13,8 +13,12 @@ def recipe_problems(recipe: Any) -> list[str]:
     """Everything about a recipe, of any kind, that cannot work: "key: what is wrong; what to do", a sentence each."""
     check = _Checks()
     check(bool(recipe.output), "output: give the folder for this run")
+    if recipe.method == "study":
+        check(bool(recipe.tune) and Path(recipe.tune).is_file(), f"tune: {recipe.tune} is not a recipe file; give one to vary")
+        check(bool(recipe.starts and recipe.sizes and recipe.seeds), "starts, sizes, seeds: at least one of each")
+        return list(check)
     _data(recipe.data, check)
-    (_evaluation if recipe.method == "evaluate" else _training)(recipe, check)
+    {"evaluate": _evaluation, "tune": _tuning}.get(recipe.method, _training)(recipe, check)
     return list(check)
 
 
@@ -99,6 +103,29 @@ def _evaluation(recipe: Any, check: _Checks) -> None:
     for key in ("hypernetwork", "prefixes"):
         folder = getattr(recipe, key)
         check(not folder or Path(folder).is_dir(), f"{key}: {folder} is not a folder; train or compress first")
+    _format(recipe, check)
+
+
+def _tuning(recipe: Any, check: _Checks) -> None:
+    start, training = recipe.start, recipe.training
+    check(start.gists >= 1, f"start.gists: at least 1, not {start.gists}")
+    check(start.hidden is None or start.hidden >= 1, f"start.hidden: at least 1, or null, not {start.hidden}")
+    if start.kind == "hypernetwork":
+        check(bool(start.hypernetwork), "start.hypernetwork: give the folder of a run, or choose another start.kind")
+    if start.kind == "prefix":
+        check(bool(start.prefix), "start.prefix: give a prefix file or a folder of them, or choose another start.kind")
+    check(bool(recipe.model or start.hypernetwork), "model: give the base model, or start.hypernetwork whose base is meant")
+    for key, place in (("start.hypernetwork", start.hypernetwork), ("start.prefix", start.prefix)):
+        check(not place or Path(place).exists(), f"{key}: {place} does not exist; train or compress first")
+    check(0 <= recipe.validation < 1, f"validation: a share below 1, not {recipe.validation}")
+    for key in ("episodes", "measure_every", "examples_per_task"):
+        check(getattr(recipe, key) >= 1, f"{key}: at least 1, not {getattr(recipe, key)}")
+    check(recipe.patience is None or recipe.patience >= 1, f"patience: at least 1, or null, not {recipe.patience}")
+    check(recipe.tasks_per_step >= 0, f"tasks_per_step: at least 1, or 0 for all, not {recipe.tasks_per_step}")
+    check(recipe.data.shots >= 1, "data.shots: at least 1, the examples that a task is tuned on")
+    check("output_dir" not in training, "training.output_dir: is set by output; remove it")
+    check("per_device_train_batch_size" not in training, "training.per_device_train_batch_size: is set by tasks_per_step")
+    check(training.get("max_steps", -1) > 0, "training.max_steps: say how many steps at most")
     _format(recipe, check)
 
 

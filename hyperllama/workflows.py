@@ -8,7 +8,9 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
@@ -69,16 +71,8 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
     else:
         random_config(recipe.model.architecture, vocab_size=recipe.model.vocab_size)
     resolved = save_recipe(recipe)
-    if (run / RECIPE).is_file():
-        changed = differences((run / RECIPE).read_text(encoding="utf-8"), resolved)
-        if changed:
-            raise UserError(
-                f"{run} holds a run of another recipe (it differs in {', '.join(changed)}); "
-                "set output to a new folder, or remove this one"
-            )
-        if (run / RESULT).is_file():
-            print(f"{run}: training had finished already; remove the folder to train again")
-            return None
+    if finished(run, resolved):
+        return None
     source = make_source(recipe.data)
     set_seed(recipe.seed)
     write_atomically(run / RECIPE, resolved)
@@ -210,6 +204,38 @@ def compress(
     for path, prefix in zip(paths, prefixes, strict=True):
         prefix.save(path)
     return list(zip(paths, prefixes, strict=True))
+
+
+def compose(
+    paths: Sequence[str | Path], output: str | Path, *, gists: int | None = None, quantize: Literal["int8"] | None = None
+) -> tuple[Prefix, dict[str, float]]:
+    """Put prefixes of one base one after the other into a new file; `gists` keeps the first so many of each.
+
+    Returns the prefix, and what `quantize` loses (see `Prefix.save`).
+    """
+    parts = [Prefix.load(path) for path in paths]
+    try:
+        parts = parts if gists is None else [part.truncate(gists) for part in parts]
+    except ValueError as error:
+        raise UserError(f"--gists: {error}") from error
+    joined = reduce(Prefix.concat, parts)
+    return joined, joined.save(output, quantize=quantize)
+
+
+def finished(run: Path, resolved: str) -> bool:
+    """Whether a run of this recipe is complete in its folder; UserError if the folder holds a run of another recipe."""
+    if not (run / RECIPE).is_file():
+        return False
+    changed = differences((run / RECIPE).read_text(encoding="utf-8"), resolved)
+    if changed:
+        raise UserError(
+            f"{run} holds a run of another recipe (it differs in {', '.join(changed)}); "
+            "set output to a new folder, or remove this one"
+        )
+    if (run / RESULT).is_file():
+        print(f"{run}: training had finished already; remove the folder to train again")
+        return True
+    return False
 
 
 def _output_paths(output: str | Path, names: list[str]) -> list[Path]:

@@ -15,6 +15,7 @@ from hyperllama.data.text import Limits, TextFormat
 from hyperllama.prefix import Prefix
 
 ROOT = Path(__file__).parent.parent
+VERBS = ("check", "train", "compress", "compose", "generate", "tune", "study", "evaluate", "inspect")
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -63,7 +64,7 @@ def test_help_is_there_at_once():
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0 and all(verb in done.stdout for verb in ("train", "compress", "generate", "inspect"))
+        assert done.returncode == 0 and all(verb in done.stdout for verb in VERBS)
     assert min(seconds) < 0.5
 
 
@@ -216,3 +217,38 @@ def test_errors_of_the_command_line_itself(call):
     one_line(call("generate", "x", "--input", "a", "--num-beams", "0"), "num-beams")
     with pytest.raises(Exception, match="no such prefix file"):
         call("--debug", "inspect", "x")
+
+
+def test_compose(call, trained, examples, tmp_path):
+    call("compress", trained, examples, "--output", tmp_path / "a.safetensors")
+    a = tmp_path / "a.safetensors"
+    code, out, _ = call("compose", a, a, "--output", tmp_path / "b.safetensors")
+    assert code == 0 and "6 gists" in out and Prefix.load(tmp_path / "b.safetensors").gists == 6
+    code, out, _ = call("compose", a, a, "--gists", 2, "--int8", "--output", tmp_path / "c.safetensors")
+    assert code == 0 and "4 gists" in out and "keys off by 0." in out
+    code, out, err = call("compose", a, "--gists", 9, "--output", tmp_path / "d.safetensors")
+    assert code == 2 and "can be cut to 1 .. 3 of them, not 9" in err and not (tmp_path / "d.safetensors").exists()
+
+
+def test_evaluate_and_check(call, trained, examples, tmp_path):
+    recipe = tmp_path / "e.yaml"
+    recipe.write_text(f"""
+method: evaluate
+output: {tmp_path}/out
+hypernetwork: {trained}
+data: {{source: jsonl, root: {examples}, shots: 1, queries: 2}}
+format: {{answer_tokens: 2}}
+""")
+    code, out, _ = call("check", recipe)
+    assert code == 0 and "method evaluate, data jsonl" in out and "shared with training: " in out
+    code, out, err = call("evaluate", recipe)
+    assert code == 0 and "the prefix" in out and "Does it help?" in out and out.strip().endswith("report.md")
+    assert "1 of 1 episodes" in err
+    code, _, err = call("evaluate", recipe, "methods=[multi_task]")
+    assert (
+        code == 2
+        and err
+        == "hyperllama: methods: multi_task needs multi_task, the run of a full-attention model; give it, or leave the method out\n"
+    )
+    code, _, err = call("train", recipe)
+    assert code == 2 and "its method is evaluate; run it with hyperllama evaluate" in err

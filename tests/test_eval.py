@@ -20,7 +20,7 @@ from transformers import set_seed
 
 from eval.answering import kind_of, queries_of, results
 from eval.intervals import Bootstrap
-from eval.methods import METHODS, Bench, shuffled
+from eval.methods import METHODS, NEEDS, Bench, found_in, shuffled
 from eval.metrics import headline, normalise, rouge_l, score_choices, score_text
 from eval.run import evaluate
 from eval.summary import difference, quantity, summarise
@@ -165,6 +165,9 @@ class TestMethods:
                 assert lines["swapped_prefix"][place]["answer"] == plain([], prefixes[(i + 1) % 4])
         assert [x["answer"] for x in lines["prefix"]] != [x["answer"] for x in lines["swapped_prefix"]]
 
+    def test_needs_have_words(self):
+        assert {need for method in METHODS.values() for need in method.needs} == set(NEEDS)
+
     def test_budgets_are_kept(self, bench):
         for name in ("fewer_demonstrations", "last_tokens", "mean_pool", "prefix"):
             states = METHODS[name].run(bench, range(4))
@@ -195,7 +198,7 @@ class TestMethods:
         assert Bench([a, a, b]).partner(0) == 2 and Bench([a, b, a]).partner(2) == 1
         near, far = (Episode("", (), (), task, category) for task, category in (("t2", "x"), ("t3", "y")))
         assert Bench([Episode("", (), (), "t1", "x"), near, far]).partner(0) == 2  # a task of its own kind could help
-        assert Bench([a, b]).has_other_tasks and not Bench([a, a]).has_other_tasks
+        assert "other_tasks" in found_in([a, b]) and "other_tasks" not in found_in([a, a])
 
     def test_costs_stand_beside_answers(self, bench):
         (full, *_), (prefix, *_) = self.run(bench, "full_context"), self.run(bench, "prefix")
@@ -355,7 +358,9 @@ class TestRuns:
     def test_wrong_methods_are_named(self, run_folder):
         with pytest.raises(UserError, match="methods: no method prefx; choose from no_context, "):
             evaluate(run_folder / "evaluate.yaml", ["methods=[prefx]"])
-        with pytest.raises(UserError, match="methods: instruction_only needs has_instructions, which this recipe"):
+        with pytest.raises(
+            UserError, match="methods: instruction_only needs data whose tasks have instructions; give it, or leave"
+        ):
             evaluate(run_folder / "evaluate.yaml", ["methods=[instruction_only]"])
 
     def test_stored_prefixes_are_read_by_task(self, run_folder, tmp_path):

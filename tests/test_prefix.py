@@ -10,6 +10,7 @@ from conftest import tiny_base, trained_hypernetwork
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from attention_masks import GistLayout, Segment
 from hyperllama.backbone import BaseIdentity, identify
 from hyperllama.errors import UserError
 from hyperllama.prefix import Manifest, Prefix
@@ -176,3 +177,71 @@ def test_the_manifest_says_where_a_prefix_comes_from(tmp_path):
 def test_unknown_fields_of_a_manifest_are_left_out():
     values = json.loads(Manifest(base=IDENTITY).to_json())
     assert Manifest.from_json(json.dumps({**values, "later": 1})) == Manifest(base=IDENTITY)
+
+
+class TestAlgebra:
+    def made(self, base, gists=3):
+        hypernetwork = trained_hypernetwork(base, gists=gists)
+        contexts = [tuple(range(3, 20)), tuple(range(50, 57))]
+        return hypernetwork, contexts, hypernetwork.compress(contexts)
+
+    def test_concat_is_what_a_reader_of_both_reads(self, base):
+        """Parallel examples as a reading graph, encoded at once, are the two prefixes one after the other."""
+        hypernetwork, contexts, (first, second) = self.made(base)
+        layout = GistLayout([Segment(len(c) + 3, gists=3) for c in contexts])
+        ids = torch.tensor([[token for context in contexts for token in (*context, 0, 0, 0)]])
+        (both,) = hypernetwork.encode(ids, layout, [(0, 1)])
+        joined = Prefix.concat(first, second)
+        assert joined.gists == 6
+        for a, b in zip((*joined.keys, *joined.values), (*both.keys, *both.values), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+        manifest = joined.manifest
+        assert manifest.context_tokens == 24 and manifest.context_sha256 not in (
+            first.manifest.context_sha256,
+            second.manifest.context_sha256,
+        )
+
+    def test_concat_survives_files_and_is_associative(self, base, tmp_path):
+        _, _, (a, b) = self.made(base)
+        for name, prefix in (("a", a), ("b", b)):
+            prefix.save(tmp_path / name)
+        a, b = (Prefix.load(tmp_path / name) for name in "ab")
+        left, right = Prefix.concat(Prefix.concat(a, b), a), Prefix.concat(a, Prefix.concat(b, a))
+        assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(left.keys, right.keys, strict=True))
+
+    def test_what_cannot_be_joined_is_refused(self):
+        _, _, (a, _) = self.made(tiny_base())
+        _, _, (other, _) = self.made(tiny_base(seed=1))
+        with pytest.raises(UserError, match="was made for .* not for"):
+            Prefix.concat(a, other)
+        with pytest.raises(UserError, match="without its base's rotary frequencies"):
+            Prefix.concat(a, random_prefix())
+
+    def test_truncate(self):
+        prefix = random_prefix(gists=4)
+        assert prefix.truncate(2).gists == 2 and torch.equal(prefix.truncate(2).keys[0], prefix.keys[0][:, :2])
+        assert prefix.truncate(4) == prefix
+        for wrong in (0, 5):
+            with pytest.raises(ValueError, match="can be cut to 1 .. 4 of them"):
+                prefix.truncate(wrong)
+
+    @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(gists=st.integers(1, 9), seed=st.integers(0, 99), spread=st.sampled_from([1e-3, 1.0, 1e3]))
+    def test_eight_bits_lose_what_they_say(self, tmp_path, gists, seed, spread):
+        prefix = random_prefix(gists=gists, seed=seed)
+        prefix = Prefix([k * spread for k in prefix.keys], [v * spread for v in prefix.values], prefix.manifest)
+        lost = prefix.save(tmp_path / "p", quantize="int8")
+        loaded = Prefix.load(tmp_path / "p")
+        for side in ("keys", "values"):
+            a, b = (torch.stack(getattr(p, side)) for p in (prefix, loaded))
+            assert ((a - b).pow(2).mean() / a.pow(2).mean()).sqrt().item() == pytest.approx(lost[side], rel=1e-3)
+            assert lost[side] < 0.01 and loaded.dtype == torch.float32
+
+    def test_eight_bits_are_smaller_and_on_record(self, base, tmp_path):
+        _, _, (prefix, _) = self.made(base, gists=64)
+        prefix.save(tmp_path / "whole")
+        lost = prefix.save(tmp_path / "small", quantize="int8")
+        sizes = [(tmp_path / name).stat().st_size for name in ("whole", "small")]
+        assert sizes[1] < 0.5 * sizes[0]
+        assert Prefix.load(tmp_path / "small").manifest.metrics == {f"int8_error_{side}": lost[side] for side in lost}
+        assert prefix.manifest.metrics == {}, "the prefix itself is as it was"

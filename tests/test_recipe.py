@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from data_files import write as write_file
 from omegaconf import OmegaConf
 
 from eval.methods import METHODS
@@ -43,7 +44,7 @@ def places(value):
         return [place for part in value for place in places(part)]
     if not isinstance(value, dict):
         return []
-    own = [value[key] for key in ("root", "hypernetwork", "prefixes") if isinstance(value.get(key), str)]
+    own = [value[key] for key in ("root", "hypernetwork", "prefixes", "prefix", "tune") if isinstance(value.get(key), str)]
     return own + [place for part in value.values() for place in places(part)]
 
 
@@ -53,11 +54,16 @@ def test_every_recipe_is_whole(path, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for place in places(OmegaConf.to_container(OmegaConf.load(path))):
-        Path(place).mkdir(parents=True, exist_ok=True)
+        if place.endswith(".yaml"):
+            write_file(Path(place), "")
+        else:
+            Path(place).mkdir(parents=True, exist_ok=True)
     recipe = load_any_recipe(path)
     assert recipe.output.startswith("runs/")
     if recipe.method == "evaluate":
         assert set(recipe.methods) <= set(METHODS)
+    elif recipe.method == "study":
+        assert (ROOT / recipe.tune).is_file()
     else:
         training_arguments({**recipe.training, "use_cpu": True}, run=tmp_path / "run", seed=recipe.seed)
 
@@ -97,6 +103,10 @@ def test_a_good_recipe_with_overrides(tmp_path):
     again = load_recipe(write(tmp_path, save_recipe(recipe)))
     assert again == recipe and differences(save_recipe(recipe), save_recipe(again)) == []
     assert differences(save_recipe(recipe), GOOD)
+    older = save_recipe(recipe).replace("  task_weights: equal\n", "")  # written before there was that key
+    assert older != save_recipe(recipe) and differences(older, save_recipe(recipe)) == []
+    other = load_recipe(write(tmp_path, GOOD), ["gist.tokens=8", "data.task_weights=size"])
+    assert "data.task_weights" in differences(older, save_recipe(other))
 
 
 @pytest.mark.parametrize(

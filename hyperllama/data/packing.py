@@ -19,14 +19,15 @@ PLACEHOLDER = 0  # the id in gist rows; their embedding is replaced
 class GistBatch:
     """Several episodes as one packed row of T tokens.
 
-    ids (1, T); target_rows (n,) rows whose output predicts targets (n,); `layout` says who sees whom. The counts are what
-    the limits left out.
+    ids (1, T); target_rows (n,) rows whose output predicts targets (n,); `layout` says who sees whom. `tasks` names the
+    episodes in the order of their contexts. The counts are what the limits left out.
     """
 
     ids: Tensor
     target_rows: Tensor
     targets: Tensor
     layout: GistLayout
+    tasks: tuple[str, ...] = ()
     demonstrations: int = 0
     dropped_demonstrations: int = 0
     skipped_queries: int = 0
@@ -79,7 +80,7 @@ def pack_gist(episodes: Sequence[EncodedEpisode], gists: int) -> GistBatch:
         row += len(piece)
         pieces.append(piece)
         segments.append(Segment(len(piece), reads=(context,)))
-    return _batch(pieces, segments, target_rows, targets, episodes)
+    return _batch(pieces, segments, target_rows, targets, contexts)
 
 
 def pack_full(episodes: Sequence[EncodedEpisode], supervise_demonstrations: bool = False) -> GistBatch:
@@ -109,6 +110,7 @@ def _batch(pieces, segments, target_rows, targets, episodes) -> GistBatch:
         target_rows=torch.tensor(target_rows),
         targets=torch.tensor(targets),
         layout=GistLayout(segments),
+        tasks=tuple(e.task for e in episodes),
         demonstrations=sum(e.demonstrations for e in episodes),
         dropped_demonstrations=sum(e.dropped_demonstrations for e in episodes),
         skipped_queries=sum(e.skipped_queries for e in episodes),

@@ -1,0 +1,177 @@
+"""`hyperllama study`: from where should prefix tuning start? Every start, number of examples and seed, on the same tasks.
+
+Leaves in `output`: a tuning run for each combination (so it goes on where it stopped), summary.json, report.md, starts.png.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.intervals import Bootstrap
+from hyperllama.errors import UserError
+from hyperllama.files import read_json, whole_json_lines, write_atomically
+from hyperllama.recipe import StudyRecipe, load_recipe
+from hyperllama.tune import full_attention, tune
+
+COLOURS = ("#f58518", "#4c78a8", "#72b7b2", "#b279a2", "#9d755d", "#54a24b", "#bab0ac")
+FULL = "full_attention.json"
+
+
+def study(recipe_path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Run what is left of a study and write its report; returns the report."""
+    recipe = load_recipe(recipe_path, overrides, schema=StudyRecipe)
+    folder = Path(recipe.output)
+    runs: dict[tuple[str, int, int], list[dict]] = {}
+    full: dict[tuple[int, int], dict[str, dict]] = {}
+    for seed in recipe.seeds:
+        for size in recipe.sizes:
+            for start in recipe.starts:
+                kind, _, more = start.partition(":")
+                place = folder / f"{start.replace(':', '-').replace(',', '-')}_{size}_{seed}"
+                changes = [f"start.kind={kind}", f"data.shots={size}", f"seed={seed}", f"output={place}"]
+                changes += [change for change in more.split(",") if change]
+                tune(recipe.tune, changes)
+                runs[start, size, seed] = whole_json_lines(place / "curves.jsonl")
+                if (size, seed) not in full:
+                    path = place / FULL
+                    if not path.is_file():
+                        write_atomically(path, json.dumps(full_attention(recipe.tune, changes)))
+                    full[size, seed] = read_json(path, "the level of full attention")
+    summary = summarise(runs, full, recipe)
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    report = "\n".join(_markdown(summary)) + "\n"
+    write_atomically(folder / "report.md", report)
+    draw(summary, folder / "starts.png")
+    return report
+
+
+def summarise(
+    runs: dict[tuple[str, int, int], list[dict]], full: dict[tuple[int, int], dict[str, dict]], recipe: StudyRecipe
+) -> dict[str, Any]:
+    """Curves and figures for each number of examples and start, with intervals over all tasks of all seeds.
+
+    For each: quality at the start and the end, the mean over the curve (area), and the first step at which the mean over tasks
+    reaches that of full attention over the same examples; null if it never does.
+    """
+    metric = "test_accuracy" if "test_accuracy" in next(iter(runs.values()))[0] else "test_loss"
+    sign = 1 if metric == "test_accuracy" else -1
+    found: dict[str, Any] = {"metric": metric, "sizes": {}}
+    for size in recipe.sizes:
+        levels = [task[metric] for seed in recipe.seeds for task in full[size, seed].values()]
+        bootstrap = Bootstrap(np.ones(len(levels)), resamples=recipe.resamples)
+        entry: dict[str, Any] = {"full_attention": vars(bootstrap.mean(levels)), "tasks": len(levels), "starts": {}}
+        ends = {}
+        for start in recipe.starts:
+            steps, curves = _curves([runs[start, size, seed] for seed in recipe.seeds], metric)
+            mean = curves.mean(0)
+            reached = [step for step, value in zip(steps, mean) if sign * value >= sign * np.mean(levels) - 1e-9]
+            ends[start] = curves[:, -1]
+            entry["starts"][start] = {
+                "steps": steps,
+                "curve": [vars(bootstrap.mean(column)) for column in curves.T],
+                "start": vars(bootstrap.mean(curves[:, 0])),
+                "end": vars(bootstrap.mean(curves[:, -1])),
+                "area": vars(bootstrap.mean(curves.mean(1))),
+                "steps_to_full_attention": reached[0] if reached else None,
+            }
+        for start in recipe.starts:
+            first = recipe.starts[0]
+            entry["starts"][start]["end_minus_first"] = vars(bootstrap.difference(ends[start], ends[first]))
+        found["sizes"][str(size)] = entry
+    found["examples_to_target"] = _examples(found, sign)
+    return found
+
+
+def _curves(runs: Sequence[list[dict]], metric: str) -> tuple[list[int], np.ndarray]:
+    """Steps, and a row of values for each task of each run; a run that stopped early keeps its last value."""
+    steps = sorted({line["step"] for lines in runs for line in lines})
+    rows = []
+    for lines in runs:
+        tasks = defaultdict(dict)
+        for line in lines:
+            tasks[line["task"]][line["step"]] = line[metric]
+        for values in tasks.values():
+            row, last = [], None
+            for step in steps:
+                last = values.get(step, last)
+                row.append(last)
+            rows.append(row)
+    if not rows or any(None in row for row in rows):
+        raise UserError("a study needs test examples in every task; raise data.queries in the tuning recipe")
+    return steps, np.asarray(rows, dtype=float)
+
+
+def _examples(found: dict, sign: int) -> dict[str, dict]:
+    """The fewest examples with which each start ends at the level of full attention over the most examples."""
+    sizes = sorted(map(int, found["sizes"]))
+    target = found["sizes"][str(sizes[-1])]["full_attention"]["mean"]
+    reached = {}
+    for start in found["sizes"][str(sizes[0])]["starts"]:
+        enough = [s for s in sizes if sign * found["sizes"][str(s)]["starts"][start]["end"]["mean"] >= sign * target - 1e-9]
+        reached[start] = enough[0] if enough else None
+    return {"target": target, "examples": reached}
+
+
+def _markdown(summary: dict):
+    share = summary["metric"] == "test_accuracy"
+    what = "accuracy on unseen inputs" if share else "loss on unseen inputs, nats per target token, lower is better"
+    yield "# From where should prefix tuning start?\n"
+    yield f"Quality is {what}; 95 % intervals by bootstrap over tasks. Every start sees the same tasks, examples and steps.\n"
+    yield "![Quality over steps, a panel for each number of examples](starts.png)\n"
+    for size, entry in summary["sizes"].items():
+        yield f"## {size} examples a task, {entry['tasks']} tasks\n"
+        yield f"Full attention over the same examples: {_figure(entry['full_attention'], share)}.\n"
+        yield "| start | at step 0 | mean over the curve | at the end | end, less that of the first | steps to full attention |"
+        yield "|---|---|---|---|---|---|"
+        for name, start in entry["starts"].items():
+            steps = start["steps_to_full_attention"]
+            cells = [_figure(start[key], share) for key in ("start", "area", "end", "end_minus_first")]
+            yield f"| {name} | {' | '.join(cells)} | {'not reached' if steps is None else steps} |"
+        yield ""
+    target = summary["examples_to_target"]
+    yield f"## Examples to the level of full attention over the most examples ({_number(target['target'], share)})\n"
+    yield "| start | fewest examples |\n|---|---|"
+    for name, size in target["examples"].items():
+        yield f"| {name} | {'not reached' if size is None else size} |"
+
+
+def _figure(interval: dict, share: bool) -> str:
+    low, high = (_number(interval[key], share) for key in ("low", "high"))
+    return f"{_number(interval['mean'], share)} [{low}, {high}]"
+
+
+def _number(value: float, share: bool) -> str:
+    return f"{100 * value:.1f}" if share else f"{value:.3f}"
+
+
+def draw(summary: dict, path: str | Path) -> None:
+    """Quality over steps with intervals, a panel for each number of examples, full attention as a dashed line."""
+    from matplotlib.figure import Figure
+
+    share = summary["metric"] == "test_accuracy"
+    scale = 100 if share else 1
+    figure = Figure(figsize=(3.4 * len(summary["sizes"]) + 0.6, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(summary["sizes"]), sharey=True, squeeze=False)[0]
+    handles = {}
+    for panel, (size, entry) in zip(panels, summary["sizes"].items()):
+        for colour, (name, start) in zip(COLOURS, entry["starts"].items()):
+            mean, low, high = ([scale * at[key] for at in start["curve"]] for key in ("mean", "low", "high"))
+            (handles[name],) = panel.plot(start["steps"], mean, color=colour, linewidth=2)
+            panel.fill_between(start["steps"], low, high, color=colour, alpha=0.15, linewidth=0)
+        handles["full attention over the examples"] = panel.axhline(
+            scale * entry["full_attention"]["mean"], color="#444444", linestyle="--", linewidth=1
+        )
+        panel.set(xlabel="step", title=f"{size} examples a task")
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel="accuracy on unseen inputs (%)" if share else "loss on unseen inputs (nats per token)")
+    if share:
+        panels[0].set_ylim(0, 102)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,169 @@
+"""Prefix tuning (Li & Liang 2021, arXiv 2101.00190): the keys and values of a prefix are all that is trained.
+
+Where a tuned prefix starts from decides how many steps and examples it needs; Phang 2024 (arXiv 2402.16817, section 4.3) starts
+from a generated one. The ways to start are functions here, each of which makes a `Prefix`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from attention_masks import rotate
+from hyperllama.backbone import inverse_frequencies
+from hyperllama.data.packing import GistBatch
+from hyperllama.encoding import encode_whole, first_rows, mean_pooled
+from hyperllama.errors import UserError
+from hyperllama.files import write_atomically
+from hyperllama.objectives import TokenLoss
+from hyperllama.packed import PackedModel
+from hyperllama.prefix import Prefix
+
+WEIGHTS = "tuner.safetensors"
+
+
+class PrefixTuner(PackedModel):
+    """Prefixes of P tasks, trained at once in packed passes of a frozen model: `keys` and `values` (L, P, N, G, D), float32.
+
+    `hidden` sets a two-layer MLP between what is trained and the prefix, as Li & Liang advise for stability. It is added to
+    the start and its last matrix begins at zero, so that step 0 is the start, and it is folded away by `prefixes`.
+
+    Raises UserError if the prefixes are not of one shape, or not of this model.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        starts: Mapping[str, Prefix],
+        *,
+        hidden: int | None = None,
+        backend: str = "auto",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        super().__init__(base, tokenizer, backend)
+        shapes = {(p.layers, p.kv_heads, p.gists, p.head_dim) for p in starts.values()}
+        if len(shapes) != 1:
+            raise UserError(
+                f"prefixes that are tuned together need one shape, not (layers, kv_heads, gists, head_dim) of {sorted(shapes)}"
+            )
+        (self.shape,) = shapes
+        config = base.config
+        own = (config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        if own != self.shape[:2]:
+            raise UserError(f"the model has {own[0]} layers of {own[1]} key-value heads, the prefixes {self.shape[:2]}")
+        self.names = {name: i for i, name in enumerate(starts)}
+        self.manifests = {name: prefix.manifest for name, prefix in starts.items()}
+        for side in ("keys", "values"):
+            stacked = [torch.stack(list(getattr(prefix, side))) for prefix in starts.values()]
+            start = torch.stack(stacked, dim=1).float().to(base.device)
+            self.register_parameter(side, nn.Parameter(start))
+        self.mlp = _Reparametrisation(self.shape, len(starts), hidden).to(base.device) if hidden else None
+        if self.mlp is not None:
+            # What the MLP adds is trained; the start stays as it is.
+            self.keys.requires_grad_(False)
+            self.values.requires_grad_(False)
+
+    @property
+    def gists(self) -> int:
+        """G, the rows of each prefix."""
+        return self.shape[2]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def forward(self, batch: GistBatch) -> TokenLoss:
+        """Cross entropy of a packed batch whose contexts are the G placeholder rows of its `tasks`, all named in this tuner."""
+        places = torch.tensor([self.names[name] for name in batch.tasks], device=self.keys.device)
+        keys, values = (x[:, places].movedim(2, 1).flatten(2, 3) for x in self._current())  # (L, N, p * G, D)
+        gists = torch.arange(self.gists, device=keys.device).repeat(len(batch.tasks))
+        shifts = batch.layout.positions[: len(gists)] - gists
+        if shifts.any():
+            keys = rotate(keys, shifts, inverse_frequencies(self.base))
+        return self.answer_loss(batch, list(zip(keys, values)), input_ids=batch.ids)
+
+    def _current(self) -> tuple[Tensor, Tensor]:
+        if self.mlp is None:
+            return self.keys, self.values
+        added_keys, added_values = self.mlp()
+        return self.keys + added_keys, self.values + added_values
+
+    @torch.no_grad()
+    def prefixes(self) -> dict[str, Prefix]:
+        """The prefixes as they stand, in the model's dtype; the MLP is folded in."""
+        keys, values = (x.detach().to(self.base.dtype) for x in self._current())
+        return {
+            name: Prefix(keys[:, i].clone().unbind(), values[:, i].clone().unbind(), self.manifests[name])
+            for name, i in self.names.items()
+        }
+
+    def save_pretrained(self, folder: str | Path, notes: dict | None = None) -> None:
+        """Write what is trained, with the start, into one safetensors file: a checkpoint. `prefixes` are what is used."""
+        kept = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters() if not name.startswith("base.")}
+        write_atomically(Path(folder) / WEIGHTS, safetensors.torch.save(kept, {"tasks": json.dumps(list(self.names))}))
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Read a checkpoint that `save_pretrained` wrote."""
+        self.load_state_dict(safetensors.torch.load_file(Path(folder) / WEIGHTS), strict=False)
+
+
+class _Reparametrisation(nn.Module):
+    """G embeddings a task through one shared two-layer MLP to the keys and values of every layer; zero at the start."""
+
+    def __init__(self, shape: tuple[int, int, int, int], tasks: int, hidden: int):
+        super().__init__()
+        self.shape = (shape[0], 2, shape[1], shape[3])  # L, keys and values, N, D
+        width = shape[0] * 2 * shape[1] * shape[3]
+        self.embeddings = nn.Parameter(torch.randn(tasks, shape[2], hidden))
+        self.inner, self.outer = nn.Linear(hidden, hidden), nn.Linear(hidden, width)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self) -> Tensor:
+        """What is added to keys and values: (2, L, P, N, G, D)."""
+        made = self.outer(self.inner(self.embeddings).tanh()).unflatten(-1, self.shape)  # (P, G, L, 2, N, D)
+        return made.permute(3, 2, 0, 4, 1, 5)
+
+
+def random_start(model: PreTrainedModel, like: Sequence[Sequence[int]], gists: int, *, seed: int = 0) -> Prefix:
+    """A random prefix with the mean and spread that each dimension of real keys and values has over the contexts `like`.
+
+    Keys are drawn without positions and stand at 0 .. G-1 then, as those of tokens do.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    real = encode_whole(model, [context for context in like if len(context)])
+    inv_freq, places = inverse_frequencies(model), torch.arange(gists, device=model.device)
+    keys, values = [], []
+    for layer in range(real[0].layers):
+        upright = [rotate(p.keys[layer].float(), -torch.arange(p.gists, device=model.device), inv_freq) for p in real]
+        for kept, rows in ((keys, torch.cat(upright, 1)), (values, torch.cat([p.values[layer].float() for p in real], 1))):
+            noise = torch.randn(rows.shape[0], gists, rows.shape[2], generator=generator).to(rows.device)
+            drawn = rows.mean(1, keepdim=True) + rows.std(1, keepdim=True, correction=0) * noise
+            kept.append((rotate(drawn, places, inv_freq) if kept is keys else drawn).to(model.dtype))
+    return Prefix(keys, values)
+
+
+def vocabulary_start(model: PreTrainedModel, words: Sequence[int], gists: int) -> Prefix:
+    """The activations of `gists` tokens, taken from `words` in turn (Li & Liang 2021, section 7.4: real words start best)."""
+    if not len(words):
+        raise UserError("a vocabulary start needs at least one word")
+    (prefix,) = encode_whole(model, [[words[i % len(words)] for i in range(gists)]])
+    return prefix
+
+
+def demonstrations_start(model: PreTrainedModel, context: Sequence[int], gists: int, *, pooled: bool = False) -> Prefix:
+    """The demonstrations' own keys and values: their first `gists` rows, or means of neighbours (`pooled`).
+
+    A context with fewer tokens is repeated until it has as many.
+    """
+    if not len(context):
+        raise UserError("a start from demonstrations needs some, but the context is empty")
+    repeated = list(context) * -(-gists // len(context))
+    (prefix,) = encode_whole(model, [repeated if len(context) < gists else context])
+    return mean_pooled(prefix, gists, inverse_frequencies(model)) if pooled else first_rows(prefix, gists)
