@@ -96,6 +96,7 @@ def test_gradient_checkpointing_changes_nothing(base, hidden):
 
 
 def test_checkpoints_and_folding(base, tmp_path):
+    torch.manual_seed(0)
     tuner = PrefixTuner(base, starts(base), hidden=8)
     torch.nn.init.normal_(tuner.mlp.outer.weight, std=0.1)
     tuner.save_pretrained(tmp_path)
@@ -105,7 +106,7 @@ def test_checkpoints_and_folding(base, tmp_path):
     assert other.prefixes() == tuner.prefixes()
     with torch.no_grad():  # the folded prefix, read by stock transformers, is what was trained
         folded = plain_loss(base, tuner.prefixes()["a"], "a").item()
-        assert tuner(batch("a")).sum.item() == pytest.approx(folded, abs=1e-3)
+        assert tuner(batch("a")).sum.item() == pytest.approx(folded, rel=1e-4)
 
 
 def test_training_lowers_the_loss_of_every_task(base):
