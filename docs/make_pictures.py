@@ -1,9 +1,10 @@
-"""The pictures of README: reading graphs, and the quickstart's result from runs/quickstart/results.json.
+"""The pictures of README: reading graphs, and what runs of the quickstart and the tuning study left in runs/.
 
 python docs/make_pictures.py
 """
 
 import json
+import shutil
 from pathlib import Path
 
 from attention_masks import GistLayout, Segment, picture
@@ -17,6 +18,11 @@ GRAPHS = {
     "recurrent chunks": GistLayout([Segment(5, gists=2), Segment(5, gists=2, reads=(0,)), Segment(5, reads=(0, 1))]),
     "parallel examples": GistLayout([Segment(5, gists=2), Segment(5, gists=2), Segment(5, reads=(0, 1))]),
 }
+DRAWN = {
+    "runs/quickstart/evaluation/quality.png": "evaluation.png",
+    "runs/quickstart/evaluation/cost.png": "cost.png",
+    "runs/tuning/study/starts.png": "starts.png",
+}
 
 if __name__ == "__main__":
     ASSETS.mkdir(exist_ok=True)
@@ -24,3 +30,6 @@ if __name__ == "__main__":
     results = Path("runs/quickstart/results.json")
     if results.is_file():
         draw_results(json.loads(results.read_text()), ASSETS / "quickstart.png")
+    for source, name in DRAWN.items():
+        if Path(source).is_file():
+            shutil.copy(source, ASSETS / name)

@@ -22,6 +22,15 @@ app = typer.Typer(
 )
 
 
+# Options that several verbs have.
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Dotted keys of the recipe.")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Instead of the text format's answer_tokens.")]
+Temperature = Annotated[float | None, typer.Option(min=0.0, help="Sample at this temperature; greedy without.")]
+TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")]
+ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Write inputs by the tokenizer's chat template.")]
+Base = Annotated[str | None, typer.Option(help="Where the base model is, if it has moved.")]
+
+
 @app.callback()
 def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     """Train hypernetworks that turn few-shot examples into soft prefixes, and use them."""
@@ -30,7 +39,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart/hypernetwork.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Dotted keys of the recipe.")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Train what a recipe describes; run it again to go on after an interruption."""
     workflows = _workflows()
@@ -48,7 +57,7 @@ def compress(
     output: Annotated[str, typer.Option("--output", "-o", help="A prefix file, or a folder for several.")],
     instruction: Annotated[str | None, typer.Option(help="Instruction of the task, instead of the file's.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Show only the first K examples.")] = None,
-    base: Annotated[str | None, typer.Option(help="Where the base model is, if it has moved.")] = None,
+    base: Base = None,
 ) -> None:
     """Turn the examples of a task into a prefix file."""
     workflows = _workflows()
@@ -69,15 +78,16 @@ def generate(
     inputs: Annotated[Path | None, typer.Option(help='JSON lines of {"input"}, or an S-NI task file.')] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON lines here instead of printing.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first so many inputs.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Instead of the text format's answer_tokens.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="Sample at this temperature; greedy without.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
-    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
     num_beams: Annotated[int, typer.Option(min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Write inputs by the tokenizer's chat template.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    base: Annotated[str | None, typer.Option(help="Where the base model is, if it has moved.")] = None,
+    base: Base = None,
 ) -> None:
     """Answer new inputs with a frozen model that reads a prefix."""
     if (input is None) == (inputs is None):
@@ -89,14 +99,10 @@ def generate(
     workflows = _workflows()
 
     examples = None if inputs is None else workflows.read_inputs(inputs)[:limit]
-    settings: dict = {"num_beams": num_beams, "batch_size": batch_size}
-    if max_new_tokens is not None:
-        settings["max_new_tokens"] = max_new_tokens
-    if temperature or top_p is not None:
-        settings |= {"do_sample": True, "temperature": temperature or 1.0, "top_p": 1.0 if top_p is None else top_p}
+    settings = {"num_beams": num_beams, "batch_size": batch_size, **_sampling(max_new_tokens, temperature, top_p)}
     set_seed(seed)
     texts = [input] if examples is None else [example.input for example in examples]
-    answers = workflows.generate(prefix, texts, base_path=base, **settings)
+    answers = workflows.generate(prefix, texts, base_path=base, chat_template=chat_template, **settings)
     if examples is None:
         lines = answers
     else:
@@ -127,7 +133,7 @@ def compose(
 @app.command()
 def tune(
     recipe: Annotated[Path, typer.Argument(help="A tuning recipe, such as recipes/quickstart/tune.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Dotted keys of the recipe.")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Tune prefixes further on the examples of their tasks; run it again to go on."""
     _workflows()
@@ -141,7 +147,7 @@ def tune(
 @app.command()
 def study(
     recipe: Annotated[Path, typer.Argument(help="A study recipe, such as recipes/tuning/study.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Dotted keys of the recipe.")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Compare where prefix tuning starts from, over tasks, seeds and numbers of examples; run it again to go on."""
     _workflows()
@@ -153,7 +159,7 @@ def study(
 @app.command()
 def evaluate(
     recipe: Annotated[Path, typer.Argument(help="An evaluation recipe, such as recipes/quickstart/evaluate.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Dotted keys of the recipe.")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Hold a hypernetwork's prefixes against everything they should be held against; run it again to go on."""
     _workflows()
@@ -176,7 +182,7 @@ def evaluate(
 @app.command()
 def check(
     recipe: Annotated[Path, typer.Argument(help="A recipe of any kind.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Dotted keys of the recipe.")] = None,
+    overrides: Overrides = None,
     against: Annotated[Path | None, typer.Option(help="Another recipe whose data this one's must not share.")] = None,
     episodes: Annotated[int, typer.Option(min=1, help="How many episodes to draw for the figures.")] = 500,
 ) -> None:
@@ -188,10 +194,43 @@ def check(
 
 
 @app.command()
+def chat(
+    prefix: Annotated[Path, typer.Argument(help="A prefix file made by hyperllama compress.")],
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Write inputs by the tokenizer's chat template.")
+    ] = False,
+    base: Base = None,
+) -> None:
+    """Answer inputs one by one as they are typed, each behind the prefix alone; an empty line ends it."""
+    session = _workflows().Session(prefix, base_path=base, chat_template=chat_template)
+    settings = _sampling(max_new_tokens, temperature, top_p)
+    if sys.stdin.isatty():
+        typer.echo(f"{prefix}: {session.prefix}; an empty line ends it", err=True)
+    while True:
+        if sys.stdin.isatty():
+            typer.echo("> ", nl=False)
+        text = sys.stdin.readline().rstrip("\n")
+        if not text:
+            return
+        session.stream(text, **settings)
+
+
+@app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="A prefix file, or the folder of a run.")]) -> None:
     """Say what a prefix or a run is, what made it, and for which base."""
     workflows = _workflows()
     _print(workflows.inspect(path))
+
+
+def _sampling(max_new_tokens: int | None, temperature: float | None, top_p: float | None) -> dict:
+    """Settings of transformers' generate: greedy unless temperature or top_p says otherwise."""
+    settings: dict = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    if temperature or top_p is not None:
+        settings |= {"do_sample": True, "temperature": temperature or 1.0, "top_p": 1.0 if top_p is None else top_p}
+    return settings
 
 
 def _workflows():

@@ -6,8 +6,8 @@ with several continuations is a segment that they all read, so it is computed on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,8 +38,24 @@ def continuation_scores(
     """The summed log-probability, in nats, of each continuation of each question; a pass has at most `batch_tokens` tokens."""
     scores: list[list[float]] = []
     for batch in _batches(questions, batch_tokens, model.config.vocab_size):
-        scores += _score(model, batch, backend)
+        likelihoods, rows = _likelihoods(model, batch, backend)
+        continuations = [c for question in batch for c in question.continuations]
+        tokens = torch.tensor([token for c in continuations for token in c], device=model.device)
+        picked = likelihoods[rows, tokens].cpu().split(list(map(len, continuations)))
+        sums = iter([part.sum().item() for part in picked])
+        scores += [[next(sums) for _ in question.continuations] for question in batch]
     return scores
+
+
+@torch.no_grad()
+def answer_distributions(
+    model: PreTrainedModel, questions: Sequence[Question], *, batch_tokens: int = 8192, backend: str = "auto"
+) -> Iterator[Tensor]:
+    """For each question the log-probabilities (tokens, V) of all tokens at every token of its first continuation."""
+    questions = [replace(question, continuations=question.continuations[:1]) for question in questions]
+    for batch in _batches(questions, batch_tokens, model.config.vocab_size):
+        likelihoods, rows = _likelihoods(model, batch, backend)
+        yield from likelihoods[rows].split([len(question.continuations[0]) for question in batch])
 
 
 def _batches(questions: Sequence[Question], batch_tokens: int, vocabulary: int):
@@ -80,7 +96,8 @@ class _Row:
         return len(self.segments) - 1, first
 
 
-def _score(model: PreTrainedModel, questions: Sequence[Question], backend: str) -> list[list[float]]:
+def _likelihoods(model: PreTrainedModel, questions: Sequence[Question], backend: str) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (rows, V) of a packed pass, and which of these rows predicts each token of each continuation."""
     row, places = _Row(), dict[int, int]()
     prefixes = {id(q.prefix): q.prefix for q in questions if q.prefix is not None and q.prefix.gists}
     for key, prefix in prefixes.items():
@@ -101,7 +118,6 @@ def _score(model: PreTrainedModel, questions: Sequence[Question], backend: str) 
             if len(continuation) > 1:
                 _, start = row.add(continuation[:-1], reads=(*reads, prompt))
                 predicting[-1] += range(start, start + len(continuation) - 1)
-    continuations = [c for question in questions for c in question.continuations]
     head_rows = sorted({r for rows in predicting for r in rows})
     place = {r: i for i, r in enumerate(head_rows)}
     device = model.device
@@ -112,12 +128,8 @@ def _score(model: PreTrainedModel, questions: Sequence[Question], backend: str) 
         logits_to_keep=torch.tensor(head_rows, device=device),
         **packed_arguments(model, layout, backend, prefix_states(model, layout, list(prefixes.values()))),
     ).logits[0]
-    likelihoods = logits.float().log_softmax(-1)
     rows = torch.tensor([place[r] for rows in predicting for r in rows], device=device)
-    tokens = torch.tensor([token for c in continuations for token in c], device=device)
-    picked = likelihoods[rows, tokens].cpu().split(list(map(len, continuations)))
-    sums = iter([part.sum().item() for part in picked])
-    return [[next(sums) for _ in question.continuations] for question in questions]
+    return logits.float().log_softmax(-1), rows
 
 
 def prefix_states(model: PreTrainedModel, layout: GistLayout, prefixes: Sequence[Prefix]) -> list[tuple[Tensor, Tensor]]:

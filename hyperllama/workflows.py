@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from hyperllama import __version__
@@ -252,22 +252,51 @@ def _output_paths(output: str | Path, names: list[str]) -> list[Path]:
     return [path / f"{name}.safetensors" for name in names]
 
 
-def generate(prefix_path: str | Path, inputs: Sequence[str], *, base_path: str | None = None, **settings) -> list[str]:
-    """Answer inputs behind one prefix. `settings` go to transformers' generate, over the text format's own."""
-    prefix = Prefix.load(prefix_path)
-    if prefix.manifest is None:
-        raise UserError(
-            f"{prefix_path}: has no manifest, so its base model and text format are unknown; use hyperllama.Reader in Python"
-        )
-    name = base_path or prefix.manifest.base.name
-    check_config(load_config(name), name)
-    tokenizer = load_tokenizer(name)
-    reader = Reader(load_base(name), tokenizer)
-    prefix.check(reader.identity, str(prefix_path))
-    encoder = Encoder(tokenizer, TextFormat(**prefix.manifest.text_format), Limits())
-    settings = {"max_new_tokens": encoder.format.answer_tokens, **settings}
-    answers = reader.generate([encoder.prompt(text) for text in inputs], [prefix] * len(inputs), **settings)
-    return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+class Session:
+    """One prefix and its base, loaded, to answer inputs with.
+
+    `chat_template` writes an input as a user's turn by the tokenizer's own template, for bases that were trained on
+    conversations; otherwise by the text format in the prefix's manifest.
+    """
+
+    def __init__(self, prefix_path: str | Path, *, base_path: str | None = None, chat_template: bool = False):
+        self.prefix = Prefix.load(prefix_path)
+        if self.prefix.manifest is None:
+            raise UserError(
+                f"{prefix_path}: has no manifest, so its base and text format are unknown; use hyperllama.Reader in Python"
+            )
+        name = base_path or self.prefix.manifest.base.name
+        check_config(load_config(name), name)
+        self.tokenizer, self.chat_template = load_tokenizer(name), chat_template
+        if chat_template and not self.tokenizer.chat_template:
+            raise UserError(f"{name}: its tokenizer has no chat template; leave --chat-template out")
+        self.reader = Reader(load_base(name), self.tokenizer)
+        self.prefix.check(self.reader.identity, str(prefix_path))
+        self.encoder = Encoder(self.tokenizer, TextFormat(**self.prefix.manifest.text_format), Limits())
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of an input as it follows the prefix."""
+        if not self.chat_template:
+            return self.encoder.prompt(text)
+        turn = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+    def answer(self, inputs: Sequence[str], **settings) -> list[str]:
+        """Answers to inputs. `settings` go to transformers' generate, over the text format's own."""
+        settings = {"max_new_tokens": self.encoder.format.answer_tokens, **settings}
+        answers = self.reader.generate([self.prompt(text) for text in inputs], [self.prefix] * len(inputs), **settings)
+        return [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+
+    def stream(self, text: str, **settings) -> None:
+        """Print the answer to one input as it is generated."""
+        self.answer([text], streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True), **settings)
+
+
+def generate(
+    prefix_path: str | Path, inputs: Sequence[str], *, base_path: str | None = None, chat_template: bool = False, **settings
+) -> list[str]:
+    """Answer inputs behind one prefix; see `Session`."""
+    return Session(prefix_path, base_path=base_path, chat_template=chat_template).answer(inputs, **settings)
 
 
 def inspect(path: str | Path) -> dict:

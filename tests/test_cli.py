@@ -1,6 +1,8 @@
 """The command line as a user meets it: fast help, whole verbs, and errors in one line with exit code 2."""
 
+import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -9,13 +11,13 @@ from pathlib import Path
 import pytest
 from conftest import trained_hypernetwork
 
-from hyperllama import cli
+from hyperllama import cli, workflows
 from hyperllama.backbone import load_base, load_tokenizer
 from hyperllama.data.text import Limits, TextFormat
 from hyperllama.prefix import Prefix
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("check", "train", "compress", "compose", "generate", "tune", "study", "evaluate", "inspect")
+VERBS = ("check", "train", "compress", "compose", "generate", "chat", "tune", "study", "evaluate", "inspect")
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -248,3 +250,27 @@ format: {{answer_tokens: 2}}
     assert code == 2 and err.startswith("hyperllama: methods: multi_task needs multi_task, the run of a full-attention model;")
     code, _, err = call("train", recipe)
     assert code == 2 and "its method is evaluate; run it with hyperllama evaluate" in err
+
+
+def test_chat_streams_what_generate_answers(call, trained, examples, tmp_path, monkeypatch):
+    call("compress", trained, examples, "--output", tmp_path / "p.safetensors")
+    single = [
+        call("generate", tmp_path / "p.safetensors", "--input", text, "--max-new-tokens", 6)[1] for text in ("four", "five")
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("four\nfive\n\nnever\n"))
+    code, out, _ = call("chat", tmp_path / "p.safetensors", "--max-new-tokens", 6)
+    assert code == 0 and "".join(out.split()) == "".join("".join(single).split())
+
+
+def test_chat_templates(call, trained, examples, tmp_path, saved_base):
+    call("compress", trained, examples, "--output", tmp_path / "p.safetensors")
+    code, _, err = call("generate", tmp_path / "p.safetensors", "--input", "a", "--chat-template")
+    assert code == 2 and "its tokenizer has no chat template; leave --chat-template out" in err
+    folder = tmp_path / "chatty"
+    shutil.copytree(saved_base, folder)
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{% if add_generation_prompt %} [me]{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
+    session = workflows.Session(tmp_path / "p.safetensors", base_path=str(folder), chat_template=True)
+    assert session.tokenizer.decode(session.prompt("hello")) == "[user] hello [me]"
+    code, out, _ = call("generate", tmp_path / "p.safetensors", "--input", "a", "--chat-template", "--base", folder)
+    assert code == 0
