@@ -26,6 +26,7 @@ setup(
         "tokenizers>=0.22",
         "omegaconf>=2.4",
         "datasets>=4.0",
+        "huggingface-hub",
         "jinja2>=3.1",
         "numpy",
         "pyyaml",

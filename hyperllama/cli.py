@@ -219,6 +219,19 @@ def chat(
 
 
 @app.command()
+def push(
+    path: Annotated[Path, typer.Argument(help="The folder of a hypernetwork's run, or a prefix file.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Share a hypernetwork or a prefix on the hub, with its card; verbs then take owner/name for a path."""
+    _workflows()
+    from hyperllama.hub import push as upload
+
+    typer.echo(upload(path, repository, private=private))
+
+
+@app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="A prefix file, or the folder of a run.")]) -> None:
     """Say what a prefix or a run is, what made it, and for which base."""
     workflows = _workflows()

@@ -28,6 +28,7 @@ from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
 from hyperllama.files import read_json, whole_json_lines, write_atomically
 from hyperllama.full_attention import FullAttention
+from hyperllama.hub import fetch
 from hyperllama.hypernetwork import CONFIG, GistHypernetwork, read_config
 from hyperllama.prefix import Manifest, Prefix
 from hyperllama.reader import Reader
@@ -147,6 +148,7 @@ def load_hypernetwork(
     run: str | Path, base_path: str | None = None, *, dtype: str = "float32"
 ) -> tuple[GistHypernetwork, Encoder]:
     """A trained hypernetwork with its base, and the encoder of its text format; `base_path` where the base has moved."""
+    run = fetch(run)
     config = read_config(run)
     name = base_path or config["base"]["name"]
     base, tokenizer = load_base(name, dtype=dtype), load_tokenizer(name)
@@ -178,7 +180,7 @@ def compress(
         if not demonstrations and not text:
             raise UserError(f"{file}: nothing to compress, neither demonstrations nor an instruction")
         shown.append((text, demonstrations))
-    read_config(run)
+    read_config(fetch(run))
     hypernetwork, encoder = load_hypernetwork(run, base_path)
     contexts, manifests = [], []
     for task, (text, demonstrations) in zip(tasks, shown, strict=True):
@@ -260,7 +262,7 @@ class Session:
     """
 
     def __init__(self, prefix_path: str | Path, *, base_path: str | None = None, chat_template: bool = False):
-        self.prefix = Prefix.load(prefix_path)
+        self.prefix = Prefix.load(fetch(prefix_path, prefix=True))
         if self.prefix.manifest is None:
             raise UserError(
                 f"{prefix_path}: has no manifest, so its base and text format are unknown; use hyperllama.Reader in Python"
@@ -301,7 +303,7 @@ def generate(
 
 def inspect(path: str | Path) -> dict:
     """What a prefix file or a run's folder is, for people: what made it, for which base, how large."""
-    path = Path(path)
+    path = fetch(path, prefix=True)
     if not path.is_dir():
         prefix = Prefix.load(path)
         sizes = {"gists": prefix.gists, "layers": prefix.layers, "kv_heads": prefix.kv_heads, "head_dim": prefix.head_dim}

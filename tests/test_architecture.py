@@ -17,7 +17,7 @@ LAYERS = [
     {"eval.metrics", "eval.intervals", "eval.flops"},
     {"hyperllama.tune"},
     {"hyperllama.workflows"},
-    {"hyperllama.sources", "hyperllama.tuning", "hyperllama.quality"},
+    {"hyperllama.sources", "hyperllama.tuning", "hyperllama.quality", "hyperllama.hub"},
     {
         "hyperllama.recipe",
         "hyperllama.training",

@@ -17,7 +17,7 @@ from hyperllama.data.text import Limits, TextFormat
 from hyperllama.prefix import Prefix
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("check", "train", "compress", "compose", "generate", "chat", "tune", "study", "evaluate", "inspect")
+VERBS = ("check", "train", "compress", "compose", "generate", "chat", "tune", "study", "push", "evaluate", "inspect")
 
 
 def run(monkeypatch, capsys, *arguments):
