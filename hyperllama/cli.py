@@ -219,6 +219,20 @@ def chat(
 
 
 @app.command()
+def export(
+    prefix: Annotated[Path, typer.Argument(help="A prefix file.")],
+    folder: Annotated[Path, typer.Argument(help="Where the adapter goes.")],
+    cartridge: Annotated[bool, typer.Option("--cartridge", help="PEFT's CARTRIDGE instead of PREFIX_TUNING.")] = False,
+) -> None:
+    """Write a prefix as an adapter that stock PEFT loads, and everything that reads PEFT."""
+    _workflows()
+    from hyperllama.prefix import Prefix
+
+    loaded = Prefix.load(prefix)
+    typer.echo(f"{loaded.to_peft(folder, kind='cartridge' if cartridge else 'prefix_tuning')}: {loaded}")
+
+
+@app.command()
 def push(
     path: Annotated[Path, typer.Argument(help="The folder of a hypernetwork's run, or a prefix file.")],
     repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub.")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -197,6 +198,15 @@ class Prefix:
                 f"{where} was made with another tokenizer than that of {identity.name}; use the tokenizer of {made_for.name}"
             )
 
+    def to_peft(self, folder: str | Path, *, kind: Literal["prefix_tuning", "cartridge"] = "prefix_tuning") -> Path:
+        """Write an adapter that stock PEFT loads; see `hyperllama.export.to_peft`."""
+        return _export().to_peft(self, folder, kind=kind)
+
+    @staticmethod
+    def from_peft(folder: str | Path, **shape: int) -> Prefix:
+        """Read an adapter of stock PEFT; see `hyperllama.export.from_peft`."""
+        return _export().from_peft(folder, **shape)
+
     def save(self, path: str | Path, *, quantize: Literal["int8"] | None = None) -> dict[str, float]:
         """Write one .safetensors file: keys and values (L, N, G, D), the manifest and a checksum in its header.
 
@@ -279,6 +289,11 @@ def _both(first: Manifest, second: Manifest) -> Manifest:
         metrics={},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _export():
+    # Exporting knows prefixes, not the other way round: these two methods are only its door.
+    return importlib.import_module("hyperllama.export")
 
 
 def _checksum(manifest: str, tensors: dict[str, Tensor]) -> str:

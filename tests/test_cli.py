@@ -17,7 +17,7 @@ from hyperllama.data.text import Limits, TextFormat
 from hyperllama.prefix import Prefix
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("check", "train", "compress", "compose", "generate", "chat", "tune", "study", "push", "evaluate", "inspect")
+VERBS = ("check", "train", "compress", "compose", "generate", "chat", "tune", "study", "export", "push", "evaluate", "inspect")
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -274,3 +274,10 @@ def test_chat_templates(call, trained, examples, tmp_path, saved_base):
     assert session.tokenizer.decode(session.prompt("hello")) == "[user] hello [me]"
     code, out, _ = call("generate", tmp_path / "p.safetensors", "--input", "a", "--chat-template", "--base", folder)
     assert code == 0
+
+
+def test_export(call, trained, examples, tmp_path):
+    call("compress", trained, examples, "--output", tmp_path / "p.safetensors")
+    code, out, _ = call("export", tmp_path / "p.safetensors", tmp_path / "adapter")
+    assert code == 0 and "gists=3" in out and (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert Prefix.from_peft(tmp_path / "adapter") == Prefix.load(tmp_path / "p.safetensors")
