@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -246,7 +247,7 @@ OPEN = ("training", "model.architecture", "generation")  # keys below these are 
 AnyRecipe = Recipe | EvaluationRecipe | TuneRecipe
 
 
-def load_recipe(path: str | Path, overrides: typing.Sequence[str] = (), *, schema: type = Recipe) -> Any:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, schema: type = Recipe) -> Any:
     """Read and check a recipe file with `dotted.key=value` overrides; a `Recipe`, or what `schema` says.
 
     Raises UserError with one line for every problem: the file (or "command line"), the key, what is wrong, and the nearest
@@ -271,7 +272,7 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = (), *, schem
     return recipe
 
 
-def load_any_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> AnyRecipe:
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """A recipe of whichever kind its `method` says it is."""
     return load_recipe(path, overrides, schema=SCHEMAS.get(_read(path).get("method", "hypernetwork"), Recipe))
 
@@ -309,20 +310,34 @@ def differences(old: str, new: str) -> list[str]:
 
 
 def _merge(config, addition, schema: type, where: str, problems: list[str]):
-    """Merge leaf by leaf, so that each problem is found, not only the first."""
+    """Merge all at once, or where a value is wrong leaf by leaf, so that each problem is found and not only the first."""
+    known = []
     for key, value in _leaves(OmegaConf.to_container(addition), schema, ""):
-        unknown = list(_unknown(key, value, schema))
-        if unknown:
-            problems += [f"{where}: {problem}" for problem in unknown]
-            continue
+        unknown = [f"{where}: {problem}" for problem in _unknown(key, value, schema)]
+        problems += unknown
+        known += [] if unknown else [(key, value)]
+    try:
+        return _with(config, known)
+    except OmegaConfBaseException:
+        pass  # some value is wrong: one by one, which is slow
+    for key, value in known:
         try:
-            one = value
-            for name in reversed(key.split(".")):
-                one = {name: one}
-            config = OmegaConf.merge(config, one)
+            config = _with(config, [(key, value)])
         except OmegaConfBaseException as error:
             problems.append(f"{where}: {key}: {str(error).splitlines()[0]}")
     return config
+
+
+def _with(config, leaves: Sequence[tuple[str, Any]]):
+    """The config with values at dotted keys."""
+    nested: dict[str, Any] = {}
+    for key, value in leaves:
+        *parents, last = key.split(".")
+        place = nested
+        for name in parents:
+            place = place.setdefault(name, {})
+        place[last] = value
+    return OmegaConf.merge(config, nested)
 
 
 def _unknown(key: str, value: Any, schema: type):
