@@ -54,14 +54,25 @@ def compress(
     examples: Annotated[
         list[Path], typer.Argument(help='JSON lines of {"input", "output"}, or an S-NI task file; one task each.')
     ],
-    output: Annotated[str, typer.Option("--output", "-o", help="A prefix file, or a folder for several.")],
+    output: Annotated[str | None, typer.Option("--output", "-o", help="A prefix file, or a folder for several.")] = None,
+    store: Annotated[Path | None, typer.Option(help="A store for many: goes on where it stopped, and can be listed.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Measure each prefix on held-back examples.")] = False,
     instruction: Annotated[str | None, typer.Option(help="Instruction of the task, instead of the file's.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Show only the first K examples.")] = None,
     base: Base = None,
 ) -> None:
     """Turn the examples of a task into a prefix file."""
+    if (output is None) == (store is None) or (store is not None and report):
+        raise UserError("compress: give either --output or --store; --report goes with --output")
     workflows = _workflows()
-    made = workflows.compress(run, examples, output, instruction=instruction, shots=shots, base_path=base)
+    settings = {"instruction": instruction, "shots": shots, "base_path": base}
+    if store is not None:
+        summary = workflows.compress_to_store(run, examples, store, **settings)
+        typer.echo(f"{store}: {summary}")
+        if summary.failed:
+            raise UserError("\n".join(summary.failed))
+        return
+    made = workflows.compress(run, examples, output, report=report, **settings)
     for path, prefix in made:
         manifest = prefix.manifest
         dropped = f" ({manifest.dropped_examples} more did not fit)" if manifest.dropped_examples else ""
@@ -69,6 +80,12 @@ def compress(
             f"{path}: {manifest.examples} examples{dropped}, {manifest.context_tokens} tokens "
             f"-> {prefix.gists} gists, {path.stat().st_size:,} bytes"
         )
+        if report:
+            from hyperllama.quality import verdict
+
+            _print(manifest.metrics, "  ")
+            if warning := verdict(manifest.metrics):
+                typer.echo(f"{path}: {warning}", err=True)
 
 
 @app.command()
@@ -115,6 +132,24 @@ def generate(
     else:
         write_atomically(output, "\n".join(lines) + "\n")
         typer.echo(f"{output}: {len(lines)} answers", err=True)
+
+
+@app.command("list")
+def list_store(
+    store: Annotated[Path, typer.Argument(help="A store made by hyperllama compress --store.")],
+    repair: Annotated[bool, typer.Option("--repair", help="Rebuild the index from the files.")] = False,
+) -> None:
+    """List the prefixes of a store; say where its index and its files disagree, or mend that."""
+    _workflows()
+    from hyperllama.store import PrefixStore
+
+    place = PrefixStore(store, create=repair)
+    problems = place.repair() if repair else place.check()
+    for entry in place:
+        typer.echo(f"{entry.task}  {entry.gists} gists, {entry.bytes:,} bytes, {entry.base.name}  {entry.file}")
+    for problem in problems:
+        typer.echo(problem, err=True)
+    typer.echo(f"{store}: {len(place)} prefixes{f', {len(problems)} problems' if problems else ''}", err=True)
 
 
 @app.command()

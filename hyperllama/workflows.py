@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hyperllama import __version__
 from hyperllama.backbone import check_config, load_base, load_config, load_tokenizer, random_base, random_config
+from hyperllama.contexts import Summary, compress_into, shown_of, task_files
 from hyperllama.data.episode import Example, Source
 from hyperllama.data.packing import pack_full, pack_gist
 from hyperllama.data.sni import read_task
@@ -30,10 +31,12 @@ from hyperllama.files import read_json, whole_json_lines, write_atomically
 from hyperllama.full_attention import FullAttention
 from hyperllama.hub import fetch
 from hyperllama.hypernetwork import CONFIG, GistHypernetwork, read_config
-from hyperllama.prefix import Manifest, Prefix
+from hyperllama.prefix import Prefix
+from hyperllama.quality import leave_one_out
 from hyperllama.reader import Reader
 from hyperllama.recipe import Recipe, differences, load_recipe, save_recipe
 from hyperllama.sources import make_source
+from hyperllama.store import PrefixStore
 from hyperllama.training import CHECKPOINTS, METRICS, GistTrainer, newest_checkpoint, training_arguments
 
 RECIPE, VERSIONS, BASE, RESULT = "recipe.yaml", "versions.json", "base", "result.json"
@@ -165,47 +168,52 @@ def compress(
     instruction: str | None = None,
     shots: int | None = None,
     base_path: str | None = None,
+    report: bool = False,
 ) -> list[tuple[Path, Prefix]]:
     """Compress files of examples, each one task, into prefix files. Returns their paths and prefixes.
 
     Of JSON lines all examples are shown, of an S-NI task its positive examples; `shots` keeps the first K. `instruction`
     replaces that of the file. `output` is a folder if there are several files, if it exists as one, or ends in a slash.
+    `report` measures each prefix on held-back examples (see `hyperllama.quality`) and keeps the figures in its manifest.
     """
-    tasks = [read_task(file) for file in files]
-    paths = _output_paths(output, [task.name for task in tasks])
-    shown = []
-    for file, task in zip(files, tasks, strict=True):
-        demonstrations = (task.demonstrations or task.examples)[: shots if shots is not None else None]
-        text = instruction if instruction is not None else task.instruction
-        if not demonstrations and not text:
-            raise UserError(f"{file}: nothing to compress, neither demonstrations nor an instruction")
-        shown.append((text, demonstrations))
+    shown = [shown_of(file, shots=shots, instruction=instruction) for file in task_files(files)]
+    paths = _output_paths(output, [one.task for one in shown])
+    taken = {Path(one.where).resolve() for one in shown} & {path.resolve() for path in paths}
+    if taken:
+        raise UserError(f"{output}: is a file of examples itself, which the prefix would overwrite; choose another output")
     read_config(fetch(run))
     hypernetwork, encoder = load_hypernetwork(run, base_path)
-    contexts, manifests = [], []
-    for task, (text, demonstrations) in zip(tasks, shown, strict=True):
-        context, answers = encoder.context(text, demonstrations)
-        if demonstrations and not answers:
-            raise UserError(
-                f"{task.name}: none of its {len(demonstrations)} demonstrations fits into "
-                f"context_tokens={encoder.limits.context_tokens}; give shorter ones, or train with a higher limit"
-            )
-        contexts.append(context)
-        manifests.append(
-            Manifest(
-                base=hypernetwork.identity,
-                hypernetwork=str(run),
-                task=task.name,
-                instruction=text or None,
-                examples=len(answers),
-                dropped_examples=len(demonstrations) - len(answers),
-                text_format=dataclasses.asdict(encoder.format),
-            )
-        )
+    contexts, manifests = zip(*(one.encode(encoder, hypernetwork.identity, run) for one in shown))
+    if report:
+        reader = Reader(hypernetwork.base, encoder.tokenizer)
+        measured = [leave_one_out(hypernetwork, reader, encoder, one.instruction, one.demonstrations) for one in shown]
+        manifests = [dataclasses.replace(manifest, metrics=quality) for manifest, quality in zip(manifests, measured)]
     prefixes = hypernetwork.compress(contexts, manifests)
     for path, prefix in zip(paths, prefixes, strict=True):
         prefix.save(path)
     return list(zip(paths, prefixes, strict=True))
+
+
+def compress_to_store(
+    run: str | Path,
+    files: Sequence[str | Path],
+    store: str | Path,
+    *,
+    instruction: str | None = None,
+    shots: int | None = None,
+    base_path: str | None = None,
+) -> Summary:
+    """Compress many files, or folders of them, into a store; what is there already is not compressed again.
+
+    Ranks (torchrun, or RANK and WORLD_SIZE set by hand) take every n-th task.
+    """
+    tasks, place = task_files(files), PrefixStore(store)
+    hypernetwork, encoder = load_hypernetwork(run, base_path)
+    ranks = {"rank": int(os.environ.get("RANK", 0)), "ranks": int(os.environ.get("WORLD_SIZE", 1))}
+    tell = partial(print, file=sys.stderr)
+    return compress_into(
+        place, hypernetwork, encoder, tasks, run=run, shots=shots, instruction=instruction, progress=tell, **ranks
+    )
 
 
 def compose(

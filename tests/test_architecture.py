@@ -17,7 +17,7 @@ LAYERS = [
     {"eval.metrics", "eval.intervals", "eval.flops"},
     {"hyperllama.tune"},
     {"hyperllama.workflows"},
-    {"hyperllama.sources", "hyperllama.tuning", "hyperllama.quality", "hyperllama.hub"},
+    {"hyperllama.sources", "hyperllama.tuning", "hyperllama.quality", "hyperllama.hub", "hyperllama.contexts"},
     {
         "hyperllama.recipe",
         "hyperllama.training",
@@ -31,6 +31,7 @@ LAYERS = [
         "hyperllama.encoding",
         "hyperllama.scoring",
         "hyperllama.export",
+        "hyperllama.store",
         "hyperllama.lora",
         "hyperllama.recipe_checks",
     },

@@ -17,7 +17,8 @@ from hyperllama.data.text import Limits, TextFormat
 from hyperllama.prefix import Prefix
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("check", "train", "compress", "compose", "generate", "chat", "tune", "study", "export", "push", "evaluate", "inspect")
+VERBS = ("check", "train", "compress", "list", "compose", "generate", "chat", "tune", "study")
+VERBS += ("export", "push", "evaluate", "inspect")
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -156,7 +157,10 @@ def test_bad_folders_and_outputs(call, trained, examples, tmp_path):
     one_line(
         call("compress", trained, examples, other / "examples.jsonl", "-o", tmp_path / "out"), "two files are named examples"
     )
-    one_line(call("compress", trained, examples, examples, "-o", examples), "a file, but several prefixes need a folder")
+    (other / "b.jsonl").write_text(examples.read_text())
+    second = other / "b.jsonl"
+    one_line(call("compress", trained, examples, second, "-o", examples), "a file, but several prefixes need a folder")
+    one_line(call("compress", trained, examples, "-o", examples), "is a file of examples itself, which the prefix would")
     one_line(call("inspect", other), "neither a prefix file nor the folder of a run")
 
 
@@ -281,3 +285,28 @@ def test_export(call, trained, examples, tmp_path):
     code, out, _ = call("export", tmp_path / "p.safetensors", tmp_path / "adapter")
     assert code == 0 and "gists=3" in out and (tmp_path / "adapter" / "adapter_config.json").is_file()
     assert Prefix.from_peft(tmp_path / "adapter") == Prefix.load(tmp_path / "p.safetensors")
+
+
+def test_a_store_by_the_command_line(call, trained, examples, task_file, tmp_path):
+    store = tmp_path / "store"
+    code, out, _ = call("compress", trained, examples, task_file, "--store", store)
+    assert code == 0 and "2 made" in out
+    code, out, _ = call("compress", trained, examples, task_file, "--store", store)
+    assert code == 0 and "0 made" in out and "2 were there" in out
+    code, out, err = call("list", store)
+    assert code == 0 and "task7_copy" in out and "2 prefixes" in err
+    next(store.glob("*.safetensors")).unlink()
+    code, out, err = call("list", store)
+    assert "1 problems" in err and "--repair" in err
+    code, out, err = call("list", store, "--repair")
+    assert code == 0 and "1 prefixes" in err
+    code, _, err = call("compress", trained, examples)
+    assert code == 2 and "give either --output or --store" in err
+
+
+def test_a_prefix_reports_on_itself(call, trained, examples, tmp_path):
+    code, out, err = call("compress", trained, examples, "--output", tmp_path / "p.safetensors", "--report")
+    assert code == 0 and "loss_prefix" in out and "kl_prefix" in out
+    metrics = Prefix.load(tmp_path / "p.safetensors").manifest.metrics
+    assert metrics["held_back"] == 3 and {"loss_full_context", "loss_no_context"} <= set(metrics)
+    assert ("this prefix does not help" in err) == (metrics["loss_prefix"] >= metrics["loss_no_context"])
