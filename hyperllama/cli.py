@@ -143,7 +143,7 @@ def list_store(
     _workflows()
     from hyperllama.store import PrefixStore
 
-    place = PrefixStore(store, create=repair)
+    place = PrefixStore(store, create=False)
     problems = place.repair() if repair else place.check()
     for entry in place:
         typer.echo(f"{entry.task}  {entry.gists} gists, {entry.bytes:,} bytes, {entry.base.name}  {entry.file}")

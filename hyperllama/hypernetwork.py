@@ -96,8 +96,9 @@ class GistHypernetwork(PackedModel):
         ids = torch.cat([part for context in contexts for part in (context, gaps)])[None]
         manifests = manifests or [Manifest(base=self.identity) for _ in contexts]
         prefixes = self.encode(ids, layout, [(i,) for i in range(len(contexts))])
+        fingerprint = self.fingerprint()  # of all trained weights: once, not once a prefix
         for prefix, context, manifest in zip(prefixes, contexts, manifests, strict=True):
-            prefix.manifest = self._sign(manifest, context.tolist())
+            prefix.manifest = self._sign(manifest, context.tolist(), fingerprint)
         return prefixes
 
     @torch.no_grad()
@@ -111,12 +112,12 @@ class GistHypernetwork(PackedModel):
         embeds = self._embed(ids.to(self.gists.device), layout)
         return encode_gists(self.base, layout, readers, backend=self.backend, inputs_embeds=embeds, gist_lora=self.lora)
 
-    def _sign(self, manifest: Manifest, context: list[int]) -> Manifest:
+    def _sign(self, manifest: Manifest, context: list[int], fingerprint: str) -> Manifest:
         return dataclasses.replace(
             manifest,
             base=self.identity,
             rotary=rotary_settings(self.base),
-            hypernetwork_sha256=self.fingerprint(),
+            hypernetwork_sha256=fingerprint,
             context_tokens=len(context),
             context_sha256=sha256(canonical_json(context)),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
