@@ -20,8 +20,7 @@ from hyperllama.data.episode import Example, Task
 from hyperllama.data.sni import read_task
 from hyperllama.data.text import Encoder
 from hyperllama.errors import UserError, in_one_line
-from hyperllama.files import canonical_json, sha256
-from hyperllama.hypernetwork import GistHypernetwork
+from hyperllama.hypernetwork import GistHypernetwork, context_sha256
 from hyperllama.prefix import Manifest
 from hyperllama.store import PrefixStore
 
@@ -96,11 +95,6 @@ def task_files(paths: Sequence[str | Path]) -> list[Path]:
             raise UserError(f"{path}: a folder without .json or .jsonl files; give task files, or the folder that they are in")
         found += inside
     return list(dict.fromkeys(found))
-
-
-def context_sha256(context: Sequence[int]) -> str:
-    """The hash by which a manifest knows the token ids of its context."""
-    return sha256(canonical_json(list(context)))
 
 
 @dataclass

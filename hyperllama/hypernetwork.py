@@ -119,7 +119,7 @@ class GistHypernetwork(PackedModel):
             rotary=rotary_settings(self.base),
             hypernetwork_sha256=fingerprint,
             context_tokens=len(context),
-            context_sha256=sha256(canonical_json(context)),
+            context_sha256=context_sha256(context),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             made_with={"hyperllama": __version__, "torch": torch.__version__},
         )
@@ -179,6 +179,11 @@ class GistHypernetwork(PackedModel):
         self.lora.load(folder)
         with torch.no_grad():
             self.gists.copy_(safetensors.torch.load_file(Path(folder) / GISTS)["gists"])
+
+
+def context_sha256(context: Sequence[int]) -> str:
+    """The hash by which a manifest knows the token ids of its context."""
+    return sha256(canonical_json(list(context)))
 
 
 def read_config(folder: str | Path) -> dict:

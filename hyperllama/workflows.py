@@ -181,7 +181,6 @@ def compress(
     taken = {Path(one.where).resolve() for one in shown} & {path.resolve() for path in paths}
     if taken:
         raise UserError(f"{output}: is a file of examples itself, which the prefix would overwrite; choose another output")
-    read_config(fetch(run))
     hypernetwork, encoder = load_hypernetwork(run, base_path)
     contexts, manifests = zip(*(one.encode(encoder, hypernetwork.identity, run) for one in shown))
     if report:
@@ -207,7 +206,9 @@ def compress_to_store(
 
     Ranks (torchrun, or RANK and WORLD_SIZE set by hand) take every n-th task.
     """
-    tasks, place = task_files(files), PrefixStore(store)
+    tasks = task_files(files)
+    read_config(fetch(run))  # a store is not made for a run that is none
+    place = PrefixStore(store)
     hypernetwork, encoder = load_hypernetwork(run, base_path)
     ranks = {"rank": int(os.environ.get("RANK", 0)), "ranks": int(os.environ.get("WORLD_SIZE", 1))}
     tell = partial(print, file=sys.stderr)
