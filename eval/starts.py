@@ -16,8 +16,9 @@ import numpy as np
 from eval.intervals import Bootstrap
 from hyperllama.errors import UserError
 from hyperllama.files import read_json, whole_json_lines, write_atomically
-from hyperllama.recipe import StudyRecipe, load_recipe
+from hyperllama.recipe import StudyRecipe, TuneRecipe, load_recipe
 from hyperllama.tune import full_attention, tune
+from hyperllama.tuning import CURVES
 
 COLOURS = ("#f58518", "#4c78a8", "#72b7b2", "#b279a2", "#9d755d", "#54a24b", "#bab0ac")
 FULL, TOLERANCE = "full_attention.json", 0.01
@@ -27,22 +28,25 @@ def study(recipe_path: str | Path, overrides: Sequence[str] = ()) -> str:
     """Run what is left of a study and write its report; returns the report."""
     recipe = load_recipe(recipe_path, overrides, schema=StudyRecipe)
     folder = Path(recipe.output)
+    planned = {
+        (start, size, seed): _changes(folder, start, size, seed)
+        for seed in recipe.seeds
+        for size in recipe.sizes
+        for start in recipe.starts
+    }
+    for changes in planned.values():
+        load_recipe(recipe.tune, changes, schema=TuneRecipe)  # a wrong start is told of now, not hours later
     runs: dict[tuple[str, int, int], list[dict]] = {}
     full: dict[tuple[int, int], dict[str, dict]] = {}
-    for seed in recipe.seeds:
-        for size in recipe.sizes:
-            for start in recipe.starts:
-                kind, _, more = start.partition(":")
-                place = folder / f"{start.replace(':', '-').replace(',', '-')}_{size}_{seed}"
-                changes = [f"start.kind={kind}", f"data.shots={size}", f"seed={seed}", f"output={place}"]
-                changes += [change for change in more.split(",") if change]
-                tune(recipe.tune, changes)
-                runs[start, size, seed] = whole_json_lines(place / "curves.jsonl")
-                if (size, seed) not in full:
-                    path = place / FULL
-                    if not path.is_file():
-                        write_atomically(path, json.dumps(full_attention(recipe.tune, changes)))
-                    full[size, seed] = read_json(path, "the level of full attention")
+    for (start, size, seed), changes in planned.items():
+        tune(recipe.tune, changes)
+        place = _place(folder, start, size, seed)
+        runs[start, size, seed] = whole_json_lines(place / CURVES)
+        if (size, seed) not in full:
+            path = place / FULL
+            if not path.is_file():
+                write_atomically(path, json.dumps(full_attention(recipe.tune, changes)))
+            full[size, seed] = read_json(path, "the level of full attention")
     summary = summarise(runs, full, recipe)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     report = "\n".join(_markdown(summary)) + "\n"
@@ -51,15 +55,32 @@ def study(recipe_path: str | Path, overrides: Sequence[str] = ()) -> str:
     return report
 
 
+def _place(folder: Path, start: str, size: int, seed: int) -> Path:
+    return folder / f"{start.replace(':', '-').replace(',', '-')}_{size}_{seed}"
+
+
+def _changes(folder: Path, start: str, size: int, seed: int) -> list[str]:
+    """What a combination changes about the tuning recipe."""
+    kind, _, more = start.partition(":")
+    changes = [f"start.kind={kind}", f"data.shots={size}", f"seed={seed}", f"output={_place(folder, start, size, seed)}"]
+    return changes + [change for change in more.split(",") if change]
+
+
 def summarise(
     runs: dict[tuple[str, int, int], list[dict]], full: dict[tuple[int, int], dict[str, dict]], recipe: StudyRecipe
 ) -> dict[str, Any]:
     """Curves and figures for each number of examples and start, with intervals over all tasks of all seeds.
 
     For each: quality at the start and the end, the mean over the curve (area), and the first step at which the mean over tasks
-    comes within one point (a hundredth, for a loss too) of full attention over the same examples; null if it never does.
+    comes within one point (a hundredth, for a loss too) of full attention over the same examples; null if it never does. The
+    interval of that step is the bootstrap's too, each resample with its own means.
     """
-    metric = "test_accuracy" if "test_accuracy" in next(iter(runs.values()))[0] else "test_loss"
+    measured = [line for lines in runs.values() for line in lines] + [
+        task for tasks in full.values() for task in tasks.values()
+    ]
+    metric = "test_accuracy" if all("test_accuracy" in line for line in measured) else "test_loss"
+    if not all(metric in line for line in measured):
+        raise UserError("a study needs test examples in every task; raise data.queries in the tuning recipe")
     sign = 1 if metric == "test_accuracy" else -1
     found: dict[str, Any] = {"metric": metric, "sizes": {}}
     for size in recipe.sizes:
@@ -69,8 +90,9 @@ def summarise(
         ends = {}
         for start in recipe.starts:
             steps, curves = _curves([runs[start, size, seed] for seed in recipe.seeds], metric)
-            mean = curves.mean(0)
-            reached = [step for step, value in zip(steps, mean) if sign * value >= sign * np.mean(levels) - TOLERANCE]
+            # Row 0 is the tasks as they are, the others are resamples.
+            counts = np.vstack([np.ones(len(levels)), bootstrap.counts])
+            reached = sign * (counts @ (curves - np.asarray(levels)[:, None])) / len(levels) >= -TOLERANCE - 1e-9
             ends[start] = curves[:, -1]
             entry["starts"][start] = {
                 "steps": steps,
@@ -78,7 +100,7 @@ def summarise(
                 "start": vars(bootstrap.mean(curves[:, 0])),
                 "end": vars(bootstrap.mean(curves[:, -1])),
                 "area": vars(bootstrap.mean(curves.mean(1))),
-                "steps_to_full_attention": reached[0] if reached else None,
+                "steps_to_full_attention": _first(steps, reached),
             }
         for start in recipe.starts:
             first = recipe.starts[0]
@@ -86,6 +108,14 @@ def summarise(
         found["sizes"][str(size)] = entry
     found["examples_to_target"] = _examples(found, sign)
     return found
+
+
+def _first(steps: Sequence[int], reached: np.ndarray) -> dict[str, int | None]:
+    """The first step of each row of `reached` (1 + resamples, steps): that of row 0, and an interval; None for never."""
+    first = np.where(reached.any(1), np.asarray(steps)[reached.argmax(1)], np.inf)
+    low, high = np.percentile(first[1:], [2.5, 97.5], method="nearest")
+    named = {"mean": first[0], "low": low, "high": high}
+    return {name: int(step) if np.isfinite(step) else None for name, step in named.items()}
 
 
 def _curves(runs: Sequence[list[dict]], metric: str) -> tuple[list[int], np.ndarray]:
@@ -102,8 +132,6 @@ def _curves(runs: Sequence[list[dict]], metric: str) -> tuple[list[int], np.ndar
                 last = values.get(step, last)
                 row.append(last)
             rows.append(row)
-    if not rows or any(None in row for row in rows):
-        raise UserError("a study needs test examples in every task; raise data.queries in the tuning recipe")
     return steps, np.asarray(rows, dtype=float)
 
 
@@ -129,19 +157,19 @@ def _markdown(summary: dict):
     for size, entry in summary["sizes"].items():
         yield f"## {size} examples a task, {entry['tasks']} tasks\n"
         yield f"Full attention over the same examples: {_figure(entry['full_attention'], share)}.\n"
-        columns = ("at step 0", "mean over the curve", "at the end", "end, less that of the first")
+        columns = ("at step 0", "mean over the curve", "at the end", "end, less that of the first start")
         yield f"| start | {' | '.join(columns)} | steps to within a point of full attention |"
         yield "|---|---|---|---|---|---|"
         for name, start in entry["starts"].items():
-            steps = start["steps_to_full_attention"]
+            steps = {key: "never" if step is None else step for key, step in start["steps_to_full_attention"].items()}
             cells = [_figure(start[key], share) for key in ("start", "area", "end", "end_minus_first")]
-            yield f"| {name} | {' | '.join(cells)} | {'not reached' if steps is None else steps} |"
+            yield f"| {name} | {' | '.join(cells)} | {steps['mean']} [{steps['low']}, {steps['high']}] |"
         yield ""
     target = summary["examples_to_target"]
     yield f"## Examples to within a point of full attention over the most examples ({_number(target['target'], share)})\n"
     yield "| start | fewest examples |\n|---|---|"
     for name, size in target["examples"].items():
-        yield f"| {name} | {'not reached' if size is None else size} |"
+        yield f"| {name} | {'more than these' if size is None else size} |"
 
 
 def _figure(interval: dict, share: bool) -> str:

@@ -323,6 +323,10 @@ def main() -> None:
     debug = "--debug" in arguments
     try:
         code = app(args=[a for a in arguments if a != "--debug"], standalone_mode=False)
+        if "torch" in sys.modules:
+            from hyperllama.distributed import close
+
+            close()
     except KeyboardInterrupt:
         _fail("stopped; run the same command again to go on", 130)
     except BrokenPipeError:  # the reader of a pipe has seen enough

@@ -175,8 +175,7 @@ def compress_into(
 
     for batch in passes(missing(), hypernetwork.num_gists, batch_tokens):
         contexts, manifests = zip(*batch)
-        for prefix in hypernetwork.compress(contexts, manifests):
-            store.add(prefix, rank=rank)
+        store.add_all(hypernetwork.compress(contexts, manifests), rank=rank)
         summary.made += len(batch)
         summary.tokens += sum(map(len, contexts))
         tell()

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from attention_masks import rotate
 from hyperllama.backbone import inverse_frequencies
 from hyperllama.data.packing import GistBatch
+from hyperllama.distributed import gathered
 from hyperllama.encoding import encode_whole, first_rows, mean_pooled
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
@@ -96,8 +97,9 @@ class PrefixTuner(PackedModel):
 
     @torch.no_grad()
     def prefixes(self) -> dict[str, Prefix]:
-        """The prefixes as they stand, in the model's dtype; the MLP is folded in."""
-        keys, values = (x.detach().to(self.base.dtype) for x in self._current())
+        """The prefixes as they stand, in the model's dtype; the MLP is folded in. Under ZeRO-3 all ranks must call it."""
+        with gathered(p for name, p in self.named_parameters() if not name.startswith("base.")):
+            keys, values = (x.detach().to(self.base.dtype, copy=True) for x in self._current())
         return {
             name: Prefix(keys[:, i].clone().unbind(), values[:, i].clone().unbind(), self.manifests[name])
             for name, i in self.names.items()

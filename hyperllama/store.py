@@ -16,7 +16,8 @@ import re
 import tempfile
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from hyperllama.files import canonical_json, sha256, write_atomically
 from hyperllama.prefix import Manifest, Prefix
 
 INDEX, SUFFIX = "index", ".safetensors"
+WRITERS = 8  # files that are written at the same time
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,21 @@ class PrefixStore:
 
         Raises UserError if the prefix has no manifest with a task, OSError when the disk refuses.
         """
-        path = self.path_of(prefix.manifest)
-        prefix.save(path)
-        self._append(_entry(path, prefix), rank)
-        return path
+        return self.add_all([prefix], rank=rank)[0]
+
+    def add_all(self, prefixes: Sequence[Prefix], *, rank: int = 0) -> list[Path]:
+        """As `add`, for several: their files are written at the same time, because a disk syncs many about as fast as one.
+
+        If one cannot be written the others still are, with their lines, and then its error is raised.
+        """
+        paths = [self.path_of(prefix.manifest) for prefix in prefixes]
+        with ThreadPoolExecutor(WRITERS) as pool:
+            writes = [pool.submit(prefix.save, path) for prefix, path in zip(prefixes, paths, strict=True)]
+        written = [w.exception() is None for w in writes]
+        self._append([_entry(path, prefix) for path, prefix, whole in zip(paths, prefixes, written) if whole], rank)
+        for write in writes:
+            write.result()
+        return paths
 
     def has(self, task: str, base: BaseIdentity, context_sha256: str | None, hypernetwork_sha256: str | None) -> bool:
         """Whether a whole prefix of this task, base, context and hypernetwork is there: the file is read, not the index."""
@@ -115,7 +128,7 @@ class PrefixStore:
         if entry is not None:
             known = self._index().get(entry.file)
             if known is None or known.differences(entry):
-                self._append(entry, rank)
+                self._append([entry], rank)
         return entry is not None
 
     def find(self, *, task: str | None = None, base: BaseIdentity | str | None = None) -> list[Entry]:
@@ -216,10 +229,10 @@ class PrefixStore:
             self._known, self._stamp = {entry.file: entry for _, entry in lines}, stamp
         return self._known
 
-    def _append(self, entry: Entry, rank: int) -> None:
+    def _append(self, entries: Iterable[Entry], rank: int) -> None:
         # Not synced: a line that is lost costs nothing but a repair, and syncing would take as long as the file itself does.
         with (self.folder / INDEX / f"rank{rank}.jsonl").open("a", encoding="utf-8") as file:
-            file.write("\n" + _line(entry))  # a crash may have cut the line before it short
+            file.write("\n" + "".join(map(_line, entries)))  # a crash may have cut the line before it short
 
 
 def _entry(path: Path, prefix: Prefix) -> Entry:

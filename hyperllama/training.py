@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hyperllama.distributed import gathered
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import whole_json_lines, write_atomically
 from hyperllama.objectives import TokenLoss
@@ -47,9 +48,11 @@ class GistTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write trainable weights, from the first process only."""
-        if self.args.should_save:
-            self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir)
+        """Write trainable weights, from the first process only; all have to call it."""
+        model = self.accelerator.unwrap_model(self.model)
+        with gathered(p for name, p in model.named_parameters() if p.requires_grad or not name.startswith("base.")):
+            if self.args.should_save:
+                model.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.accelerator.unwrap_model(model or self.model).load_weights(resume_from_checkpoint)

@@ -35,10 +35,11 @@ PREFIXES = "prefixes"
 
 
 def tune(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, tuple[Path, dict]] | None:
-    """Tune prefixes as a recipe describes, or go on where the last run stopped. None if that run had finished.
+    """Tune prefixes as a recipe describes, or go on where the last run stopped.
 
-    Returns task -> prefix file and what is known about it. Leaves in `output`: prefixes/TASK.safetensors (of each task the best
-    by its validation examples), curves.jsonl and curves.png, metrics.jsonl, recipe.yaml, versions.json and checkpoints/.
+    Returns task -> prefix file and what is known about it; None if that run had finished, and on all ranks but the first.
+    Leaves in `output`: prefixes/TASK.safetensors (of each task the best by its validation examples), curves.jsonl and
+    curves.png, metrics.jsonl, recipe.yaml, versions.json and checkpoints/.
     """
     recipe = load_recipe(recipe_path, overrides, schema=TuneRecipe)
     run, start = Path(recipe.output), recipe.start
@@ -63,12 +64,14 @@ def tune(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, tu
     curves = Curves(tuner, reader, encoder, tasks, run, every=recipe.measure_every, patience=recipe.patience)
     trainer.add_callback(curves)
     checkpoint = newest_checkpoint(run / CHECKPOINTS)
-    if checkpoint:
+    if checkpoint and arguments.should_save:
         print(f"{run}: going on from {checkpoint}", file=sys.stderr)
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    results, made = curves.results(), {}
+    if not arguments.should_save:
+        return None
     plot_curves(whole_json_lines(run / CURVES), run / CURVES_PLOT)
-    made = {}
-    for name, (prefix, facts) in curves.results().items():
+    for name, (prefix, facts) in results.items():
         manifest = dataclasses.replace(starts[name].manifest, metrics={**starts[name].manifest.metrics, **facts})
         path = run / PREFIXES / f"{name}.safetensors"
         Prefix(prefix.keys, prefix.values, manifest).save(path)

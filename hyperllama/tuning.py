@@ -64,15 +64,18 @@ class Curves(TrainerCallback):
         self.tuner, self.reader, self.encoder, self.tasks = tuner, reader, encoder, list(tasks)
         self.path, self.every, self.patience, self.batch_tokens = run / CURVES, every, patience, batch_tokens
         self.best: dict[str, tuple[float, int, Prefix]] = {}
+        self.writes = True  # the first process; all measure, so that all stop at the same step
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Keep the lines up to the step that is resumed from, and know again what was best among them."""
-        kept = [line for line in whole_json_lines(self.path) if line["step"] <= state.global_step]
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        if not kept:
-            self.measure(state.global_step)
+        self.writes, resumed = state.is_world_process_zero, state.global_step > 0
+        kept = [line for line in whole_json_lines(self.path) if line["step"] <= state.global_step] if resumed else []
+        if self.writes:
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        if not resumed:
+            self.measure(0)
         # The best prefixes lie beside the checkpoints, so that a resumed run has them.
-        for path in self._best_folder.glob("*.safetensors") if kept else ():
+        for path in self._best_folder.glob("*.safetensors") if resumed else ():
             prefix = Prefix.load(path)
             name = self.tasks[int(path.stem)].name
             losses = [(line["validation_loss"], line["step"]) for line in kept if line["task"] == name]
@@ -110,9 +113,11 @@ class Curves(TrainerCallback):
             loss = line.get("validation_loss")
             if loss is not None and (task.name not in self.best or loss < self.best[task.name][0]):
                 self.best[task.name] = (loss, step, prefixes[task.name])
-                prefixes[task.name].save(self._best_folder / f"{i}.safetensors")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+                if self.writes:
+                    prefixes[task.name].save(self._best_folder / f"{i}.safetensors")
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
         return lines
 
     def results(self) -> dict[str, tuple[Prefix, dict]]:

@@ -113,7 +113,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
         collator = Collator(pack_gist, recipe.gist.tokens)
     trainer = GistTrainer(model, arguments, stream, collator, run)
     checkpoint = newest_checkpoint(run / CHECKPOINTS)
-    if checkpoint:
+    if checkpoint and arguments.should_save:
         print(f"{run}: going on from {checkpoint}", file=sys.stderr)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if arguments.should_save:

@@ -43,7 +43,7 @@ LAYERS = [
     {"hyperllama.data.templates", "hyperllama.data.windows", "hyperllama.data.p3", "hyperllama.data.vocabulary"},
     {"hyperllama.data.files", "hyperllama.data.labelled", "hyperllama.data.leaks", "hyperllama.data.prompts"},
     {"hyperllama.data.episode", "hyperllama.data.hub", "hyperllama.data.words"},
-    {"hyperllama.files"},
+    {"hyperllama.files", "hyperllama.distributed"},
     {"hyperllama.errors", "hyperllama"},
     {"attention_masks.registration", "attention_masks.picture"},
     {"attention_masks"},
