@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import secrets
+import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +36,12 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def plain_name(text: str, otherwise: str = "task") -> str:
+    """What of a name can stand in the name of a file anywhere: short ASCII, without slashes or a leading dot. Not unique."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", ascii_text).strip("._-")[:80] or otherwise
 
 
 def canonical_json(value: Any) -> str:

@@ -12,10 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import tempfile
 import time
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,7 +22,7 @@ from pathlib import Path
 
 from hyperllama.backbone import BaseIdentity
 from hyperllama.errors import UserError
-from hyperllama.files import canonical_json, sha256, write_atomically
+from hyperllama.files import canonical_json, plain_name, sha256, write_atomically
 from hyperllama.prefix import Manifest, Prefix
 
 INDEX, SUFFIX = "index", ".safetensors"
@@ -91,9 +89,7 @@ class PrefixStore:
             raise UserError("a store keeps prefixes by task, but the manifest of this one names none; give it a task")
         base, hashes = manifest.base, (manifest.context_sha256, manifest.hypernetwork_sha256)
         known = [manifest.task, base.weights, base.config, base.tokenizer, *hashes]
-        plain = unicodedata.normalize("NFKD", manifest.task).encode("ascii", "ignore").decode()
-        name = re.sub(r"[^A-Za-z0-9._-]+", "_", plain).strip("._-")[:80] or "task"
-        return self.folder / f"{name}-{sha256(canonical_json(known))[:16]}{SUFFIX}"
+        return self.folder / f"{plain_name(manifest.task)}-{sha256(canonical_json(known))[:16]}{SUFFIX}"
 
     def add(self, prefix: Prefix, *, rank: int = 0) -> Path:
         """Write a prefix and its line of the index, and return its path. One of the same task, base and hashes is replaced,
@@ -152,6 +148,20 @@ class PrefixStore:
             prefix.check(identity, str(path))
         return prefix
 
+    def compare(self) -> list[str]:
+        """As `check`, by the names and sizes of files alone: of thousands in a moment, but a flipped bit is not noticed."""
+        known = {entry.file: entry for entry in self}
+        sizes = {path.name: path.stat().st_size for path in self.folder.glob(f"*{SUFFIX}") if path.is_file()}
+        found = [f"{self.folder / name}: not in the index; {self._repair}" for name in sorted(sizes.keys() - known.keys())]
+        for name, entry in known.items():
+            if name not in sizes:
+                found.append(self._gone(name))
+            elif sizes[name] != entry.bytes:
+                found.append(
+                    f"{self.folder / name}: {sizes[name]:,} bytes, not {entry.bytes:,} as in the index; {self._repair}"
+                )
+        return found
+
     def check(self) -> list[str]:
         """What is wrong, a sentence each that says how to repair it. Every file is read whole, one at a time."""
         found: list[str] = []
@@ -160,8 +170,10 @@ class PrefixStore:
                 found.append(f"{path}: not in the index; {self._repair}")
             elif differ := known.differences(entry):
                 found.append(f"{path}: the index says another thing of it ({', '.join(differ)}); {self._repair}")
-        gone = [path for path in (self.folder / entry.file for entry in self) if not path.is_file()]
-        return found + [f"{path}: in the index, but not there; copy it back, or to forget it {self._repair}" for path in gone]
+        return found + [self._gone(entry.file) for entry in self if not (self.folder / entry.file).is_file()]
+
+    def _gone(self, name: str) -> str:
+        return f"{self.folder / name}: in the index, but not there; copy it back, or to forget it {self._repair}"
 
     def repair(self) -> list[str]:
         """Make the index anew from the files' headers. Returns a sentence for each file that is left alone.

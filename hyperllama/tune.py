@@ -6,9 +6,9 @@ import dataclasses
 import json
 import math
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from random import Random
 
@@ -20,7 +20,7 @@ from hyperllama.data.packing import pack_gist
 from hyperllama.data.stream import Collator
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.errors import UserError
-from hyperllama.files import whole_json_lines, write_atomically
+from hyperllama.files import plain_name, whole_json_lines, write_atomically
 from hyperllama.hypernetwork import GistHypernetwork
 from hyperllama.prefix import Manifest, Prefix
 from hyperllama.prefix_tuning import PrefixTuner, demonstrations_start, random_start, vocabulary_start
@@ -172,11 +172,15 @@ def make_starts(start: StartRecipe, setting: Setting) -> dict[str, Prefix]:
 
 
 def _named_apart(episodes: Sequence[Episode]) -> list[Episode]:
-    """The episodes with names that differ, and that can be names of files: the second "t" becomes "t#2"."""
-    seen: Counter[str] = Counter()
+    """The episodes with names that differ, in case too, and that can be names of files: the second "t" becomes "t_2"."""
+    taken: set[str] = set()
     named = []
     for episode in episodes:
-        name = "".join(c if c.isalnum() or c in "-_.+ " else "_" for c in episode.task).strip(". ")[:100] or "task"
-        seen[name] += 1
-        named.append(dataclasses.replace(episode, task=f"{name}#{seen[name]}" if seen[name] > 1 else name))
+        plain = name = plain_name(episode.task)
+        for number in count(2):
+            if name.lower() not in taken:
+                break
+            name = f"{plain}_{number}"
+        taken.add(name.lower())
+        named.append(dataclasses.replace(episode, task=name))
     return named

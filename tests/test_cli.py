@@ -295,11 +295,25 @@ def test_a_store_by_the_command_line(call, trained, examples, task_file, tmp_pat
     assert code == 0 and "0 made" in out and "2 were there" in out
     code, out, err = call("list", store)
     assert code == 0 and "task7_copy" in out and "2 prefixes" in err
-    next(store.glob("*.safetensors")).unlink()
+    one, two = sorted(store.glob("*.safetensors"))
+    one.unlink()
     code, out, err = call("list", store)
-    assert "1 problems" in err and "--repair" in err
+    assert code == 2 and f"{one}: in the index, but not there" in err and "--repair" in err
+    content = two.read_bytes()
+    two.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    code, out, err = call("list", store, "--check")
+    assert code == 2 and f"{two}: damaged" in err and "in the index, but not there" in err
+    two.write_bytes(content[:-1])
+    code, out, err = call("list", store)
+    assert code == 2 and "bytes, not" in err
+    call("list", store, "--repair")
+    two.unlink()
+    code, out, _ = call("compress", trained, examples, task_file, "--store", store, "--batch-tokens", "64")
+    assert code == 0 and "2 made" in out
+    one.unlink()
     code, out, err = call("list", store, "--repair")
     assert code == 0 and "1 prefixes" in err
+    assert call("list", store, "--check")[0] == 0
     code, _, err = call("compress", trained, examples)
     assert code == 2 and "give either --output or --store" in err
 

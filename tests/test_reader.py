@@ -1,5 +1,7 @@
 """Reading: rows of different tasks and lengths in one batch of stock generate equal each row alone."""
 
+from random import Random
+
 import pytest
 import torch
 from conftest import VOCABULARY, trained_hypernetwork
@@ -34,6 +36,19 @@ def test_each_row_as_if_alone(setting):
     alone = [reader.generate([prompt], [prefix], **settings)[0] for prompt, prefix in zip(PROMPTS, prefixes)]
     in_pairs = reader.generate(PROMPTS, prefixes, batch_size=2, **settings)
     assert together == alone == in_pairs and all(len(row) == 7 for row in together)
+
+
+def test_sixteen_prefixes_of_all_sizes_in_one_batch(base, tokenizer):
+    rng = Random(0)
+    prefixes, prompts = [], []
+    for i in range(16):
+        hypernetwork = trained_hypernetwork(base, gists=1 + i % 5, seed=i, tokenizer=tokenizer)
+        prefixes += hypernetwork.compress([rng.choices(range(4, 90), k=rng.randint(1, 30))])
+        hypernetwork.lora.remove()
+        prompts.append(rng.choices(range(4, 90), k=rng.randint(1, 9)))
+    together = Reader(base, tokenizer).generate(prompts, prefixes, max_new_tokens=8)
+    alone = [Reader(base, tokenizer).generate([a], [b], max_new_tokens=8)[0] for a, b in zip(prompts, prefixes)]
+    assert together == alone and len({tuple(row) for row in together}) > 8
 
 
 def test_generate_follows_the_logits_behind_the_prefix(setting):

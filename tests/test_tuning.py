@@ -14,7 +14,9 @@ from data_files import WORDS, lines, write
 from transformers import DynamicCache
 
 from attention_masks import rotate
+from hyperllama import tune as tune_module
 from hyperllama.backbone import inverse_frequencies, load_base, load_tokenizer
+from hyperllama.data.episode import Episode
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.encoding import encode_whole
@@ -244,6 +246,10 @@ class TestTune:
         for name, (path, _) in first.items():
             again = Prefix.load(tmp_path / "second" / "prefixes" / path.name)
             assert all(torch.equal(a, b) for a, b in zip(again.keys, Prefix.load(path).keys)), name
+
+    def test_names_of_tasks_are_names_of_files(self):
+        named = tune_module._named_apart([Episode("", (), (), task) for task in ("a/b", "a_b", "A_B", "Übung", "a_b_2")])
+        assert [episode.task for episode in named] == ["a_b", "a_b_2", "A_B_3", "Ubung", "a_b_2_2"]
 
     def test_fewer_tasks_a_step(self, tune_recipe, tmp_path):
         tune(tune_recipe, ["tasks_per_step=2", "training.max_steps=6"])
