@@ -29,7 +29,8 @@ class ModelRecipe:
     """The base model: a local folder or a hub name with its tokenizer; without one, an `architecture` initialised at random.
 
     `architecture` holds `model_type` and fields of its transformers config. Its `tokenizer`, "words", knows the words of a
-    synthetic language; "bytes" is byte-level BPE of `vocab_size`, trained on the data's own text.
+    synthetic language; "bytes" is byte-level BPE of `vocab_size`, trained on the data's own text. `quantize: nf4` keeps the
+    linear layers of the frozen base in 4 bits (Dettmers et al. 2023, arXiv 2305.14314); they compute in `dtype`.
     """
 
     name_or_path: str | None = None
@@ -38,6 +39,7 @@ class ModelRecipe:
     tokenizer: Literal["words", "bytes"] = "bytes"
     vocab_size: int = 4096
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["nf4"] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ class FullAttentionRecipe:
 class Recipe:
     """One training run. `training` is transformers' TrainingArguments, verbatim.
 
+    `deepspeed` is the name of a file of recipes/deepspeed without .json, such as zero3, or a path to one of DeepSpeed's own.
+
     method "hypernetwork" freezes the base and trains gists and LoRA; "full_attention" trains all weights of the base with
     demonstrations in plain sight: the multi-task baseline, or the base of a toy.
     """
@@ -133,6 +137,7 @@ class Recipe:
     format: TextFormat = field(default_factory=TextFormat)
     limits: Limits = field(default_factory=Limits)
     full_attention: FullAttentionRecipe = field(default_factory=FullAttentionRecipe)
+    deepspeed: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
 
@@ -196,8 +201,8 @@ class TuneRecipe:
     The base is `model`, or the one of `start.hypernetwork`. Tasks are the evaluation episodes of `data`, at most `episodes`:
     a task is tuned on its data.shots demonstrations and reported on its data.queries queries. Of the demonstrations a share
     `validation` decides when to stop: after `patience` measurements, `measure_every` steps apart, without improvement of any
-    task; null never stops early. A step sees `examples_per_task` examples of each of `tasks_per_step` tasks (0: all).
-    `training` is transformers' TrainingArguments, verbatim.
+    task; null never stops early. A step sees `examples_per_task` examples of each of `tasks_per_step` tasks (0: all), on each
+    rank. `training` is transformers' TrainingArguments, verbatim; `deepspeed` as in a `Recipe`.
     """
 
     method: Literal["tune"] = "tune"
@@ -215,6 +220,7 @@ class TuneRecipe:
     tasks_per_step: int = 0
     format: TextFormat | None = None
     limits: Limits | None = None
+    deepspeed: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
 

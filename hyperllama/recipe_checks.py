@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+DEEPSPEED = Path(__file__).parent.parent / "recipes" / "deepspeed"
 FROM_HUB = ("sni", "p3", "symbols", "templates", "text")
 
 
@@ -51,6 +52,20 @@ def _data(data: Any, check: _Checks) -> None:
             check(bool(part.templates.templates), f"{key}.templates.templates: give P3's templates, JSON lines or YAML folders")
 
 
+def deepspeed_file(name: str) -> Path:
+    """The settings file of DeepSpeed that a recipe names: one of recipes/deepspeed, or a path."""
+    shipped = DEEPSPEED / f"{name}.json"
+    return shipped if shipped.is_file() else Path(name)
+
+
+def _deepspeed(recipe: Any, check: _Checks) -> None:
+    if recipe.deepspeed:
+        known = ", ".join(sorted(path.stem for path in DEEPSPEED.glob("*.json")))
+        there = deepspeed_file(recipe.deepspeed).is_file()
+        check(there, f"deepspeed: {recipe.deepspeed} is neither a file nor one of {known}")
+        check("deepspeed" not in recipe.training, "training.deepspeed: is set by deepspeed; remove one of them")
+
+
 def _format(recipe: Any, check: _Checks) -> None:
     if recipe.format is not None:
         check.extend(recipe.format.problems())
@@ -82,6 +97,7 @@ def _training(recipe: Any, check: _Checks) -> None:
     check(recipe.lora.rank >= 1, f"lora.rank: at least 1, not {recipe.lora.rank}")
     check(0 <= recipe.lora.dropout < 1, f"lora.dropout: a share below 1, not {recipe.lora.dropout}")
     _format(recipe, check)
+    _deepspeed(recipe, check)
     check("output_dir" not in training, "training.output_dir: is set by output; remove it")
     if endless:
         check(training.get("max_steps", -1) > 0, "training.max_steps: the synthetic language is endless, so say how many steps")
@@ -127,6 +143,7 @@ def _tuning(recipe: Any, check: _Checks) -> None:
     check("per_device_train_batch_size" not in training, "training.per_device_train_batch_size: is set by tasks_per_step")
     check(training.get("max_steps", -1) > 0, "training.max_steps: say how many steps at most")
     _format(recipe, check)
+    _deepspeed(recipe, check)
 
 
 def _positions(model: Any) -> int | None:

@@ -15,6 +15,7 @@ from hyperllama.distributed import gathered
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import whole_json_lines, write_atomically
 from hyperllama.objectives import TokenLoss
+from hyperllama.recipe_checks import deepspeed_file
 
 CHECKPOINTS, METRICS, PLOT = "checkpoints", "metrics.jsonl", "loss.png"
 
@@ -115,8 +116,11 @@ def newest_checkpoint(folder: str | Path) -> str | None:
     return max(whole)[1] if whole else None
 
 
-def training_arguments(settings: dict, *, run: str | Path, seed: int) -> TrainingArguments:
-    """`TrainingArguments` from a recipe's `training`, verbatim, over a few defaults of ours; UserError if they refuse."""
+def training_arguments(settings: dict, *, run: str | Path, seed: int, deepspeed: str | None = None) -> TrainingArguments:
+    """`TrainingArguments` from a recipe's `training`, verbatim, over a few defaults of ours; UserError if they refuse.
+
+    `deepspeed`: see `Recipe`. While the arguments live, transformers builds models for ZeRO-3 partitioned.
+    """
     defaults = {
         "output_dir": str(Path(run) / CHECKPOINTS),
         "seed": seed,
@@ -129,6 +133,8 @@ def training_arguments(settings: dict, *, run: str | Path, seed: int) -> Trainin
         "remove_unused_columns": False,
     }
     try:
+        if deepspeed:
+            defaults["deepspeed"] = str(deepspeed_file(deepspeed))
         return TrainingArguments(**{**defaults, **settings})
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"training: {in_one_line(error)}") from error

@@ -47,12 +47,14 @@ def tune(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, tu
     if finished(run, resolved):
         return None
     defaults = {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
-    training_arguments({**defaults, **recipe.training}, run=run, seed=recipe.seed)  # refused before anything loads
+    training_arguments(
+        {**defaults, **recipe.training}, run=run, seed=recipe.seed, deepspeed=recipe.deepspeed
+    )  # refused before anything loads
     setting = prepare(recipe)
     tasks, reader, encoder = setting.tasks, setting.reader, setting.encoder
     step = min(recipe.tasks_per_step or len(tasks), len(tasks))
     settings = {**defaults, **recipe.training, "per_device_train_batch_size": step}
-    arguments = training_arguments(settings, run=run, seed=recipe.seed)
+    arguments = training_arguments(settings, run=run, seed=recipe.seed, deepspeed=recipe.deepspeed)
     write_atomically(run / RECIPE, resolved)
     write_atomically(run / VERSIONS, json.dumps(versions(), indent=2) + "\n")
     set_seed(recipe.seed)

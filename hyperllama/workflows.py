@@ -68,7 +68,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
     """
     recipe = load_recipe(recipe_path, overrides)
     run = Path(recipe.output)
-    arguments = training_arguments(recipe.training, run=run, seed=recipe.seed)
+    arguments = training_arguments(recipe.training, run=run, seed=recipe.seed, deepspeed=recipe.deepspeed)
     # What can be refused is refused here, before tokenizers are trained or weights loaded.
     if recipe.model.name_or_path:
         check_config(load_config(recipe.model.name_or_path, recipe.model.revision), recipe.model.name_or_path)
