@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from attention_masks import GistLayout, register, rotate
 from attention_masks.registration import layout_arguments
+from hyperllama.distributed import gathered
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import canonical_json, sha256
 
@@ -207,14 +208,16 @@ def identify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None =
     """Fingerprint a base model.
 
     weights: name, shape and 256 evenly spaced entries of every parameter, rounded to bf16, so that one model loaded in two
-    dtypes is the same model, and 7 billion weights take a second. Every kind of tuning moves entries of that sample.
+    dtypes is the same model, and 7 billion weights take a second. Every kind of tuning moves entries of that sample. Under
+    ZeRO-3 all ranks must call it: a parameter at a time is gathered.
     """
     digest = []
     for parameter_name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), device=flat.device).long()]
-        digest.append(f"{parameter_name}{tuple(parameter.shape)}".encode())
-        digest.append(sample.to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
+        with gathered([parameter]):
+            flat = parameter.detach().flatten()
+            sample = flat[torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), device=flat.device).long()]
+            digest.append(f"{parameter_name}{tuple(parameter.shape)}".encode())
+            digest.append(sample.to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
     config = {key: getattr(model.config, key, None) for key in FINGERPRINTED_CONFIG}
     return BaseIdentity(
         name=name or model.config.name_or_path or type(model).__name__,

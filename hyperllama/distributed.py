@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch.distributed
 from torch import nn
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
+
+
+def processes() -> int:
+    """How many processes the launcher has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
@@ -17,6 +28,25 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(list(parameters))
+
+
+def join_deepspeed() -> None:
+    """Tell DeepSpeed of the process group: building a model for ZeRO-3 needs it before there is an engine."""
+    import deepspeed
+
+    backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
+    deepspeed.init_distributed(dist_backend=backend)
+
+
+@contextmanager
+def whole_models(arguments: TrainingArguments) -> Iterator[None]:
+    """A context in which transformers builds models whole, ZeRO-3 or not."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if arguments.hf_deepspeed_config is not None:
+            set_hf_deepspeed_config(arguments.hf_deepspeed_config)
 
 
 def close() -> None:

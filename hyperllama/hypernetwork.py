@@ -18,6 +18,7 @@ from attention_masks import GistLayout, Segment
 from hyperllama import __version__
 from hyperllama.backbone import BaseIdentity, identify, rotary_settings
 from hyperllama.data.packing import GistBatch
+from hyperllama.distributed import gathered
 from hyperllama.encoding import encode_gists
 from hyperllama.errors import UserError
 from hyperllama.files import canonical_json, read_json, sha256, write_atomically
@@ -54,8 +55,9 @@ class GistHypernetwork(PackedModel):
         self.lora = RowLora(base, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
         words = base.get_input_embeddings().weight
         # New tokens start as likely words: drawn with the mean and spread of the embeddings that the model knows.
-        start = words.float().mean(0) + words.float().std(0) * torch.randn(gists, words.shape[1], device=words.device)
-        self.gists = nn.Parameter(start)
+        with gathered([words]):
+            mean, spread = words.detach().float().mean(0), words.detach().float().std(0)
+        self.gists = nn.Parameter(mean + spread * torch.randn(gists, len(mean), device=mean.device))
 
     @property
     def num_gists(self) -> int:

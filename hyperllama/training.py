@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
+from functools import partial, wraps
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
-from hyperllama.distributed import gathered
+from hyperllama.checkpoints import CHECKPOINTS, Staging, make_universal, read_shape
+from hyperllama.distributed import gathered, join_deepspeed
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import whole_json_lines, write_atomically
 from hyperllama.objectives import TokenLoss
 from hyperllama.recipe_checks import deepspeed_file
 
-CHECKPOINTS, METRICS, PLOT = "checkpoints", "metrics.jsonl", "loss.png"
+METRICS, PLOT, NOT_FINITE = "metrics.jsonl", "loss.png", "not_finite.json"
 
 
 class GistTrainer(Trainer):
@@ -25,7 +29,8 @@ class GistTrainer(Trainer):
 
     The loss is the sum over an optimiser step's target tokens, on all ranks and accumulation steps, divided by their count.
     Checkpoints hold what `save_pretrained` writes, so trainable weights only, beside the Trainer's optimiser, scheduler,
-    random states and step; the step is the data position. Logs go to metrics.jsonl in `run`, and a plot at the end.
+    random states and step; the step is the data position. They are whole or not there (`hyperllama.checkpoints`). Logs go to
+    metrics.jsonl in `run`, and a plot at the end. A loss that is not finite ends it, the batch's episodes on file.
     """
 
     def __init__(self, model: nn.Module, args: TrainingArguments, dataset: Dataset, collator, run: str | Path):
@@ -37,7 +42,8 @@ class GistTrainer(Trainer):
             compute_loss_func=token_mean,
         )
         self.counts: Counter[str] = Counter()
-        self.add_callback(MetricsFile(Path(run), self.counts))
+        self.run, self.unchecked = Path(run), []
+        self.add_callback(MetricsFile(self.run, self.counts))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         batch = inputs["batch"]
@@ -46,17 +52,84 @@ class GistTrainer(Trainer):
         self.counts["targets"] += batch.targets.numel()
         # The Trainer moves tensors in mappings; a value object moves itself.
         inputs = {**inputs, "batch": batch.to(self.args.device, non_blocking=True)}
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Looked at when something is logged or saved: asking now would wait for the device in every step.
+        self.unchecked.append((self.state.global_step + 1, batch.episodes, loss))
+        return loss
+
+    def log(self, logs, start_time=None) -> None:
+        self.refuse_what_is_not_finite()
+        super().log(logs, start_time)
+
+    def go_on(self, checkpoint: str | None) -> TrainOutput:
+        """Train, from a checkpoint if there is one, and say so; also one of another number of processes."""
+        if checkpoint is None:
+            return self.train()
+        shape, others = read_shape(checkpoint), ""
+        if shape["processes"] != self.args.world_size:
+            others = f", which {shape['processes']} processes wrote, on {self.args.world_size}"
+            if self.is_deepspeed_enabled:
+                make_universal(checkpoint, self.args)
+                self.args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
+        if self.args.should_save:
+            print(f"{self.run}: going on from {checkpoint}{others}", file=sys.stderr)
+        return self.train(resume_from_checkpoint=checkpoint)
+
+    def refuse_what_is_not_finite(self) -> None:
+        """Stop if a loss since the last look was NaN or infinite: UserError, with the batch's episodes in not_finite.json."""
+        unchecked, self.unchecked = self.unchecked, []
+        bad = [(step, episodes, loss.item()) for step, episodes, loss in unchecked if not torch.isfinite(loss)]
+        if bad:
+            step, episodes, loss = bad[0]
+            file = self.run / NOT_FINITE
+            write_atomically(file, json.dumps({"step": step, "loss": str(loss), "episodes": list(episodes)}) + "\n")
+            raise UserError(
+                f"{self.run}: the loss of step {step} was {loss}; the numbers of its batch's episodes are in {file}. Lower "
+                "training.learning_rate or change the data, then start again: it goes on from the newest checkpoint"
+            )
+
+    def _save_checkpoint(self, model, trial) -> None:
+        # The Trainer's own, into a place beside: tests/test_faults.py notices if it is no longer called.
+        self.refuse_what_is_not_finite()
+        with Staging(self.args, self.state.global_step):
+            super()._save_checkpoint(model, trial)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer does; DeepSpeed's engines leave the frozen base out of their checkpoints."""
+        super().create_accelerator_and_postprocess()
+        prepare = self.accelerator.prepare
+
+        def prepare_and_slim(*args, **kwargs):
+            prepared = prepare(*args, **kwargs)
+            for part in prepared if isinstance(prepared, tuple) else (prepared,):
+                if self.is_deepspeed_enabled and hasattr(part, "save_checkpoint"):
+                    part.save_checkpoint = partial(part.save_checkpoint, exclude_frozen_parameters=True)
+                    part.load_checkpoint = _not_strict(part.load_checkpoint)
+            return prepared
+
+        self.accelerator.prepare = prepare_and_slim
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write trainable weights, from the first process only; all have to call it."""
+        self.save_trained(output_dir or self.args.output_dir)
+
+    def save_trained(self, folder: str | Path, notes: dict | None = None) -> None:
+        """As `save_model`; `notes` go to the model's `save_pretrained`."""
         model = self.accelerator.unwrap_model(self.model)
         with gathered(p for name, p in model.named_parameters() if p.requires_grad or not name.startswith("base.")):
             if self.args.should_save:
-                model.save_pretrained(output_dir or self.args.output_dir)
+                model.save_pretrained(folder, notes)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.accelerator.unwrap_model(model or self.model).load_weights(resume_from_checkpoint)
+
+
+def _not_strict(load):
+    @wraps(load)
+    def load_what_is_there(*args, **kwargs):
+        return load(*args, **{**kwargs, "load_module_strict": False})
+
+    return load_what_is_there
 
 
 def token_mean(outputs: TokenLoss, labels, num_items_in_batch=None) -> torch.Tensor:
@@ -105,17 +178,6 @@ def plot_loss(metrics: list[dict], path: str | Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def newest_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end; the Trainer's state is the last file that it writes."""
-    whole = []
-    for path in Path(folder).glob("checkpoint-*"):
-        try:
-            whole.append((json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], str(path)))
-        except (OSError, ValueError, KeyError):
-            continue
-    return max(whole)[1] if whole else None
-
-
 def training_arguments(settings: dict, *, run: str | Path, seed: int, deepspeed: str | None = None) -> TrainingArguments:
     """`TrainingArguments` from a recipe's `training`, verbatim, over a few defaults of ours; UserError if they refuse.
 
@@ -135,6 +197,10 @@ def training_arguments(settings: dict, *, run: str | Path, seed: int, deepspeed:
     try:
         if deepspeed:
             defaults["deepspeed"] = str(deepspeed_file(deepspeed))
-        return TrainingArguments(**{**defaults, **settings})
+        arguments = TrainingArguments(**{**defaults, **settings})
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"training: {in_one_line(error)}") from error
+    _ = arguments.device  # joins the process group
+    if arguments.deepspeed:
+        join_deepspeed()
+    return arguments

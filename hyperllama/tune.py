@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -15,10 +14,12 @@ from random import Random
 from transformers import set_seed
 
 from hyperllama.backbone import load_base, load_tokenizer, rotary_settings
+from hyperllama.checkpoints import CHECKPOINTS, newest_checkpoint, settings_to_go_on
 from hyperllama.data.episode import Episode
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.stream import Collator
 from hyperllama.data.text import Encoder, Limits, TextFormat
+from hyperllama.distributed import processes
 from hyperllama.errors import UserError
 from hyperllama.files import plain_name, whole_json_lines, write_atomically
 from hyperllama.hypernetwork import GistHypernetwork
@@ -27,7 +28,7 @@ from hyperllama.prefix_tuning import PrefixTuner, demonstrations_start, random_s
 from hyperllama.reader import Reader
 from hyperllama.recipe import StartRecipe, TuneRecipe, load_recipe, save_recipe
 from hyperllama.sources import make_source
-from hyperllama.training import CHECKPOINTS, GistTrainer, newest_checkpoint, training_arguments
+from hyperllama.training import GistTrainer, training_arguments
 from hyperllama.tuning import CURVES, CURVES_PLOT, Curves, TuningStream, TuningTask, plot_curves, score_tasks
 from hyperllama.workflows import RECIPE, RESULT, VERSIONS, finished, load_hypernetwork, versions
 
@@ -53,7 +54,9 @@ def tune(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, tu
     setting = prepare(recipe)
     tasks, reader, encoder = setting.tasks, setting.reader, setting.encoder
     step = min(recipe.tasks_per_step or len(tasks), len(tasks))
+    checkpoint = newest_checkpoint(run / CHECKPOINTS)
     settings = {**defaults, **recipe.training, "per_device_train_batch_size": step}
+    settings = settings_to_go_on(settings, checkpoint, processes())
     arguments = training_arguments(settings, run=run, seed=recipe.seed, deepspeed=recipe.deepspeed)
     write_atomically(run / RECIPE, resolved)
     write_atomically(run / VERSIONS, json.dumps(versions(), indent=2) + "\n")
@@ -65,10 +68,7 @@ def tune(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, tu
     trainer = GistTrainer(tuner, arguments, stream, Collator(pack_gist, tuner.gists), run)
     curves = Curves(tuner, reader, encoder, tasks, run, every=recipe.measure_every, patience=recipe.patience)
     trainer.add_callback(curves)
-    checkpoint = newest_checkpoint(run / CHECKPOINTS)
-    if checkpoint and arguments.should_save:
-        print(f"{run}: going on from {checkpoint}", file=sys.stderr)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.go_on(checkpoint)
     results, made = curves.results(), {}
     if not arguments.should_save:
         return None

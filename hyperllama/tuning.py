@@ -46,7 +46,7 @@ class TuningStream(Dataset):
         task = self.tasks[index % len(self.tasks)]
         drawn = Random(f"{self.seed}/{index}").sample(task.train, min(self.examples, len(task.train)))
         queries = tuple((tuple(self.encoder.prompt(e.input)), tuple(self.encoder.answer(e.output))) for e in drawn)
-        return EncodedEpisode((), queries, task=task.name)
+        return EncodedEpisode((), queries, task=task.name, index=index)
 
 
 class Curves(TrainerCallback):

@@ -14,18 +14,21 @@ from typing import Literal
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import PreTrainedTokenizerBase, TextStreamer, TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from hyperllama import __version__
 from hyperllama.backbone import check_config, load_base, load_config, load_tokenizer, random_base, random_config
+from hyperllama.checkpoints import CHECKPOINTS, newest_checkpoint, settings_to_go_on
 from hyperllama.contexts import Summary, compress_into, shown_of, task_files
+from hyperllama.data.dealing import Dealt
 from hyperllama.data.episode import Example, Source
-from hyperllama.data.packing import pack_full, pack_gist
+from hyperllama.data.packing import full_tokens, gist_tokens, pack_full, pack_gist
 from hyperllama.data.sni import read_task
 from hyperllama.data.stream import Collator, EpisodeStream
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
+from hyperllama.distributed import processes, whole_models
 from hyperllama.errors import UserError
 from hyperllama.files import read_json, whole_json_lines, write_atomically
 from hyperllama.full_attention import FullAttention
@@ -37,18 +40,28 @@ from hyperllama.reader import Reader
 from hyperllama.recipe import Recipe, differences, load_recipe, save_recipe
 from hyperllama.sources import make_source
 from hyperllama.store import PrefixStore
-from hyperllama.training import CHECKPOINTS, METRICS, GistTrainer, newest_checkpoint, training_arguments
+from hyperllama.training import METRICS, GistTrainer, training_arguments
 
 RECIPE, VERSIONS, BASE, RESULT = "recipe.yaml", "versions.json", "base", "result.json"
 
 
-def make_base(recipe: Recipe, source: Source) -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerBase]:
+def make_base(
+    recipe: Recipe, source: Source, arguments: TrainingArguments
+) -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model and tokenizer that a recipe names. A random one is kept in the run's folder."""
     model = recipe.model
-    if model.name_or_path:
-        tokenizer = load_tokenizer(model.name_or_path, model.revision)
-        return load_base(model.name_or_path, dtype=model.dtype, revision=model.revision), tokenizer
-    folder = Path(recipe.output) / BASE
+    name = model.name_or_path or str(Path(recipe.output) / BASE)
+    # The first process of a machine downloads or makes what the others then find.
+    with arguments.main_process_first():
+        if not model.name_or_path:
+            with whole_models(arguments):
+                _make_random_base(recipe, source)
+        tokenizer = load_tokenizer(name, model.revision)
+    return load_base(name, dtype=model.dtype, revision=model.revision), tokenizer
+
+
+def _make_random_base(recipe: Recipe, source: Source) -> None:
+    model, folder = recipe.model, Path(recipe.output) / BASE
     if not folder.is_dir():
         tokenizer = train_tokenizer(source.texts(), kind=model.tokenizer, vocab_size=model.vocab_size)
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -57,18 +70,20 @@ def make_base(recipe: Recipe, source: Source) -> tuple[transformers.PreTrainedMo
         base.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         temporary.rename(folder)
-    return load_base(str(folder), dtype=model.dtype), load_tokenizer(str(folder))
 
 
 def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput | None:
-    """Train what a recipe describes, or go on where the last run in its folder stopped. None if that run had finished.
+    """Train what a recipe describes, or go on where the last run in its folder stopped.
 
+    None if that run had finished, and on all ranks but the first.
     Leaves in `output`: trained weights, recipe.yaml (resolved), versions.json, metrics.jsonl, loss.png, result.json and
     checkpoints/.
     """
     recipe = load_recipe(recipe_path, overrides)
     run = Path(recipe.output)
-    arguments = training_arguments(recipe.training, run=run, seed=recipe.seed, deepspeed=recipe.deepspeed)
+    checkpoint = newest_checkpoint(run / CHECKPOINTS)
+    settings = settings_to_go_on(recipe.training, checkpoint, processes())
+    arguments = training_arguments(settings, run=run, seed=recipe.seed, deepspeed=recipe.deepspeed)
     # What can be refused is refused here, before tokenizers are trained or weights loaded.
     if recipe.model.name_or_path:
         check_config(load_config(recipe.model.name_or_path, recipe.model.revision), recipe.model.name_or_path)
@@ -81,7 +96,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
     set_seed(recipe.seed)
     write_atomically(run / RECIPE, resolved)
     write_atomically(run / VERSIONS, json.dumps(versions(), indent=2) + "\n")
-    base, tokenizer = make_base(recipe, source)
+    base, tokenizer = make_base(recipe, source, arguments)
     encoder = Encoder(tokenizer, recipe.format, recipe.limits)
     data = recipe.data
     step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
@@ -97,7 +112,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
     set_seed(recipe.seed)
     if recipe.method == "full_attention":
         model = FullAttention(base, tokenizer, recipe.gist.backend)
-        collator = Collator(pack_full, recipe.full_attention.supervise_demonstrations)
+        collator, size = Collator(pack_full, recipe.full_attention.supervise_demonstrations), full_tokens
     else:
         lora = recipe.lora
         model = GistHypernetwork(
@@ -110,30 +125,28 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
             backend=recipe.gist.backend,
             tokenizer=tokenizer,
         )
-        collator = Collator(pack_gist, recipe.gist.tokens)
+        _ = model.identity  # taken while all ranks are here: under ZeRO-3 none has the weights alone
+        collator, size = Collator(pack_gist, recipe.gist.tokens), partial(gist_tokens, gists=recipe.gist.tokens)
+    if arguments.world_size > 1:
+        batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+        stream = Dealt(stream, size, ranks=arguments.world_size, batch=batch, accumulation=accumulation)
     trainer = GistTrainer(model, arguments, stream, collator, run)
-    checkpoint = newest_checkpoint(run / CHECKPOINTS)
-    if checkpoint and arguments.should_save:
-        print(f"{run}: going on from {checkpoint}", file=sys.stderr)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    if arguments.should_save:
-        notes = {
-            "format": dataclasses.asdict(recipe.format),
-            "limits": dataclasses.asdict(recipe.limits),
-            "data": str(data),
-        }
-        model.save_pretrained(run, notes)
-        left_out = {
-            name: sum(line.get(name, 0) for line in whole_json_lines(run / METRICS))
-            for name in ("demonstrations", "dropped_demonstrations", "skipped_queries")
-        }
-        # Written last: its presence says that everything else is there.
-        write_atomically(run / RESULT, json.dumps({"steps": result.global_step, **result.metrics, **left_out}, indent=2) + "\n")
-        if left_out["dropped_demonstrations"] or left_out["skipped_queries"]:
-            print(
-                f"{run}: {left_out['dropped_demonstrations']:,} demonstrations did not fit into limits.context_tokens beside "
-                f"{left_out['demonstrations']:,} that did; {left_out['skipped_queries']:,} queries did not fit"
-            )
+    result = trainer.go_on(checkpoint)
+    notes = {"format": dataclasses.asdict(recipe.format), "limits": dataclasses.asdict(recipe.limits), "data": str(data)}
+    trainer.save_trained(run, notes)
+    if not arguments.should_save:
+        return None
+    left_out = {
+        name: sum(line.get(name, 0) for line in whole_json_lines(run / METRICS))
+        for name in ("demonstrations", "dropped_demonstrations", "skipped_queries")
+    }
+    # Written last: its presence says that everything else is there.
+    write_atomically(run / RESULT, json.dumps({"steps": result.global_step, **result.metrics, **left_out}, indent=2) + "\n")
+    if left_out["dropped_demonstrations"] or left_out["skipped_queries"]:
+        print(
+            f"{run}: {left_out['dropped_demonstrations']:,} demonstrations did not fit into limits.context_tokens beside "
+            f"{left_out['demonstrations']:,} that did; {left_out['skipped_queries']:,} queries did not fit"
+        )
     return result
 
 
@@ -212,7 +225,7 @@ def compress_to_store(
     read_config(fetch(run))  # a store is not made for a run that is none
     place = PrefixStore(store)
     hypernetwork, encoder = load_hypernetwork(run, base_path)
-    ranks = {"rank": int(os.environ.get("RANK", 0)), "ranks": int(os.environ.get("WORLD_SIZE", 1))}
+    ranks = {"rank": int(os.environ.get("RANK", 0)), "ranks": processes()}
     settings = {"run": run, "shots": shots, "instruction": instruction, "progress": partial(print, file=sys.stderr), **ranks}
     if batch_tokens is None:
         batch_tokens = 2048 if hypernetwork.base.device.type == "cpu" else 16384

@@ -13,12 +13,13 @@ import torch
 from conftest import tiny_architecture, tiny_base, trained_hypernetwork
 
 from hyperllama import workflows
+from hyperllama.checkpoints import newest_checkpoint
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.stream import Collator
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
 from hyperllama.files import whole_json_lines
-from hyperllama.training import GistTrainer, newest_checkpoint, training_arguments
+from hyperllama.training import GistTrainer, training_arguments
 
 ROOT = Path(__file__).parent.parent
 

@@ -20,7 +20,7 @@ class GistBatch:
     """Several episodes as one packed row of T tokens.
 
     ids (1, T); target_rows (n,) rows whose output predicts targets (n,); `layout` says who sees whom. `tasks` names the
-    episodes in the order of their contexts. The counts are what the limits left out.
+    episodes in the order of their contexts, `episodes` numbers them in the stream. The counts are what the limits left out.
     """
 
     ids: Tensor
@@ -31,6 +31,7 @@ class GistBatch:
     demonstrations: int = 0
     dropped_demonstrations: int = 0
     skipped_queries: int = 0
+    episodes: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -83,6 +84,16 @@ def pack_gist(episodes: Sequence[EncodedEpisode], gists: int) -> GistBatch:
     return _batch(pieces, segments, target_rows, targets, contexts)
 
 
+def gist_tokens(episode: EncodedEpisode, gists: int) -> int:
+    """Rows that an episode takes in `pack_gist`."""
+    return len(episode.context) + gists + sum(len(prompt) + len(answer) - 1 for prompt, answer in episode.queries)
+
+
+def full_tokens(episode: EncodedEpisode) -> int:
+    """Rows that an episode takes in `pack_full`."""
+    return sum(len(episode.context) + len(prompt) + len(answer) - 1 for prompt, answer in episode.queries)
+
+
 def pack_full(episodes: Sequence[EncodedEpisode], supervise_demonstrations: bool = False) -> GistBatch:
     """The full-attention baseline: each query behind its whole context, as one segment without gists.
 
@@ -114,4 +125,5 @@ def _batch(pieces, segments, target_rows, targets, episodes) -> GistBatch:
         demonstrations=sum(e.demonstrations for e in episodes),
         dropped_demonstrations=sum(e.dropped_demonstrations for e in episodes),
         skipped_queries=sum(e.skipped_queries for e in episodes),
+        episodes=tuple(e.index for e in episodes),
     )

@@ -37,7 +37,8 @@ class EpisodeStream(Dataset):
         for attempt in range(100):
             encoded = self.encoder.encode(self.episode(index, attempt))
             if encoded.queries:
-                return EncodedEpisode(**{**vars(encoded), "skipped_queries": encoded.skipped_queries + skipped})
+                skipped += encoded.skipped_queries
+                return EncodedEpisode(**{**vars(encoded), "skipped_queries": skipped, "index": index})
             skipped += encoded.skipped_queries
         raise UserError(
             f"limits.query_tokens={self.encoder.limits.query_tokens}: no query of 100 episodes in a row fits; raise it"

@@ -61,7 +61,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class EncodedEpisode:
-    """Token ids of an episode. `answers` are the spans of the demonstrations' answers, with their separators, in `context`."""
+    """Token ids of an episode. `answers` are the spans of the demonstrations' answers, with their separators, in `context`.
+
+    `index` is the episode's number in its stream.
+    """
 
     context: tuple[int, ...]
     queries: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
@@ -70,6 +73,7 @@ class EncodedEpisode:
     demonstrations: int = 0
     dropped_demonstrations: int = 0
     skipped_queries: int = 0
+    index: int = -1
 
 
 class Encoder:
