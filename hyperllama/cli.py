@@ -326,7 +326,9 @@ def main() -> None:
     arguments = sys.argv[1:] or ["--help"]
     debug = "--debug" in arguments
     try:
-        code = app(args=[a for a in arguments if a != "--debug"], standalone_mode=False)
+        # DeepSpeed's launcher adds --local_rank to the command; the variable LOCAL_RANK says the same.
+        arguments = [a for a in arguments if a != "--debug" and not a.startswith("--local_rank=")]
+        code = app(args=arguments, standalone_mode=False)
         if "torch" in sys.modules:
             from hyperllama.distributed import close
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hyperllama.backbone import packed_arguments
 from hyperllama.data.packing import GistBatch
@@ -18,6 +18,11 @@ class PackedModel(nn.Module):
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, backend: str):
         super().__init__()
         self.base, self.tokenizer, self.backend = base, tokenizer, backend
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The base's: its sizes are what DeepSpeed's "auto" settings follow."""
+        return self.base.config
 
     def answer_loss(self, batch: GistBatch, states: Sequence[tuple[Tensor, Tensor]] | None = None, **inputs) -> TokenLoss:
         """Cross entropy of a batch's targets, with the output head on target rows only. `inputs` go to the decoder.

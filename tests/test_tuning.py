@@ -1,16 +1,12 @@
 """Prefix tuning: step 0 is the start, gradients are those of a plain pass, and what is tuned can be read."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_base, trained_hypernetwork
 from data_files import WORDS, lines, write
+from launch import torchrun, zero_settings
 from transformers import DynamicCache
 
 from attention_masks import rotate
@@ -27,7 +23,6 @@ from hyperllama.prefix_tuning import PrefixTuner, demonstrations_start, random_s
 from hyperllama.reader import Reader
 from hyperllama.tune import tune
 
-ROOT = Path(__file__).parent.parent
 CONTEXTS = {"a": (5, 6, 7, 8, 9), "b": (40, 41, 42), "c": (60, 61, 62, 63, 64, 65)}
 QUERIES = {"a": (((10, 11), (12, 13)), ((14,), (15,))), "b": (((20,), (21, 22, 23)),), "c": (((30, 31, 32), (33,)),)}
 
@@ -276,30 +271,16 @@ class TestTune:
 class TestRanks:
     """Two processes, with and without ZeRO: the curves of one process that accumulates, also after a stop."""
 
-    def ranks(self, recipe, stage, *changes):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29641 + stage)]
-        command += ["-m", "hyperllama", "tune", str(recipe), *changes]
-        if stage:
-            settings = {"stage": stage, "stage3_param_persistence_threshold": 0}  # small parameters too are cut into parts
-            command.append(f"training.deepspeed={self.settings(recipe, zero_optimization=settings)}")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done
-
-    def settings(self, recipe, **more):
-        automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
-        return write(recipe.with_name("zero.json"), json.dumps({**dict.fromkeys(automatic, "auto"), **more}))
-
     @pytest.mark.parametrize("stage, hidden", [(0, "null"), (2, "null"), (3, "8")])
     def test_curves_are_those_of_one_process(self, tune_recipe, tmp_path, stage, hidden):
-        if stage:
-            pytest.importorskip("deepspeed")
         changes = [f"start.hidden={hidden}", "training.save_steps=4"]
         tune(tune_recipe, [*changes, "training.gradient_accumulation_steps=2"])
         one = curves(tmp_path / "run")
         run = tmp_path / "ranks"
-        done = self.ranks(tune_recipe, stage, f"output={run}", *changes)
+        if stage:
+            pytest.importorskip("deepspeed")
+        settings = [f"deepspeed={zero_settings(tmp_path, stage)}"] if stage else []
+        done = torchrun("tune", tune_recipe, f"output={run}", *changes, *settings)
         assert done.stdout.count("upper, tuned on 9 examples") == 1, "the first rank reports"
         assert [(line["step"], line["task"]) for line in curves(run)] == [(line["step"], line["task"]) for line in one]
         for mine, its in zip(one, curves(run), strict=True):
@@ -310,6 +291,6 @@ class TestRanks:
             prefix = Prefix.load(run / "prefixes" / name)
             shutil.rmtree(run / "checkpoints" / "checkpoint-8")
             (run / "result.json").unlink()
-            done = self.ranks(tune_recipe, stage, f"output={run}", *changes)
+            done = torchrun("tune", tune_recipe, f"output={run}", *changes, *settings)
             assert done.stderr.count("going on from") == 1
             assert curves(run) == before and Prefix.load(run / "prefixes" / name) == prefix
