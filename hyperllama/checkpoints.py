@@ -14,10 +14,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import torch.distributed
 from transformers import TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from hyperllama.distributed import barrier
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import write_atomically
 
@@ -82,7 +82,7 @@ class Staging:
         self.args.output_dir = str(self.place)
         if kind is not None:
             return
-        _barrier()  # all have written
+        barrier()  # all have written
         if self.args.should_save:
             shape = {
                 "processes": self.args.world_size,
@@ -94,7 +94,7 @@ class Staging:
             shutil.rmtree(self.place / self.name, ignore_errors=True)
             (self.staged / self.name).rename(self.place / self.name)
             rotate_checkpoints(output_dir=str(self.place), save_total_limit=self.args.save_total_limit, use_mtime=False)
-        _barrier()  # and see it in its place
+        barrier()  # and see it in its place
 
 
 def make_universal(checkpoint: str | Path, args: TrainingArguments) -> None:
@@ -116,11 +116,6 @@ def make_universal(checkpoint: str | Path, args: TrainingArguments) -> None:
                     f"({in_one_line(done.stderr.splitlines()[-1:])}); go on with {read_shape(checkpoint)['processes']}"
                 )
             write_atomically(checkpoint / "latest_universal", UNIVERSAL)
-
-
-def _barrier() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def _sync(folder: Path) -> None:

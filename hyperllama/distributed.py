@@ -50,6 +50,13 @@ def whole_models(arguments: TrainingArguments) -> Iterator[None]:
 
 
 def close() -> None:
-    """Leave the process group, if there is one: a process that exits inside it may abort."""
+    """Leave the process group, if there is one, when all are done: a process that exits inside it may abort."""
+    barrier()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()

@@ -1,0 +1,54 @@
+"""Trains a recipe and kills its own process, as a power cut would, when it comes to a place for the n-th time.
+
+python tests/dying.py PLACE:N RECIPE [KEY=VALUE ...]
+"""
+
+import os
+import signal
+import sys
+from collections import Counter
+
+import torch
+
+from hyperllama import checkpoints, workflows
+from hyperllama.distributed import close
+from hyperllama.hypernetwork import GistHypernetwork
+from hyperllama.training import GistTrainer
+
+place, _, number = sys.argv[1].partition(":")
+times = Counter()
+
+
+def come_to(here):
+    times[here] += 1
+    # A job that the launcher has started again does not die again.
+    if here == place and times[here] == int(number) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies(owner, name, here, after=False):
+    """Replace a function by one that comes to a place before it, or after it."""
+    original = getattr(owner, name)
+
+    def with_death(*args, **kwargs):
+        if not after:
+            come_to(here)
+        result = original(*args, **kwargs)
+        if after:
+            come_to(here)
+        return result
+
+    setattr(owner, name, with_death)
+
+
+dies(GistHypernetwork, "save_pretrained", "save_pretrained", after=True)
+dies(torch, "save", "torch.save", after=True)
+dies(checkpoints, "write_atomically", "write_shape", after=True)
+dies(checkpoints, "_sync", "sync", after=True)
+dies(checkpoints, "_sync", "rename")
+dies(checkpoints, "rotate_checkpoints", "renamed")
+dies(GistTrainer, "training_step", "step")
+if os.environ.get("RANK") == "1":
+    dies(GistTrainer, "training_step", "rank1")
+workflows.train(sys.argv[2], sys.argv[3:])
+close()
