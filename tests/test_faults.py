@@ -32,7 +32,7 @@ def recipe(tmp_path, saved_base):
 output: {tmp_path}/run
 model: {{name_or_path: {saved_base}}}
 gist: {{tokens: 2}}
-lora: {{rank: 2, dropout: 0.1}}
+lora: {{rank: 2}}
 data: {{source: jsonl, root: {tmp_path}/data, shots: 4, min_shots: 1, queries: 2}}
 limits: {{context_tokens: 90, query_tokens: 30}}
 training: {{use_cpu: true, disable_tqdm: true, max_steps: 12, per_device_train_batch_size: 2, learning_rate: 1.0e-2,
