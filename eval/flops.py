@@ -14,6 +14,7 @@ that each query and each new token pays for reading it (`past`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -155,19 +156,27 @@ class ModelCost:
 
         With a `rank` the base is frozen: LoRA acts on the context's rows, and the last layer leaves them out as in `compress`.
         A product with a frozen weight then has one gradient, that of its input, which costs as much as its forward pass; LoRA,
-        attention, and every product without a `rank`, have two. Checkpointing runs the layers' forward pass once more.
+        attention, and every product without a `rank`, have two. Checkpointing runs each layer's forward pass once more, up to
+        the last tensor that its backward pass needs: that is what `down_proj` reads, or what its LoRA's second matrix reads.
         """
         pairs = sum(run.count * run.tokens * (run.reads + run.tokens) for run in layout.runs)
         attention, head = self.per_pair * pairs, self.per_head_row * head_rows
+        down = 2 * math.prod(self.linears["down_proj"])
         if rank is None:
             linear, lora, gradients = layout.tokens * self.per_row, 0, 2
+            spared = layout.tokens * self.layers * down
         else:
             context = layout.compress_rows
             linear = (layout.tokens - context) * self.per_row + context * self._context_row()
             lora, gradients = context * self._lora_row(rank, targets), 1
+            spared = (layout.tokens - context) * down
+            if "down_proj" in self.targeted(targets):
+                spared += context * (self.layers - 1) * 2 * rank * self.hidden
+            else:
+                spared += layout.tokens * (self.layers - 1) * down
         layers = linear + lora + attention
         backward = gradients * (linear + head) + 2 * (lora + attention)
-        return StepCost(layers + head, backward, layers if checkpointing else 0)
+        return StepCost(layers + head, backward, layers - spared if checkpointing else 0)
 
     def targeted(self, targets: str | Sequence[str]) -> set[str]:
         """The names of linear layers that `targets` of a LoRA means; ValueError for one that the model does not have."""

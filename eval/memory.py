@@ -146,7 +146,8 @@ def model_states(count: Parameters, precise: Precision, zero: Zero, *, gpus: int
     - weights are in float32 or in 4 bits; without DeepSpeed, there are no masters, and states have the weights' dtype;
     - ZeRO-2 is offloaded: their host figure does not shrink with the number of nodes, and with more than four GPUs it is four
       bytes a parameter and GPU, the copies that processes load at the start; ours is what a node holds while it trains;
-    - ZeRO-3 keeps up to `LIVE_PARAMETERS` parameters whole: theirs counts one layer only; ours counts the rest as `buffers`.
+    - ZeRO-3 keeps up to `LIVE_PARAMETERS` parameters whole, of which theirs counts one layer only, and a share of the gradients
+      in 16 bits, which theirs leaves out; ours counts the rest of both as `buffers`.
     """
     world, trained, width = gpus * nodes, count.trained, precise.trained
     base = count.linear * precise.linear + count.other * precise.base
@@ -164,13 +165,12 @@ def model_states(count: Parameters, precise: Precision, zero: Zero, *, gpus: int
     if zero.offload:
         left = 0 if zero.stage == 3 else weights
         return States(int(gathered + left), int(gathered_gradients), 0, int(buffers), int(host))
-    cut = world if zero.stage >= 2 else 1
-    return States(
-        int(gathered + (weights / world if zero.stage == 3 else weights)),
-        int(gathered_gradients + trained * width / cut + summed / world),
-        int((master + adam) / world),
-        int(buffers),
-    )
+    optimiser = int((master + adam) / world)
+    if zero.stage == 3:
+        buffers += trained * width / world
+        return States(int(gathered + weights / world), int(gathered_gradients + summed / world), optimiser, int(buffers))
+    cut = world if zero.stage == 2 else 1
+    return States(int(weights), int(trained * width / cut + summed / world), optimiser)
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def activations(
     and two of the stream's, in float32, come on top.
     """
     rows, stream = layout.tokens, precise.stream
-    shared = rows * (4 * cost.hidden + 4) + 2 * rows * cost.head_dim * stream
+    shared, rotary = rows * (4 * cost.hidden + 4), 2 * rows * cost.head_dim * stream
     if rank is None:  # a trained norm keeps what it scales, a trained head what it reads
         shared += rows * cost.hidden * stream + head_rows * cost.hidden * precise.product
     named = cost.targeted(targets) if rank is not None else None
@@ -223,16 +223,18 @@ def activations(
     inner = cost.linears["gate_proj"][1]
     working = rows * inner * precise.product + 2 * rows * cost.hidden * 4
     if checkpointing:
-        kept = shared + cost.layers * rows * cost.hidden * stream
+        kept = shared + rotary + cost.layers * rows * cost.hidden * stream
         # In float32 the first norm of the layer keeps the layer's input, which is kept already.
         layer = max(layers) - (rows * cost.hidden * 4 if stream == 4 else 0) + working
     else:
-        kept, layer = shared + layers[0] * (cost.layers - 1) + layers[-1], working
+        kept, layer = shared + rotary + layers[0] * (cost.layers - 1) + layers[-1], working
     if precise.linear < 1:  # one weight at a time is unpacked from its 4 bits
         layer += max(i * o for i, o in cost.linears.values()) * precise.product
     head = 2 * cost.vocabulary * cost.hidden if precise.autocast and precise.base == 4 else 0
     loss = 4 * head_rows * cost.vocabulary
-    return Activations(int(kept), int(layer), 3 * loss + head, int(kept + loss + head))
+    # Checkpointing holds cosines and sines without saving them through autograd.
+    saved = kept + loss + head - (rotary if checkpointing else 0)
+    return Activations(int(kept), int(layer), 3 * loss + head, int(saved))
 
 
 def _layer(
