@@ -208,8 +208,8 @@ def activations(
     Without checkpointing every layer keeps what `_layer` says; with it, its input only, and one layer at a time is run again.
     The norm before the head keeps its input and a scale a row; cosines and sines are shared by all layers. The loss keeps
     log-probabilities in float32, and when the backward pass starts, two gradients of that size are beside them.
-    While a layer's backward pass runs, gradients take the place of what has just been used; measured, one of the MLP's width
-    and two of the stream's, in float32, come on top.
+    While a layer's backward pass runs, gradients take the place of what has just been used, but for one of the stream; that of
+    the context's rows of a LoRA's input is spread over all rows, which takes one more of the stream and one of the MLP's width.
     """
     rows, stream = layout.tokens, precise.stream
     shared, rotary = rows * (4 * cost.hidden + 4), 2 * rows * cost.head_dim * stream
@@ -221,7 +221,9 @@ def activations(
         for last in (False,) * min(1, cost.layers - 1) + (True,)
     ]
     inner = cost.linears["gate_proj"][1]
-    working = rows * inner * precise.product + 2 * rows * cost.hidden * 4
+    working = rows * cost.hidden * stream
+    if rank is not None:
+        working = 2 * working + rows * inner * precise.product
     if checkpointing:
         kept = shared + rotary + cost.layers * rows * cost.hidden * stream
         # In float32 the first norm of the layer keeps the layer's input, which is kept already.

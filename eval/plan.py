@@ -222,6 +222,7 @@ def _time(recipe: Recipe, cost: ModelCost, batches: Sequence[GistBatch], hardwar
     costs = [cost.train(batch.layout, len(batch.targets), **settings) for batch in batches]
     accumulation = whole(recipe, "gradient_accumulation_steps", 1)
     passes = accumulation * hardware.world / len(batches)
+    # Ranks draw batches of their own; the mean of those that were packed stands for all of them.
     parts = {name: sum(getattr(c, name) for c in costs) * passes for name in ("forward", "backward", "again", "total")}
     tokens = sum(batch.tokens for batch in batches) * passes
     seconds = parts["total"] / hardware.world / (hardware.gpu.peak * hardware.utilisation)
@@ -260,7 +261,9 @@ def _flops(count: float) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{60 * hours:.1f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.1f} seconds"
 
 
 def _seconds(seconds: float) -> str:
