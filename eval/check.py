@@ -53,6 +53,8 @@ def check(
     recipe = load_any_recipe(recipe_path, overrides, data=False)
     if not isinstance(recipe, Recipe):
         raise UserError(f"{recipe_path}: --gpus plans a training run, but its method is {recipe.method}; leave --gpus out")
+    if recipe.model.name_or_path:
+        find_config(recipe.model.name_or_path, recipe.model.revision)  # without a base there is nothing to plan
     try:
         lines, encoded, vocabulary, size = _data_report(recipe_path, recipe, against, episodes, local=True)
     except UserError as error:

@@ -71,7 +71,7 @@ def plan(
         *_table(rows, hardware),
         "",
         *_choice(recipe, cost, counts, episodes, rows, hardware),
-        *_notes(recipe, config, hardware, counts),
+        *_notes(recipe, hardware, counts),
         "",
         *_time(recipe, cost, batches, hardware, examples),
     ]
@@ -197,7 +197,7 @@ def _changes(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-def _notes(recipe: Recipe, config: Any, hardware: Hardware, counts: Parameters) -> list[str]:
+def _notes(recipe: Recipe, hardware: Hardware, counts: Parameters) -> list[str]:
     training, lines = recipe.training, []
     optimiser = str(training.get("optim", "adamw_torch_fused"))
     if optimiser not in TWO_STATES:

@@ -339,7 +339,7 @@ def test_the_report_with_data(recipe):
 def test_the_report_without_data_or_tokenizer(recipe, tmp_path, monkeypatch):
     base = shipped(tmp_path, monkeypatch)
     text = check(recipe, [base, "data.root=/nowhere", "model.dtype=bfloat16"], hardware=Hardware.of(gpus=1, gpu="4090"))
-    assert "figures of the data are left out: /nowhere" in text or "figures of the data are left out: data.root" in text
+    assert "figures of the data are left out: data.root: /nowhere is neither" in text
     assert "6,738,415,616 frozen" in text and "an upper bound, from limits and data.queries" in text
     # 304 rows of each context, twice two queries of 74 rows, one of whose 75 tokens is predicted and not read.
     assert "904 tokens (608 of contexts with gists), 256 targets" in text
