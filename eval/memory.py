@@ -5,7 +5,7 @@ Three parts. *Model states* (`model_states`): weights, gradients and the optimis
 backward pass. *What is there for a moment only*: logits, and the gradients inside one layer. Not counted: the CUDA context and
 NCCL (about 1 GB), the allocator's fragments, kernels' work spaces; a plan leaves a share of the memory free for them.
 
-Activations agree with what autograd saves on a CPU, tensor by tensor (tests/test_plan.py); on a GPU they are not measured yet.
+Activations agree with what autograd saves on a CPU (tests/test_memory.py); on a GPU they are not measured yet.
 Fused attention kernels save the same there; where a GPU has none for grouped heads with a mask, scores come on top.
 """
 
