@@ -1,4 +1,4 @@
-"""`hyperllama check`: what a recipe's data is, before anything is paid for. No GPU and no weights."""
+"""`hyperllama check`: what a recipe's data is and what it costs, before anything is paid for. No GPU and no weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from random import Random
 import numpy as np
 
 from attention_masks import GistLayout, Segment, draw
+from eval.plan import plan
 from eval.run import check_leaks
-from hyperllama.backbone import check_config, load_config, load_tokenizer, random_config
+from eval.sizing import Hardware
+from hyperllama.backbone import check_config, find_config, load_tokenizer, random_config
 from hyperllama.data.episode import Episode, Source
 from hyperllama.data.leaks import find_leaks
 from hyperllama.data.mixture import MixtureSource
@@ -32,15 +34,41 @@ MASK_ROWS = 28
 
 
 def check(
-    recipe_path: str | Path, overrides: Sequence[str] = (), *, against: str | Path | None = None, episodes: int = 500
+    recipe_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    against: str | Path | None = None,
+    episodes: int = 500,
+    hardware: Hardware | None = None,
 ) -> str:
     """A report on a recipe of any kind, as text; `episodes` are drawn for its figures, as training would draw them.
 
+    With `hardware`, a plan of what training costs there comes last; then data or a tokenizer that is not at hand is no error:
+    the report says so, and the plan goes by the limits. A tokenizer is then asked of no network.
+
     Raises UserError for whatever running the recipe would refuse about its values, data, config or tokenizer.
     """
-    recipe = load_any_recipe(recipe_path, overrides)
+    if hardware is None:
+        return "\n".join(_data_report(recipe_path, load_any_recipe(recipe_path, overrides), against, episodes)[0])
+    recipe = load_any_recipe(recipe_path, overrides, data=False)
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"{recipe_path}: --gpus plans a training run, but its method is {recipe.method}; leave --gpus out")
+    if recipe.model.name_or_path:
+        find_config(recipe.model.name_or_path, recipe.model.revision)  # without a base there is nothing to plan
+    try:
+        lines, encoded, vocabulary, size = _data_report(recipe_path, recipe, against, episodes, local=True)
+    except UserError as error:
+        lines = [f"{recipe_path}: method {recipe.method}", f"the figures of the data are left out: {error}"]
+        encoded, vocabulary, size = [], None, None
+    return "\n".join([*lines, "", *plan(recipe, hardware, encoded, vocabulary=vocabulary, examples=size)])
+
+
+def _data_report(
+    recipe_path: str | Path, recipe: AnyRecipe, against: str | Path | None, episodes: int, local: bool = False
+) -> tuple[list[str], list[EncodedEpisode], int, int | None]:
+    """The report on the data; the episodes that were drawn, the tokens of the vocabulary, and the examples if they end."""
     source = make_source(recipe.data)
-    encoder, made = _encoder(recipe, source)
+    encoder, made = _encoder(recipe, source, local)
     drawn = list(_draw(recipe, source, encoder, episodes))
     encoded = [encoded for _, encoded in drawn]
     lines = [f"{recipe_path}: method {recipe.method}, data {recipe.data}", *_data(source), f"tokenizer       {made}", ""]
@@ -48,10 +76,10 @@ def check(
     lines += ["", *_leaks(recipe, source, against)]
     lines += ["", *_mask(recipe, encoded)]
     lines += ["", "one episode as text, | between what is tokenised by itself:", "", *_text(encoder, *drawn[0])]
-    return "\n".join(lines)
+    return lines, encoded, len(encoder.tokenizer), len(source) or None
 
 
-def _encoder(recipe: AnyRecipe, source: Source) -> tuple[Encoder, str]:
+def _encoder(recipe: AnyRecipe, source: Source, local: bool) -> tuple[Encoder, str]:
     """The encoder that a run would use, and where its tokenizer comes from."""
     text_format, limits, gist_notes = recipe.format, recipe.limits, {}
     if isinstance(recipe, Recipe):
@@ -67,10 +95,10 @@ def _encoder(recipe: AnyRecipe, source: Source) -> tuple[Encoder, str]:
             name, gist_notes = name or config["base"]["name"], config["notes"]
     if name is None:
         raise UserError("model: this evaluation names no model, so there are no tokens to count; its methods only copy text")
-    check_config(load_config(name, revision), name)
+    check_config(find_config(name, revision), name)
     text_format = text_format or TextFormat(**gist_notes.get("format", {}))
     limits = limits or Limits(**gist_notes.get("limits", {}))
-    tokenizer = load_tokenizer(name, revision)
+    tokenizer = load_tokenizer(name, revision, local=local)
     return Encoder(tokenizer, text_format, limits), f"of {name}, {len(tokenizer):,} tokens"
 
 

@@ -14,9 +14,11 @@ that each query and each new token pays for reading it (`past`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from attention_masks import GistLayout
 from hyperllama.backbone import check_config
 from hyperllama.errors import UserError
 
@@ -26,10 +28,25 @@ KEPT_IN_LAST_LAYER = ("k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
+class StepCost:
+    """FLOPs of one forward and backward pass; `again` is the forward pass of the layers that checkpointing runs again."""
+
+    forward: int
+    backward: int
+    again: int
+
+    @property
+    def total(self) -> int:
+        """All that the hardware computes."""
+        return self.forward + self.backward + self.again
+
+
+@dataclass(frozen=True)
 class ModelCost:
     """The sizes of a decoder that decide what it costs: L layers, H query heads and N key-value heads of D dimensions.
 
-    `linears` are the linear layers of one decoder layer: name -> (in, out). Lengths are in tokens, results in FLOPs.
+    `linears` are the linear layers of one decoder layer: name -> (in, out). `qk_norm`: queries and keys are normalised, as in
+    Qwen3. Lengths are in tokens, results in FLOPs.
     """
 
     layers: int
@@ -39,6 +56,7 @@ class ModelCost:
     hidden: int
     vocabulary: int
     linears: dict[str, tuple[int, int]]
+    qk_norm: bool = False
 
     @classmethod
     def of(cls, config) -> ModelCost:
@@ -59,7 +77,8 @@ class ModelCost:
             "up_proj": (hidden, inner),
             "down_proj": (inner, hidden),
         }
-        return cls(config.num_hidden_layers, heads, kv_heads, head_dim, hidden, config.vocab_size, linears)
+        sizes = (config.num_hidden_layers, heads, kv_heads, head_dim, hidden, config.vocab_size)
+        return cls(*sizes, linears, qk_norm=config.model_type == "qwen3")
 
     @property
     def per_row(self) -> int:
@@ -121,13 +140,61 @@ class ModelCost:
         """
         if context < 1 or gists < 1:
             raise ValueError(f"compressing needs at least one token and one gist, not {context} and {gists}")
-        named = self.linears if targets == "all-linear" else {targets} if isinstance(targets, str) else set(targets)
-        if unknown := set(named) - set(self.linears):
-            raise ValueError(f"the model has no linear layers {sorted(unknown)}, only {', '.join(self.linears)}")
-        cost = {name: 2 * i * o + 2 * rank * (i + o) * (name in named) for name, (i, o) in self.linears.items()}
-        last = sum(cost[name] for name in KEPT_IN_LAST_LAYER)
         rows = context + gists
-        return rows * ((self.layers - 1) * sum(cost.values()) + last) + self.per_pair * rows * rows
+        return rows * (self._context_row() + self._lora_row(rank, targets)) + self.per_pair * rows * rows
+
+    def train(
+        self,
+        layout: GistLayout,
+        head_rows: int,
+        *,
+        rank: int | None = None,
+        targets: str | Sequence[str] = "all-linear",
+        checkpointing: bool = False,
+    ) -> StepCost:
+        """FLOPs of one forward and backward pass over a packed row, with the head on `head_rows` rows.
+
+        With a `rank` the base is frozen: LoRA acts on the context's rows, and the last layer leaves them out as in `compress`.
+        A product with a frozen weight then has one gradient, that of its input, which costs as much as its forward pass; LoRA,
+        attention, and every product without a `rank`, have two. Checkpointing runs each layer's forward pass once more, up to
+        the last tensor that its backward pass needs: that is what `down_proj` reads, or what its LoRA's second matrix reads.
+        """
+        pairs = sum(run.count * run.tokens * (run.reads + run.tokens) for run in layout.runs)
+        attention, head = self.per_pair * pairs, self.per_head_row * head_rows
+        down = 2 * math.prod(self.linears["down_proj"])
+        if rank is None:
+            linear, lora, gradients = layout.tokens * self.per_row, 0, 2
+            spared = layout.tokens * self.layers * down
+        else:
+            context = layout.compress_rows
+            linear = (layout.tokens - context) * self.per_row + context * self._context_row()
+            lora, gradients = context * self._lora_row(rank, targets), 1
+            spared = (layout.tokens - context) * down
+            if "down_proj" in self.targeted(targets):
+                spared += context * (self.layers - 1) * 2 * rank * self.hidden
+            else:
+                spared += layout.tokens * (self.layers - 1) * down
+        layers = linear + lora + attention
+        backward = gradients * (linear + head) + 2 * (lora + attention)
+        return StepCost(layers + head, backward, layers - spared if checkpointing else 0)
+
+    def targeted(self, targets: str | Sequence[str]) -> set[str]:
+        """The names of linear layers that `targets` of a LoRA means; ValueError for one that the model does not have."""
+        named = set(self.linears) if targets == "all-linear" else {targets} if isinstance(targets, str) else set(targets)
+        if unknown := named - set(self.linears):
+            raise ValueError(f"the model has no linear layers {sorted(unknown)}, only {', '.join(self.linears)}")
+        return named
+
+    def _context_row(self) -> int:
+        """FLOPs of the linear layers for a row that is compressed: of the last layer, keys and values only."""
+        cost = {name: 2 * i * o for name, (i, o) in self.linears.items()}
+        return (self.layers - 1) * sum(cost.values()) + sum(cost[name] for name in KEPT_IN_LAST_LAYER)
+
+    def _lora_row(self, rank: int, targets: str | Sequence[str]) -> int:
+        """FLOPs of LoRA for a row that is compressed."""
+        named = self.targeted(targets)
+        cost = {name: 2 * rank * (i + o) for name, (i, o) in self.linears.items() if name in named}
+        return (self.layers - 1) * sum(cost.values()) + sum(cost.get(name, 0) for name in KEPT_IN_LAST_LAYER)
 
     def state_bytes(self, rows: int, bytes_per_element: int = 2) -> int:
         """Bytes of the keys and values of `rows` rows (gists of a prefix, or tokens of a cached context) in all layers."""

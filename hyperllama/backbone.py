@@ -19,6 +19,8 @@ from hyperllama.distributed import gathered
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import canonical_json, sha256
 
+# Configs of well-known models, without weights: OWNER--NAME/config.json.
+SHIPPED_CONFIGS = Path(__file__).parent.parent / "recipes" / "models"
 # Config attributes that change what a key means or who may see it, with the values at which they do nothing.
 HARMLESS = {
     "sliding_window": (None,),
@@ -116,10 +118,24 @@ def load_config(name_or_path: str, revision: str | None = None):
         ) from error
 
 
-def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; UserError if there is none."""
+def find_config(name_or_path: str, revision: str | None = None):
+    """As `load_config`, but of a hub model without a `revision` the config that is shipped with us comes first.
+
+    For what needs the sizes of a model and not its weights, so that it needs no network.
+    """
+    shipped = SHIPPED_CONFIGS / name_or_path.replace("/", "--")
+    is_hub_name = (
+        name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).exists()
+    )
+    if revision is None and is_hub_name and (shipped / "config.json").is_file():
+        return load_config(str(shipped))
+    return load_config(name_or_path, revision=revision)
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None, *, local: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; UserError if there is none. `local` asks no network, only folders and the hub's cache."""
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, local_files_only=local)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name_or_path}: has no tokenizer that transformers can load ({in_one_line(error)})") from error
 

@@ -224,12 +224,24 @@ def check(
     overrides: Overrides = None,
     against: Annotated[Path | None, typer.Option(help="Another recipe whose data this one's must not share.")] = None,
     episodes: Annotated[int, typer.Option(min=1, help="How many episodes to draw for the figures.")] = 500,
+    gpus: Annotated[int | None, typer.Option(help="Plan a training run on so many GPUs a node: memory, FLOPs, hours.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="With --gpus: how many nodes; 1 by default.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="With --gpus: h200, h100, a100-80, a100-40 or 4090; h100 by default.")] = None,
+    utilisation: Annotated[
+        float | None, typer.Option(help="With --gpus: the share of the GPU's peak that is reached; 0.4 by default.")
+    ] = None,
 ) -> None:
-    """Say what a recipe's data is, before anything is paid for: no GPU, no weights."""
+    """Say what a recipe's data is, and what training costs, before anything is paid for: no GPU, no weights."""
     _workflows()
     from eval.check import check as report
+    from eval.sizing import Hardware
 
-    typer.echo(report(recipe, overrides or (), against=against, episodes=episodes))
+    asked = {"nodes": nodes, "gpu": gpu, "utilisation": utilisation}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if asked and gpus is None:
+        raise UserError(f"--{next(iter(asked))} is for a plan: give --gpus too, the number of GPUs a node")
+    hardware = None if gpus is None else Hardware.of(gpus=gpus, **asked)
+    typer.echo(report(recipe, overrides or (), against=against, episodes=episodes, hardware=hardware))
 
 
 @app.command()

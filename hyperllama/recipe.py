@@ -253,9 +253,10 @@ OPEN = ("training", "model.architecture", "generation")  # keys below these are 
 AnyRecipe = Recipe | EvaluationRecipe | TuneRecipe
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, schema: type = Recipe) -> Any:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, schema: type = Recipe, data: bool = True) -> Any:
     """Read and check a recipe file with `dotted.key=value` overrides; a `Recipe`, or what `schema` says.
 
+    Without `data`, the files that `data.root` names need not be there.
     Raises UserError with one line for every problem: the file (or "command line"), the key, what is wrong, and the nearest
     known name.
     """
@@ -272,15 +273,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, schema: type
             continue
         merged = _merge(merged, OmegaConf.from_dotlist([override]), schema, "command line", problems)
     recipe = OmegaConf.to_object(merged)
-    problems += [f"{path}: {problem}" for problem in recipe_problems(recipe)]
+    problems += [f"{path}: {problem}" for problem in recipe_problems(recipe, data=data)]
     if problems:
         raise UserError("\n".join(problems))
     return recipe
 
 
-def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """A recipe of whichever kind its `method` says it is."""
-    return load_recipe(path, overrides, schema=SCHEMAS.get(_read(path).get("method", "hypernetwork"), Recipe))
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = (), *, data: bool = True) -> AnyRecipe:
+    """A recipe of whichever kind its `method` says it is; `data` as in `load_recipe`."""
+    schema = SCHEMAS.get(_read(path).get("method", "hypernetwork"), Recipe)
+    return load_recipe(path, overrides, schema=schema, data=data)
 
 
 def _read(path: str | Path):

@@ -10,15 +10,18 @@ DEEPSPEED = Path(__file__).parent.parent / "recipes" / "deepspeed"
 FROM_HUB = ("sni", "p3", "symbols", "templates", "text")
 
 
-def recipe_problems(recipe: Any) -> list[str]:
-    """Everything about a recipe, of any kind, that cannot work: "key: what is wrong; what to do", a sentence each."""
+def recipe_problems(recipe: Any, *, data: bool = True) -> list[str]:
+    """Everything about a recipe, of any kind, that cannot work: "key: what is wrong; what to do", a sentence each.
+
+    Without `data`, its files need not be there.
+    """
     check = _Checks()
     check(bool(recipe.output), "output: give the folder for this run")
     if recipe.method == "study":
         check(bool(recipe.tune) and Path(recipe.tune).is_file(), f"tune: {recipe.tune} is not a recipe file; give one to vary")
         check(bool(recipe.starts and recipe.sizes and recipe.seeds), "starts, sizes, seeds: at least one of each")
         return list(check)
-    _data(recipe.data, check)
+    _data(recipe.data, check, there=data)
     {"evaluate": _evaluation, "tune": _tuning}.get(recipe.method, _training)(recipe, check)
     return list(check)
 
@@ -29,7 +32,7 @@ class _Checks(list):
             self.append(problem)
 
 
-def _data(data: Any, check: _Checks) -> None:
+def _data(data: Any, check: _Checks, *, there: bool) -> None:
     fewest = data.shots if data.min_shots is None else data.min_shots
     check(0 <= fewest <= data.shots, f"data.min_shots: between 0 and data.shots={data.shots}, not {fewest}")
     check(data.queries >= 1, f"data.queries: at least 1, not {data.queries}")
@@ -46,8 +49,8 @@ def _data(data: Any, check: _Checks) -> None:
             check(not part.root, f"{key}: give root or hub, not both")
         else:
             check(bool(part.root), f"{key}.root: give the folder or file of source {part.source}")
-            there = not part.root or Path(part.root).expanduser().exists()
-            check(there, f"{key}.root: {part.root} does not exist; set it to where your copy of the data is")
+            exists = not there or not part.root or Path(part.root).expanduser().exists()
+            check(exists, f"{key}.root: {part.root} does not exist; set it to where your copy of the data is")
         if part.source == "templates":
             check(bool(part.templates.templates), f"{key}.templates.templates: give P3's templates, JSON lines or YAML folders")
 

@@ -1,0 +1,270 @@
+"""What training a recipe costs, before anything is paid for: memory by part and by setting of DeepSpeed, FLOPs, hours.
+
+All from the config of the base, on the meta device: no weights, no GPU. Communication takes no time here, and the data
+loader keeps up; `utilisation` stands for both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from eval.flops import ModelCost
+from eval.memory import Parameters
+from eval.sizing import (
+    FREE,
+    Hardware,
+    Row,
+    base_config,
+    batches_of,
+    checkpointing,
+    largest_episode,
+    memory,
+    parameters,
+    whole,
+)
+from hyperllama.data.packing import GistBatch
+from hyperllama.data.text import EncodedEpisode
+from hyperllama.errors import UserError
+from hyperllama.recipe import Recipe
+
+TWO_STATES = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused")
+
+
+def plan(
+    recipe: Recipe,
+    hardware: Hardware,
+    encoded: Sequence[EncodedEpisode] = (),
+    *,
+    vocabulary: int | None = None,
+    examples: int | None = None,
+) -> list[str]:
+    """The plan of a training run, as lines of text.
+
+    `encoded` are episodes as training draws them; without any, tokens are bounded by the recipe's limits. `vocabulary` is the
+    size of a tokenizer that is trained for the run, `examples` that of the data, which says how long epochs are.
+    UserError for values that no run would take, and bases whose costs are not known.
+    """
+    config = base_config(recipe, vocabulary)
+    cost, counts, size = ModelCost.of(config), parameters(recipe, config), whole(recipe, "per_device_train_batch_size", 8)
+    episodes = [episode for episode in encoded if episode.queries] or [largest_episode(recipe)]
+    batches = list(batches_of(recipe, episodes, size))
+    rows = memory(recipe, cost, counts, batches, hardware)
+    largest = max(batches, key=lambda batch: batch.tokens)
+    context = 0 if counts.full else largest.layout.compress_rows
+    drawn = any(episode.queries for episode in encoded)
+    origin = f"the largest of {len(batches)} drawn from the data" if drawn else _bound(recipe)
+    lines = [
+        f"plan: {hardware.nodes} x {hardware.gpus} {hardware.gpu.name}, each {_gb(hardware.gpu.memory)} GB "
+        f"({hardware.gpu.memory / 2**30:.1f} GiB) and {hardware.gpu.peak / 1e12:,.0f} TFLOP/s dense in bf16",
+        "",
+        f"base            {recipe.model.name_or_path or 'initialised at random'}: {config.model_type}, {cost.layers} layers, "
+        f"{counts.linear + counts.other:,} parameters",
+        f"parameters      {counts.frozen:,} frozen, {counts.trained:,} trained{_added(recipe, counts, cost)}",
+        f"numbers         {_numbers(recipe)}",
+        f"one batch       {size} episodes a GPU, {largest.tokens:,} tokens ({context:,} of contexts with gists), "
+        f"{len(largest.targets):,} targets:",
+        f"                {origin}",
+        "",
+        *_table(rows, hardware),
+        "",
+        *_choice(recipe, cost, counts, episodes, rows, hardware),
+        *_notes(recipe, hardware, counts),
+        "",
+        *_time(recipe, cost, batches, hardware, examples),
+    ]
+    return lines
+
+
+def _added(recipe: Recipe, counts: Parameters, cost: ModelCost) -> str:
+    if counts.full:
+        return " (all weights)"
+    gists = recipe.gist.tokens * cost.hidden
+    return f" ({gists:,} of {recipe.gist.tokens} gists, {counts.added - gists:,} of LoRA with rank {recipe.lora.rank})"
+
+
+def _numbers(recipe: Recipe) -> str:
+    model, training = recipe.model, recipe.training
+    kept = f"base in {model.dtype}" + (", its decoder's linear layers in 4 bits (nf4)" if model.quantize else "")
+    half = "bf16" if training.get("bf16") else "fp16" if training.get("fp16") else None
+    computed = f"; autocast to {half}, with DeepSpeed all weights cast to it" if half else ""
+    saved = ", activations run again (checkpointing)" if checkpointing(training) else ", no checkpointing of activations"
+    return kept + computed + saved
+
+
+def _bound(recipe: Recipe) -> str:
+    texts = any(part.source == "text" for part in recipe.data.parts)
+    return (
+        f"an upper bound, from limits and data.queries{', and data.text' if texts else ''}, "
+        f"with answers of {recipe.format.answer_tokens} tokens (format.answer_tokens)"
+    )
+
+
+def _table(rows: Sequence[Row], hardware: Hardware) -> list[str]:
+    cells = [("", "weights", "gradients", "optimiser", "buffers", "activations", "logits", "a layer", "peak", "", "host")]
+    for row in rows:
+        states, kept = row.states, row.activations
+        parts = (states.weights, states.gradients, states.optimiser, states.buffers, kept.kept, kept.logits, kept.layer)
+        fits = "fits" if row.total <= hardware.usable else "no"
+        host = _gb(states.host) if states.host else "-"
+        cells.append((str(row.zero), *map(_gb, (*parts, row.total)), fits, host))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return [
+        f"memory of one GPU in GB (10^9 bytes); {FREE:.0%} are to stay free, so {_gb(hardware.usable)} GB may be filled.",
+        "The peak is the sum with the larger of logits and a layer's backward pass, which are not there at once.",
+        "Host is the memory of a node that offloading takes.",
+        "",
+        *(
+            "  " + "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+            for line in cells
+        ),
+    ]
+
+
+def _choice(
+    recipe: Recipe,
+    cost: ModelCost,
+    counts: Parameters,
+    episodes: Sequence[EncodedEpisode],
+    rows: Sequence[Row],
+    hardware: Hardware,
+) -> list[str]:
+    """The first setting that fits, or what would make one fit."""
+    best = _first(rows, hardware)
+    lines = []
+    if best is not None:
+        override = f"deepspeed={best.zero.name or 'null'}"
+        lines.append(
+            f"The cheapest setting that fits is {best.zero}: {_gb(best.total)} of {_gb(hardware.usable)} GB; type {override}"
+        )
+    else:
+        least = min(rows, key=lambda row: row.total)
+        lines.append(
+            f"Nothing fits: the smallest, {least.zero}, needs {_gb(least.total)} GB, {_gb(least.total - hardware.usable)} GB "
+            f"more than the {_gb(hardware.usable)} GB of one GPU that may be filled"
+        )
+        changes = _changes(recipe)
+        tried = [[change] for change in changes] + ([list(changes)] if len(changes) > 1 else [])
+        for names in tried:
+            changed = recipe
+            for name in names:
+                changed = changes[name](changed)
+            batches = list(batches_of(changed, episodes, whole(changed, "per_device_train_batch_size", 8)))
+            after = memory(changed, cost, counts, batches, hardware)
+            fit, smallest = _first(after, hardware), min(after, key=lambda row: row.total)
+            what = (
+                f"fits, with deepspeed={fit.zero.name or 'null'}" if fit else f"{smallest.zero}: {_gb(smallest.total)} GB, no"
+            )
+            lines.append(f"  with {' '.join(names)}: {what}")
+    own = recipe.deepspeed
+    if own is not None:
+        row = next((row for row in rows if row.zero.name == own), None)
+        if row is None:
+            lines.append(f"The recipe's own setting, deepspeed={own}, is none of those above and not counted")
+        elif best is None or row.zero != best.zero:
+            fits = "fits too" if row.total <= hardware.usable else "does not fit"
+            lines.append(f"The recipe's own setting, deepspeed={own}, {fits}")
+    return lines
+
+
+def _first(rows: Sequence[Row], hardware: Hardware) -> Row | None:
+    return next((row for row in rows if row.total <= hardware.usable), None)
+
+
+def _changes(recipe: Recipe) -> dict[str, Any]:
+    """What takes less memory than the recipe as it is: what to type, and the recipe with it."""
+
+    def training(**settings):
+        return lambda one: dataclasses.replace(one, training={**one.training, **settings})
+
+    def model(**settings):
+        return lambda one: dataclasses.replace(one, model=dataclasses.replace(one.model, **settings))
+
+    found = {}
+    if not checkpointing(recipe.training):
+        found["training.gradient_checkpointing=true"] = training(gradient_checkpointing=True)
+    if whole(recipe, "per_device_train_batch_size", 8) > 1:
+        found["training.per_device_train_batch_size=1"] = training(per_device_train_batch_size=1)
+    if not recipe.training.get("bf16") and not recipe.training.get("fp16"):
+        found["training.bf16=true"] = training(bf16=True)
+    if recipe.method == "hypernetwork":
+        if recipe.model.dtype == "float32":
+            found["model.dtype=bfloat16"] = model(dtype="bfloat16")
+        if not recipe.model.quantize:
+            found["model.quantize=nf4"] = model(quantize="nf4")
+    return found
+
+
+def _notes(recipe: Recipe, hardware: Hardware, counts: Parameters) -> list[str]:
+    training, lines = recipe.training, []
+    optimiser = str(training.get("optim", "adamw_torch_fused"))
+    if optimiser not in TWO_STATES:
+        lines.append(f"training.optim={optimiser} is counted as AdamW: two states for each trained parameter")
+    if recipe.model.quantize:
+        lines.append("ZeRO-3 is left out: it is not known to cut weights of 4 bits")
+    if not training.get("bf16") and not training.get("fp16") and recipe.model.dtype == "float32":
+        lines.append("float32 runs far below a GPU's bf16 peak: set training.bf16=true, or count on many times the hours below")
+    bytes_read = (counts.linear + counts.other) * (2 if recipe.model.dtype == "bfloat16" else 4) * hardware.gpus
+    lines.append(
+        f"While it loads, without ZeRO-3, each process may hold the whole base: {_gb(bytes_read)} GB of host memory a node"
+    )
+    return lines
+
+
+def _time(recipe: Recipe, cost: ModelCost, batches: Sequence[GistBatch], hardware: Hardware, examples: int | None) -> list[str]:
+    """Tokens, FLOPs and hours. FLOPs of all that is computed, checkpointing's second forward pass included."""
+    full, lora = recipe.method == "full_attention", recipe.lora
+    settings: dict[str, Any] = {"checkpointing": checkpointing(recipe.training)}
+    if not full:
+        settings |= {"rank": lora.rank, "targets": lora.targets or "all-linear"}
+    costs = [cost.train(batch.layout, len(batch.targets), **settings) for batch in batches]
+    accumulation = whole(recipe, "gradient_accumulation_steps", 1)
+    passes = accumulation * hardware.world / len(batches)
+    # Ranks draw batches of their own; the mean of those that were packed stands for all of them.
+    parts = {name: sum(getattr(c, name) for c in costs) * passes for name in ("forward", "backward", "again", "total")}
+    tokens = sum(batch.tokens for batch in batches) * passes
+    seconds = parts["total"] / hardware.world / (hardware.gpu.peak * hardware.utilisation)
+    shown = ", ".join(f"{label} {_flops(parts[name])}" for name, label in (("forward", "forward"), ("backward", "backward")))
+    again = f", forward again {_flops(parts['again'])}" if parts["again"] else ""
+    size = whole(recipe, "per_device_train_batch_size", 8) * accumulation
+    lines = [
+        f"one step        {size * hardware.world:,} episodes ({size} a GPU), {tokens:,.0f} tokens, "
+        f"{_flops(parts['total'])} FLOPs ({shown}{again})"
+    ]
+    steps, why = recipe.training.get("max_steps", -1), "training.max_steps"
+    if not isinstance(steps, int) or isinstance(steps, bool):
+        raise UserError(f"training.max_steps: a whole number, not {steps!r}")
+    if steps <= 0 and examples:
+        epochs = recipe.training.get("num_train_epochs", 3)
+        steps = math.ceil(epochs * max(1, examples // recipe.data.queries) / (size * hardware.world))
+        why = f"{epochs:g} epochs of {examples:,} examples"
+    if steps <= 0:
+        steps, why = 1000, "an example: how many there are is not known without training.max_steps"
+    hours = steps * seconds / 3600
+    lines += [
+        f"steps           {steps:,} ({why}), {steps * tokens:,.0f} tokens, {_flops(steps * parts['total'])} FLOPs",
+        f"time            {_hours(hours)}, {hours * hardware.world:,.2f} GPU-hours, at {hardware.utilisation:.0%} of the peak "
+        f"({_seconds(seconds)} a step); communication is not counted",
+    ]
+    return lines
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:,.2f}"
+
+
+def _flops(count: float) -> str:
+    exponent = max(0, int(math.log10(count)) // 3 * 3) if count else 0
+    return f"{count / 10**exponent:.3g}e{exponent}"
+
+
+def _hours(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{60 * hours:.1f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.1f} seconds"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.2f} ms"
