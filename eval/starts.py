@@ -152,10 +152,13 @@ def _markdown(summary: dict):
     share = summary["metric"] == "test_accuracy"
     what = "accuracy on unseen inputs" if share else "loss on unseen inputs, nats per target token, lower is better"
     yield "# From where should prefix tuning start?\n"
-    yield f"Quality is {what}; 95 % intervals by bootstrap over tasks. Every start sees the same tasks, examples and steps.\n"
-    yield "![Quality over steps, a panel for each number of examples](starts.png)\n"
+    yield (
+        f"Quality is {what}; 95 % intervals by bootstrap over tasks. Every start sees the same tasks, examples and steps. "
+        "Shots are `data.shots`: the examples of a task, or of each of its classes where the source says so.\n"
+    )
+    yield "![Quality over steps, a panel for each number of shots](starts.png)\n"
     for size, entry in summary["sizes"].items():
-        yield f"## {size} examples a task, {entry['tasks']} tasks\n"
+        yield f"## {size} shots, {entry['tasks']} tasks\n"
         yield f"Full attention over the same examples: {_figure(entry['full_attention'], share)}.\n"
         columns = ("at step 0", "mean over the curve", "at the end", "end, less that of the first start")
         yield f"| start | {' | '.join(columns)} | steps to within a point of full attention |"
@@ -166,8 +169,8 @@ def _markdown(summary: dict):
             yield f"| {name} | {' | '.join(cells)} | {steps['mean']} [{steps['low']}, {steps['high']}] |"
         yield ""
     target = summary["examples_to_target"]
-    yield f"## Examples to within a point of full attention over the most examples ({_number(target['target'], share)})\n"
-    yield "| start | fewest examples |\n|---|---|"
+    yield f"## Shots to within a point of full attention over the most shots ({_number(target['target'], share)})\n"
+    yield "| start | fewest shots |\n|---|---|"
     for name, size in target["examples"].items():
         yield f"| {name} | {'more than these' if size is None else size} |"
 
@@ -198,7 +201,7 @@ def draw(summary: dict, path: str | Path) -> None:
         handles["full attention over the examples"] = panel.axhline(
             scale * entry["full_attention"]["mean"], color="#444444", linestyle="--", linewidth=1
         )
-        panel.set(xlabel="step", title=f"{size} examples a task")
+        panel.set(xlabel="step", title=f"{size} shots")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="accuracy on unseen inputs (%)" if share else "loss on unseen inputs (nats per token)")

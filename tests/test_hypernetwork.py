@@ -173,8 +173,12 @@ def test_read_rows_are_the_base_model_bit_for_bit(base):
     ids = torch.randint(3, VOCABULARY, (1, layout.tokens))
     embeds = hypernetwork._embed(ids, layout)
     arguments = {"inputs_embeds": embeds, "use_cache": False, **packed_arguments(base, layout)}
-    with_lora = base(gist_lora=hypernetwork.lora, **arguments).logits
     without = base(**arguments).logits
+    skipping = base(gist_lora=hypernetwork.lora, **arguments).logits
+    # Leaving rows out of the last layer changes the shapes of its products, whose rounding some processors let depend on them.
+    torch.testing.assert_close(skipping[:, 15:], without[:, 15:], rtol=0, atol=1e-5)
+    hypernetwork.lora.skip.remove()
+    with_lora = base(gist_lora=hypernetwork.lora, **arguments).logits
     assert torch.equal(with_lora[:, 15:], without[:, 15:])
     assert not torch.allclose(with_lora[:, :15], without[:, :15])
 

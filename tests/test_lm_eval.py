@@ -101,7 +101,7 @@ class TestTasks:
 @pytest.mark.parametrize("kind, batch_size", [("llama", 1), *((kind, 8) for kind in ARCHITECTURES)])
 def test_stock_lm_eval_scores_and_generates_what_we_do(tmp_path, kind, batch_size):
     if importlib.util.find_spec("lm_eval") is None:
-        pytest.skip("lm-evaluation-harness is not installed; pip install lm_eval into this environment")
+        pytest.skip("lm-evaluation-harness is not installed; pip install -e '.[lm-eval]'")
     tokenizer = tokenizer_with_start()
     # A tokenizer of Qwen2 adds this token by itself, and lm_eval resizes embeddings that are not as many as the tokens.
     tokenizer.add_tokens(["<|endoftext|>"], special_tokens=True)

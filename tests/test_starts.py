@@ -106,7 +106,7 @@ def test_a_study_goes_on_where_it_stopped(recipe, tmp_path):
     runs = sorted(path.parent for path in folder.glob("*/result.json"))
     assert len(runs) == 8 and (folder / "starts.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "report.md").read_text() == report
-    assert "## 4 examples a task, 4 tasks" in report and "| vocabulary:start.gists=2 |" in report
+    assert "## 4 shots, 4 tasks" in report and "| vocabulary:start.gists=2 |" in report
     summary = json.loads((folder / "summary.json").read_text())
     times = {run: (run / "result.json").stat().st_mtime_ns for run in runs}
     gone = runs[3]
