@@ -35,5 +35,5 @@ clean:
 	touch $@
 
 .venv/.installed-test: .venv/bin/python setup.py
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,tensorboard,deepspeed,lm-eval]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,tensorboard,deepspeed,quant,lm-eval]"
 	touch $@ .venv/.installed

@@ -37,6 +37,7 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard"],
         "deepspeed": ["deepspeed>=0.19"],
+        "quant": ["bitsandbytes>=0.45"],
         "lm-eval": ["lm_eval>=0.4.9"],
         "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14"],
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from attention_masks import GistLayout, register, rotate
 from attention_masks.registration import layout_arguments
@@ -52,32 +60,61 @@ FINGERPRINTED_CONFIG = (
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """How a base model is known again: its name for people, and SHA-256 fingerprints for files."""
+    """How a base model is known again: its name for people, and SHA-256 fingerprints for files.
+
+    A quantised base has fingerprints of its own; `quantize` says how to load it.
+    """
 
     name: str
     weights: str
     config: str
     tokenizer: str | None = None
+    quantize: str | None = None
 
     def as_dict(self) -> dict:
         return asdict(self)
 
 
-def load_base(name_or_path: str, *, dtype: str = "float32", revision: str | None = None, device: str | None = None):
+def load_base(
+    name_or_path: str,
+    *,
+    dtype: str = "float32",
+    quantize: str | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+) -> PreTrainedModel:
     """A causal LM from a local folder or the hub, checked, frozen and set to gist attention.
 
-    Raises UserError if there is no such model or its attention is not plain causal with rotary positions.
+    `quantize="nf4"` keeps its linear layers in 4 bits, with doubly quantised constants (Dettmers et al. 2023, section 3), by
+    bitsandbytes; they compute in `dtype`. Raises UserError if there is no such model, its attention is not plain causal with
+    rotary positions, or bitsandbytes is missing.
     """
+    device = device or default_device()
     config = load_config(name_or_path, revision=revision)
     check_config(config, name_or_path)
     register()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name_or_path, config=config, dtype=getattr(torch, dtype), revision=revision
+            name_or_path, config=config, dtype=getattr(torch, dtype), revision=revision, **_quantized(quantize, dtype, device)
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{name_or_path}: the model's weights cannot be loaded ({in_one_line(error)})") from error
-    return prepare(model, name_or_path).to(device or default_device())
+    model = prepare(model, name_or_path)
+    return model if quantize else model.to(device)
+
+
+def _quantized(quantize: str | None, dtype: str, device: str) -> dict[str, Any]:
+    if quantize is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("model.quantize: needs bitsandbytes; pip install 'hyperllama[quant]', or set it to null")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantize,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def random_base(architecture: Mapping[str, Any], *, vocab_size: int, dtype: str = "float32", **special_tokens: int | None):
@@ -225,10 +262,13 @@ def identify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None =
 
     weights: name, shape and 256 evenly spaced entries of every parameter, rounded to bf16, so that one model loaded in two
     dtypes is the same model, and 7 billion weights take a second. Every kind of tuning moves entries of that sample. Under
-    ZeRO-3 all ranks must call it: a parameter at a time is gathered.
+    ZeRO-3 all ranks must call it: a parameter at a time is gathered. Of a base in 4 bits only embeddings, norms and head count:
+    the bytes of its linear layers are stored differently from device to device.
     """
     digest = []
     for parameter_name, parameter in sorted(model.named_parameters()):
+        if not parameter.is_floating_point():
+            continue
         with gathered([parameter]):
             flat = parameter.detach().flatten()
             sample = flat[torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), device=flat.device).long()]
@@ -240,4 +280,5 @@ def identify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None =
         weights=sha256(*digest),
         config=sha256(canonical_json({**config, "rope_parameters": model.config.rope_parameters})),
         tokenizer=None if tokenizer is None else sha256(canonical_json(tokenizer.get_vocab())),
+        quantize="nf4" if getattr(model, "is_loaded_in_4bit", False) else None,
     )

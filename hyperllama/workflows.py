@@ -57,7 +57,7 @@ def make_base(
             with whole_models(arguments):
                 _make_random_base(recipe, source)
         tokenizer = load_tokenizer(name, model.revision)
-    return load_base(name, dtype=model.dtype, revision=model.revision), tokenizer
+    return load_base(name, dtype=model.dtype, quantize=model.quantize, revision=model.revision), tokenizer
 
 
 def _make_random_base(recipe: Recipe, source: Source) -> None:
@@ -167,7 +167,7 @@ def load_hypernetwork(
     run = fetch(run)
     config = read_config(run)
     name = base_path or config["base"]["name"]
-    base, tokenizer = load_base(name, dtype=dtype), load_tokenizer(name)
+    base, tokenizer = load_base(name, dtype=dtype, quantize=config["base"].get("quantize")), load_tokenizer(name)
     notes = config["notes"]
     encoder = Encoder(tokenizer, TextFormat(**notes.get("format", {})), Limits(**notes.get("limits", {})))
     return GistHypernetwork.from_pretrained(run, base, tokenizer=tokenizer), encoder
@@ -296,7 +296,7 @@ class Session:
         self.tokenizer, self.chat_template = load_tokenizer(name), chat_template
         if chat_template and not self.tokenizer.chat_template:
             raise UserError(f"{name}: its tokenizer has no chat template; leave --chat-template out")
-        self.reader = Reader(load_base(name), self.tokenizer)
+        self.reader = Reader(load_base(name, quantize=self.prefix.manifest.base.quantize), self.tokenizer)
         self.prefix.check(self.reader.identity, str(prefix_path))
         self.encoder = Encoder(self.tokenizer, TextFormat(**self.prefix.manifest.text_format), Limits())
 
