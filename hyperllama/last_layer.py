@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 
 class LastLayerSkip:
-    """Leaves the rows on which `lora` acts, `lora.rows`, out of the last layer's queries, attention output and MLP.
+    """Leaves the rows on which `lora` acts, `lora.left_out`, out of the last layer's queries, attention output and MLP.
 
     Those rows get zeros there, which nothing reads: targets are in the read region, and a prefix holds keys and values. With
     six layers and three quarters of the rows in contexts this saves a ninth of a step's matrix products. `modules` are the
@@ -31,7 +31,7 @@ class LastLayerSkip:
             hook.remove()
 
     def _leave_out(self, module, args: tuple[Tensor, ...]):
-        return (args[0][:, self.lora.rows :], *args[1:]) if self.lora.rows else None
+        return (args[0][:, self.lora.left_out :], *args[1:]) if self.lora.left_out else None
 
     def _fill_up(self, module, args, output: Tensor):
-        return pad(output, (0, 0, self.lora.rows, 0)) if self.lora.rows else None
+        return pad(output, (0, 0, self.lora.left_out, 0)) if self.lora.left_out else None

@@ -44,7 +44,7 @@ class RowLora(nn.Module):
     ):
         super().__init__()
         self.rank, self.alpha = rank, alpha
-        self.rows = 0
+        self.rows = self.left_out = 0
         layers = base.get_decoder().layers
         prefix = next(name for name, module in base.named_modules() if module is layers)
         linears = {f"{prefix}.{name}": module for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
@@ -83,7 +83,10 @@ class RowLora(nn.Module):
             hook.remove()
 
     def _choose_rows(self, attention, args, kwargs):
-        self.rows = kwargs["gist_layout"].compress_rows if kwargs.get("gist_lora") is self else 0
+        layout = kwargs.get("gist_layout")
+        self.rows = layout.compress_rows if kwargs.get("gist_lora") is self else 0
+        # A row stays where all could go: not every kernel takes a product without rows.
+        self.left_out = min(self.rows, layout.tokens - 1) if self.rows else 0
 
     def _update(self, key: str):
         scaling = self.alpha / self.rank
