@@ -44,7 +44,7 @@ def check(
     """A report on a recipe of any kind, as text; `episodes` are drawn for its figures, as training would draw them.
 
     With `hardware`, a plan of what training costs there comes last; then data or a tokenizer that is not at hand is no error:
-    the report says so, and the plan goes by the limits. A tokenizer is then asked of no network.
+    the report says so, and the plan goes by the limits. Neither is then asked of a network.
 
     Raises UserError for whatever running the recipe would refuse about its values, data, config or tokenizer.
     """
@@ -67,6 +67,9 @@ def _data_report(
     recipe_path: str | Path, recipe: AnyRecipe, against: str | Path | None, episodes: int, local: bool = False
 ) -> tuple[list[str], list[EncodedEpisode], int, int | None]:
     """The report on the data; the episodes that were drawn, the tokens of the vocabulary, and the examples if they end."""
+    hub = next((part.hub for part in recipe.data.parts if part.hub), None)
+    if local and hub:
+        raise UserError(f"{hub} is on the hub, which a plan does not ask; check without --gpus reads it")
     source = make_source(recipe.data)
     encoder, made = _encoder(recipe, source, local)
     drawn = list(_draw(recipe, source, encoder, episodes))
