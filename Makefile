@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint format benchmarks clean
+.PHONY: quickstart test lint format benchmarks gpu clean
 
 quickstart: .venv/.installed
 	$(BIN)/python -m eval.quickstart
@@ -23,6 +23,13 @@ benchmarks: .venv/.installed
 	$(BIN)/python -m benchmarks.training_step --float32 --json benchmarks/results/training_step_float32.json
 	$(BIN)/python -m benchmarks.scoring --json benchmarks/results/scoring.json
 	$(BIN)/python -m benchmarks.data --json benchmarks/results/data.json
+
+# On a machine with a CUDA GPU, whose own torch is used: OUT is where figures go.
+OUT ?= benchmarks/results
+gpu:
+	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) -m benchmarks.training_step --json $(OUT)/gpu_training_step.json
+	$(PYTHON) -m benchmarks.training_run --json $(OUT)/gpu_training_run.json
 
 clean:
 	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis *.egg-info

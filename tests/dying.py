@@ -15,11 +15,11 @@ from hyperllama.distributed import close
 from hyperllama.hypernetwork import GistHypernetwork
 from hyperllama.training import GistTrainer
 
-place, _, number = sys.argv[1].partition(":")
 times = Counter()
 
 
 def come_to(here):
+    place, _, number = sys.argv[1].partition(":")
     times[here] += 1
     # A job that the launcher has started again does not die again.
     if here == place and times[here] == int(number) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
@@ -41,14 +41,15 @@ def dies(owner, name, here, after=False):
     setattr(owner, name, with_death)
 
 
-dies(GistHypernetwork, "save_pretrained", "save_pretrained", after=True)
-dies(torch, "save", "torch.save", after=True)
-dies(checkpoints, "write_atomically", "write_shape", after=True)
-dies(checkpoints, "_sync", "sync", after=True)
-dies(checkpoints, "_sync", "rename")
-dies(checkpoints, "rotate_checkpoints", "renamed")
-dies(GistTrainer, "training_step", "step")
-if os.environ.get("RANK") == "1":
-    dies(GistTrainer, "training_step", "rank1")
-workflows.train(sys.argv[2], sys.argv[3:])
-close()
+if __name__ == "__main__":
+    dies(GistHypernetwork, "save_pretrained", "save_pretrained", after=True)
+    dies(torch, "save", "torch.save", after=True)
+    dies(checkpoints, "write_atomically", "write_shape", after=True)
+    dies(checkpoints, "_sync", "sync", after=True)
+    dies(checkpoints, "_sync", "rename")
+    dies(checkpoints, "rotate_checkpoints", "renamed")
+    dies(GistTrainer, "training_step", "step")
+    if os.environ.get("RANK") == "1":
+        dies(GistTrainer, "training_step", "rank1")
+    workflows.train(sys.argv[2], sys.argv[3:])
+    close()
