@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -313,11 +314,13 @@ def _sampling(max_new_tokens: int | None, temperature: float | None, top_p: floa
 
 def _workflows():
     """The module that does what verbs say: all that is heavy is imported here."""
-    from transformers.utils import logging
+    # An error is to be the only line on stderr: no word of what bitsandbytes could have, no bar of loading weights.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils.logging import disable_progress_bar
 
     from hyperllama import workflows
 
-    logging.disable_progress_bar()  # of loading weights; an error is to be the only line on stderr
+    disable_progress_bar()
     return workflows
 
 

@@ -61,6 +61,12 @@ def deepspeed_file(name: str) -> Path:
     return shipped if shipped.is_file() else Path(name)
 
 
+def _kernels(training: dict, check: _Checks) -> None:
+    # The Trainer would warn and go on without: it patches transformers' own classes, and what is trained wraps one.
+    liger = "training.use_liger_kernel: is applied to transformers' models only, not to what packs one; remove it"
+    check(not training.get("use_liger_kernel"), liger)
+
+
 def _deepspeed(recipe: Any, check: _Checks) -> None:
     if recipe.deepspeed:
         known = ", ".join(sorted(path.stem for path in DEEPSPEED.glob("*.json")))
@@ -101,6 +107,7 @@ def _training(recipe: Any, check: _Checks) -> None:
     check(0 <= recipe.lora.dropout < 1, f"lora.dropout: a share below 1, not {recipe.lora.dropout}")
     _format(recipe, check)
     _deepspeed(recipe, check)
+    _kernels(recipe.training, check)
     check("output_dir" not in training, "training.output_dir: is set by output; remove it")
     if endless:
         check(training.get("max_steps", -1) > 0, "training.max_steps: the synthetic language is endless, so say how many steps")
@@ -147,6 +154,7 @@ def _tuning(recipe: Any, check: _Checks) -> None:
     check(training.get("max_steps", -1) > 0, "training.max_steps: say how many steps at most")
     _format(recipe, check)
     _deepspeed(recipe, check)
+    _kernels(recipe.training, check)
 
 
 def _positions(model: Any) -> int | None:

@@ -287,6 +287,10 @@ def test_export(call, trained, examples, tmp_path):
     assert Prefix.from_peft(tmp_path / "adapter") == Prefix.load(tmp_path / "p.safetensors")
 
 
+def test_what_deepspeeds_launcher_adds_is_understood(call, trained):
+    assert call("inspect", trained, "--local_rank=0") == call("inspect", trained)
+
+
 def test_a_store_by_the_command_line(call, trained, examples, task_file, tmp_path):
     store = tmp_path / "store"
     code, out, _ = call("compress", trained, examples, task_file, "--store", store)

@@ -129,6 +129,15 @@ def test_a_good_recipe_with_overrides(tmp_path):
         ("format: {query: x}", "{file}: format.query: must use {input} and no other field, not 'x'"),
         ("training: {max_steps: -1}", "{file}: training.max_steps: the synthetic language is endless, so say how many steps"),
         ("training: {output_dir: x}", "{file}: training.output_dir: is set by output; remove it"),
+        (
+            "training: {use_liger_kernel: true}",
+            "{file}: training.use_liger_kernel: is applied to transformers' models only, not to what packs one; remove it",
+        ),
+        (
+            "deepspeed: zero4",
+            "{file}: deepspeed: zero4 is neither a file nor one of zero1, zero2, zero2-offload, zero3, zero3-offload",
+        ),
+        ("{deepspeed: zero1, training: {deepspeed: x}}", "{file}: training.deepspeed: is set by deepspeed; remove one of them"),
         ("model: {vocab_size: 9, tokenizer: bytes}", "{file}: model.vocab_size: at least 300, the bytes and some merges"),
         ("data: {source: jsonl}", "{file}: model.tokenizer: words knows the synthetic language only; choose bytes"),
         (
