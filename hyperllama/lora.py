@@ -59,6 +59,8 @@ class RowLora(nn.Module):
         skipped = {linear for module in self.skip.modules for linear in module.modules()}
         chosen = [name for name in linears if name.rsplit(".", 1)[-1] in self.targets]
         self.names = [name for name in chosen if linears[name] not in skipped]
+        # Kernels in 4 bits take no product without rows.
+        self.fewest = int(not all(linear.weight.is_floating_point() for linear in linears.values()))
         self.dropout = nn.Dropout(dropout)
         self.A, self.B = nn.ModuleDict(), nn.ModuleDict()
         for name in self.names:
@@ -85,8 +87,7 @@ class RowLora(nn.Module):
     def _choose_rows(self, attention, args, kwargs):
         layout = kwargs.get("gist_layout")
         self.rows = layout.compress_rows if kwargs.get("gist_lora") is self else 0
-        # A row stays where all could go: not every kernel takes a product without rows.
-        self.left_out = min(self.rows, layout.tokens - 1) if self.rows else 0
+        self.left_out = min(self.rows, layout.tokens - self.fewest) if self.rows else 0
 
     def _update(self, key: str):
         scaling = self.alpha / self.rank
