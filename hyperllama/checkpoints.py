@@ -93,6 +93,7 @@ class Staging:
             _sync(self.staged)
             shutil.rmtree(self.place / self.name, ignore_errors=True)
             (self.staged / self.name).rename(self.place / self.name)
+            self.staged.rmdir()
             rotate_checkpoints(output_dir=str(self.place), save_total_limit=self.args.save_total_limit, use_mtime=False)
         barrier()  # and see it in its place
 

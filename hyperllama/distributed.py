@@ -45,7 +45,7 @@ def whole_models(arguments: TrainingArguments) -> Iterator[None]:
     try:
         yield
     finally:
-        if arguments.hf_deepspeed_config is not None:
+        if arguments.deepspeed:
             set_hf_deepspeed_config(arguments.hf_deepspeed_config)
 
 

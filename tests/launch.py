@@ -10,6 +10,16 @@ from data_files import write
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+# Without it torch 2.13 starts a job again on the addresses of the processes that have died.
+ENVIRONMENT |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def hyperllama(*command):
+    """Run `hyperllama COMMAND` in one process with one thread, as torchrun's have: sums are then rounded alike."""
+    command = [sys.executable, "-m", "hyperllama", *map(str, command)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def torchrun(*command, processes=2, options=(), check=True, **environment):

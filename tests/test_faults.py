@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from data_files import WORDS, lines, write
-from launch import ENVIRONMENT, torchrun
+from launch import ENVIRONMENT, hyperllama, torchrun
 
 from hyperllama import workflows
 from hyperllama.checkpoints import newest_checkpoint
@@ -49,7 +49,7 @@ def end_of(run):
 
 @pytest.fixture
 def undisturbed(recipe, tmp_path):
-    workflows.train(recipe, [f"output={tmp_path}/undisturbed"])
+    hyperllama("train", recipe, f"output={tmp_path}/undisturbed")
     return end_of(tmp_path / "undisturbed")
 
 
@@ -70,9 +70,9 @@ def test_killed_while_saving_it_goes_on_to_the_same_end(recipe, tmp_path, undist
         reached.append(0 if newest is None else int(newest.rsplit("-", 1)[1]))
         assert newest is None or {"trainer_state.json", "optimizer.pt", "step.json"} <= {p.name for p in Path(newest).iterdir()}
     assert reached == sorted(reached) and reached[0] > 0 and reached[-1] >= 6
-    workflows.train(recipe)
+    hyperllama("train", recipe)
     assert end_of(run) == undisturbed
-    assert [path.name for path in (run / "checkpoints").iterdir() if path.name != ".writing"] == ["checkpoint-12"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-12"]
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(recipe, tmp_path, undis
     """As long as HYPERLLAMA_KILLS says; each process is killed at a random moment after it has begun to train."""
     kills, rng = int(os.environ.get("HYPERLLAMA_KILLS", 2)), random.Random(0)
     run, changes = tmp_path / "run", ["training.max_steps=400", "training.save_steps=1"]
-    workflows.train(recipe, [f"output={tmp_path}/long", *changes])
+    hyperllama("train", recipe, f"output={tmp_path}/long", *changes)
     for kill in range(kills):
         process = subprocess.Popen(
             [sys.executable, "-m", "hyperllama", "train", str(recipe), *changes],
@@ -95,7 +95,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(recipe, tmp_path, undis
         assert process.poll() is None, f"ended before kill {kill}"
         process.kill()
         process.wait()
-    workflows.train(recipe, changes)
+    hyperllama("train", recipe, *changes)
     assert end_of(run) == end_of(tmp_path / "long")
 
 
@@ -107,8 +107,8 @@ def test_a_rank_that_dies_ends_the_job_and_a_restart_carries_on(recipe, tmp_path
     assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr and time.time() - begun < 60
     assert newest_checkpoint(tmp_path / "run" / "checkpoints").endswith("checkpoint-3")
     shutil.rmtree(tmp_path / "run")
-    done = torchrun(SCRIPT, "rank1:5", recipe, options=("--max-restarts", "1"))
-    assert done.stderr.count("going on from") == 1
+    done = torchrun(SCRIPT, "rank1:5", recipe, options=("--max-restarts", "3"))
+    assert "going on from" in done.stderr
     assert end_of(tmp_path / "run") == end_of(tmp_path / "undisturbed")
 
 

@@ -138,6 +138,9 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
         folder.mkdir()
         if content:
             (folder / "trainer_state.json").write_text(content)
+        (folder / "step.json").write_text('{"processes": 1, "batch": 1, "accumulation": 1}')
+    (tmp_path / "checkpoint-16").mkdir()
+    (tmp_path / "checkpoint-16" / "trainer_state.json").write_text('{"global_step": 16}')  # copied without its last file
     assert newest_checkpoint(tmp_path).endswith("checkpoint-10")
     assert newest_checkpoint(tmp_path / "nothing") is None
 

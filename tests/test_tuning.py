@@ -106,7 +106,10 @@ def test_checkpoints_and_folding(base, tmp_path):
     other = PrefixTuner(base, starts(base), hidden=8)
     assert other.prefixes() != tuner.prefixes()
     other.load_weights(tmp_path)
-    assert other.prefixes() == tuner.prefixes()
+    for name, prefix in tuner.prefixes().items():
+        loaded = other.prefixes()[name]
+        for a, b in zip((*prefix.keys, *prefix.values), (*loaded.keys, *loaded.values)):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # some processors round by where a matrix lies in memory
     with torch.no_grad():  # the folded prefix, read by stock transformers, is what was trained
         folded = plain_loss(base, tuner.prefixes()["a"], "a").item()
         assert tuner(batch("a")).sum.item() == pytest.approx(folded, rel=1e-4)
