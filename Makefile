@@ -23,6 +23,7 @@ benchmarks: .venv/.installed
 	$(BIN)/python -m benchmarks.training_step --float32 --json benchmarks/results/training_step_float32.json
 	$(BIN)/python -m benchmarks.scoring --json benchmarks/results/scoring.json
 	$(BIN)/python -m benchmarks.data --json benchmarks/results/data.json
+	$(BIN)/python -m benchmarks.compress --json benchmarks/results/compress.json
 
 # On a machine with a CUDA GPU, whose own torch is used: OUT is where figures go.
 OUT ?= benchmarks/results

@@ -60,9 +60,7 @@ def compress(
     report: Annotated[bool, typer.Option("--report", help="Measure each prefix on held-back examples.")] = False,
     instruction: Annotated[str | None, typer.Option(help="Instruction of the task, instead of the file's.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Show only the first K examples.")] = None,
-    batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="With --store: tokens a pass, by default 2,048 on a CPU and 16,384 on a GPU.")
-    ] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="With --store: at most so many tokens a pass.")] = 16384,
     base: Base = None,
 ) -> None:
     """Turn the examples of a task into a prefix file."""

@@ -214,12 +214,11 @@ def compress_to_store(
     instruction: str | None = None,
     shots: int | None = None,
     base_path: str | None = None,
-    batch_tokens: int | None = None,
+    batch_tokens: int = 16384,
 ) -> Summary:
     """Compress many files, or folders of them, into a store; what is there already is not compressed again.
 
-    A pass has at most `batch_tokens`, by default 2,048 on a CPU, where larger ones are no faster (benchmarks/compress.py), and
-    16,384 on a GPU. Ranks (torchrun, or RANK and WORLD_SIZE set by hand) take every n-th task.
+    A pass has at most `batch_tokens`. Ranks (torchrun, or RANK and WORLD_SIZE set by hand) take every n-th task.
     """
     tasks = task_files(files)
     read_config(fetch(run))  # a store is not made for a run that is none
@@ -227,8 +226,6 @@ def compress_to_store(
     hypernetwork, encoder = load_hypernetwork(run, base_path)
     ranks = {"rank": int(os.environ.get("RANK", 0)), "ranks": processes()}
     settings = {"run": run, "shots": shots, "instruction": instruction, "progress": partial(print, file=sys.stderr), **ranks}
-    if batch_tokens is None:
-        batch_tokens = 2048 if hypernetwork.base.device.type == "cpu" else 16384
     return compress_into(place, hypernetwork, encoder, tasks, batch_tokens=batch_tokens, **settings)
 
 
