@@ -72,8 +72,8 @@ def test_ranks_train_what_one_process_trains(recipe, tmp_path, stage):
         states = [torch.load(path, weights_only=False) for path in checkpoint.glob("global_step*/*model_states.pt")]
         names = [name for state in states for name in (*state["module"], *(state.get("frozen_param_shapes") or ()))]
         assert names and not any(name.startswith("base.") for name in names), "the frozen base is not saved"
-    if stage == 1:
-        return  # as stage 2 in what follows
+    if stage in (1, 2):
+        return  # what follows takes a minute; stage 3 has the most to get wrong
     # As a crash after step 16 leaves it; then two processes, and one, go on to the same end.
     for path in (run / "result.json", run / "adapter_model.safetensors"):
         path.unlink()
