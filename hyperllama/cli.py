@@ -102,9 +102,7 @@ def generate(
     top_p: TopP = None,
     num_beams: Annotated[int, typer.Option(min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Write inputs by the tokenizer's chat template.")
-    ] = False,
+    chat_template: ChatTemplate = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     base: Base = None,
 ) -> None:
@@ -249,9 +247,7 @@ def chat(
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
-    chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Write inputs by the tokenizer's chat template.")
-    ] = False,
+    chat_template: ChatTemplate = False,
     base: Base = None,
 ) -> None:
     """Answer inputs one by one as they are typed, each behind the prefix alone; an empty line ends it."""

@@ -34,7 +34,7 @@ def join_deepspeed() -> None:
     """Tell DeepSpeed of the process group: building a model for ZeRO-3 needs it before there is an engine."""
     import deepspeed
 
-    backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
+    backend = torch.distributed.get_backend() if _joined() else None
     deepspeed.init_distributed(dist_backend=backend)
 
 
@@ -51,12 +51,16 @@ def whole_models(arguments: TrainingArguments) -> Iterator[None]:
 
 def close() -> None:
     """Leave the process group, if there is one, when all are done: a process that exits inside it may abort."""
-    barrier()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _joined():
+        barrier()
         torch.distributed.destroy_process_group()
 
 
 def barrier() -> None:
     """Wait until all processes are here."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _joined():
         torch.distributed.barrier()
+
+
+def _joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

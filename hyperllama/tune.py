@@ -48,16 +48,15 @@ def tune(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, tu
     if finished(run, resolved):
         return None
     defaults = {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
-    training_arguments(
-        {**defaults, **recipe.training}, run=run, seed=recipe.seed, deepspeed=recipe.deepspeed
-    )  # refused before anything loads
+    of_run = {"run": run, "seed": recipe.seed, "deepspeed": recipe.deepspeed}
+    training_arguments({**defaults, **recipe.training}, **of_run)  # refused before anything loads
     setting = prepare(recipe)
     tasks, reader, encoder = setting.tasks, setting.reader, setting.encoder
     step = min(recipe.tasks_per_step or len(tasks), len(tasks))
     checkpoint = newest_checkpoint(run / CHECKPOINTS)
     settings = {**defaults, **recipe.training, "per_device_train_batch_size": step}
     settings = settings_to_go_on(settings, checkpoint, processes())
-    arguments = training_arguments(settings, run=run, seed=recipe.seed, deepspeed=recipe.deepspeed)
+    arguments = training_arguments(settings, **of_run)
     write_atomically(run / RECIPE, resolved)
     write_atomically(run / VERSIONS, json.dumps(versions(), indent=2) + "\n")
     set_seed(recipe.seed)
