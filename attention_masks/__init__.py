@@ -7,13 +7,25 @@ earlier segments that it reads; nothing else is visible. `Segment` and `GistLayo
 This package imports torch only; transformers and matplotlib are imported by `register` and `picture` when they are called.
 """
 
-from attention_masks.attention import BACKENDS, gist_attention
+from attention_masks.attention import BACKENDS, choose, gist_attention, why_not
 from attention_masks.dense import dense_mask
 from attention_masks.draw import draw
 from attention_masks.layout import GistLayout, Segment
 from attention_masks.rotary import rotate
 
-__all__ = ["BACKENDS", "GistLayout", "Segment", "dense_mask", "draw", "gist_attention", "picture", "register", "rotate"]
+__all__ = [
+    "BACKENDS",
+    "GistLayout",
+    "Segment",
+    "choose",
+    "dense_mask",
+    "draw",
+    "gist_attention",
+    "picture",
+    "register",
+    "rotate",
+    "why_not",
+]
 
 
 def register() -> str:

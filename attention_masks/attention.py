@@ -1,15 +1,33 @@
-"""`gist_attention`: one signature for every kernel that can compute a reading graph."""
+"""`gist_attention`: one signature for every kernel that can compute a reading graph, and the choice between them."""
 
+from __future__ import annotations
+
+import importlib.util
+import logging
 from collections.abc import Callable
+from functools import cache
 
+import torch
 from torch import Tensor
 
 from attention_masks.dense import dense_attention
+from attention_masks.flex import block_flex_attention
 from attention_masks.layout import GistLayout
 from attention_masks.sdpa import sdpa_attention
+from attention_masks.varlen import alignment_fault, flash_attention, flash_kernel, torch_kernel, torch_varlen_attention
 
-# The one door for kernels: a backend is a function (q, k, v, layout, *, scale, inv_freq) -> output under a name of its own.
-BACKENDS: dict[str, Callable[..., Tensor]] = {"dense": dense_attention, "sdpa": sdpa_attention}
+log = logging.getLogger(__name__)
+
+# The one door for kernels: a backend is a function (q, k, v, layout, *, scale, inv_freq, unread) -> output under a name.
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "dense": dense_attention,
+    "sdpa": sdpa_attention,
+    "flash": flash_attention,
+    "varlen": torch_varlen_attention,
+    "flex": block_flex_attention,
+}
+# What "auto" tries, in this order. FlexAttention is not among them: it compiles for half a minute first.
+PREFERRED = ("flash", "varlen", "sdpa")
 
 
 def gist_attention(
@@ -21,13 +39,15 @@ def gist_attention(
     backend: str = "auto",
     scale: float | None = None,
     inv_freq: Tensor | None = None,
+    unread: int = 0,
 ) -> Tensor:
     """Attention of a packed row under the gist mask of `layout`.
 
     q (1, H, T, D); k and v (1, N, T, D) with H a multiple of N (grouped-query heads); returns (1, H, T, D) in the dtype
     of `v`. `scale` multiplies the scores, 1 / sqrt(D) unless given. `inv_freq` (D_rotary / 2,) are the rotary inverse
     frequencies with which `k` was rotated: with them, keys that a reader sees at another distance than where they stand
-    are moved (`layout.read_shifts`); without, every key is used as it is. `backend` is a name in `BACKENDS`, or "auto".
+    are moved (`layout.read_shifts`); without, every key is used as it is. `backend` is a name in `BACKENDS`, or "auto":
+    the fused kernel that runs here (see `choose`). Nobody reads the output of the first `unread` rows, which may be zeros.
 
     The matrix that everyone gets wrong: a reader of 2 gists with 3 rows of its own is causal from the bottom right.
 
@@ -36,7 +56,7 @@ def gist_attention(
          1    1    1   1   0
          1    1    1   1   1
 
-    Raises ValueError for shapes that do not fit the layout or each other, or an unknown backend.
+    Raises ValueError for shapes that do not fit the layout or each other, an unknown backend, or one that cannot run here.
     """
     if q.dim() != 4 or q.shape[0] != 1 or q.shape[2] != layout.tokens:
         raise ValueError(f"q must be (1, heads, {layout.tokens}, head_dim) for this layout, not {tuple(q.shape)}")
@@ -45,10 +65,45 @@ def gist_attention(
             f"k and v must be (1, kv_heads, {layout.tokens}, {q.shape[3]}) with kv_heads a divisor of {q.shape[1]}, "
             f"not {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    name = "sdpa" if backend == "auto" else backend
-    if name not in BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}: choose auto or one of {', '.join(sorted(BACKENDS))}")
     # Under autocast rotary leaves queries and keys in float32 while values are bf16; kernels want one dtype.
     q, k = q.to(v.dtype), k.to(v.dtype)
+    if backend == "auto":
+        backend = choose(v.device, v.dtype, v.shape[3])
+    elif reason := why_not(backend, v.device, v.dtype, v.shape[3]):
+        raise ValueError(f"attention backend {backend!r} cannot run here: {reason}; choose auto, or sdpa, which runs anywhere")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return BACKENDS[name](q, k, v, layout, scale=scale, inv_freq=inv_freq)
+    return BACKENDS[backend](q, k, v, layout, scale=scale, inv_freq=inv_freq, unread=unread)
+
+
+@cache
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend that "auto" stands for: the first of `PREFERRED` that runs on this device; logs it, with why, once."""
+    reasons = {name: why_not(name, device, dtype, head_dim) for name in PREFERRED}
+    chosen = next(name for name, reason in reasons.items() if reason is None)
+    before = [f"not {name}: {reason}" for name, reason in reasons.items() if reason is not None]
+    log.info("gist attention on %s in %s: %s", device, str(dtype).removeprefix("torch."), "; ".join([chosen, *before]))
+    return chosen
+
+
+@cache
+def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a backend cannot run on a device in a dtype, in a few words; None if it can.
+
+    A fused kernel is tried on a few rows, once: versions differ in how they align a causal mask, and a kernel that was built
+    for another GPU fails only when it runs. Raises ValueError for an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}: choose auto or one of {', '.join(sorted(BACKENDS))}")
+    if backend == "flex":
+        return None if device.type == "cuda" else "FlexAttention has no backward pass without a CUDA GPU"
+    if backend not in ("flash", "varlen"):
+        return None
+    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed (pip install 'hyperllama[flash]')"
+    if device.type != "cuda":
+        return "it needs a CUDA GPU"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in 16 bits, not in {str(dtype).removeprefix('torch.')}"
+    if head_dim > 256 or head_dim % 8:
+        return f"it takes heads of at most 256 in multiples of 8, not of {head_dim}"
+    return alignment_fault(flash_kernel if backend == "flash" else torch_kernel, device, dtype, head_dim)

@@ -24,8 +24,10 @@ def dense_mask(layout: GistLayout) -> Tensor:
     return mask
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, layout: GistLayout, *, scale: float, inv_freq: Tensor | None) -> Tensor:
-    """Softmax over the whole T x T matrix in float32. Shapes as in `gist_attention`."""
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: GistLayout, *, scale: float, inv_freq: Tensor | None, unread: int = 0
+) -> Tensor:
+    """Softmax over the whole T x T matrix in float32. Shapes as in `gist_attention`; `unread` rows are computed too."""
     groups = q.shape[1] // k.shape[1]
     mask = dense_mask(layout)
     if layout.shifted and inv_freq is not None:

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Made = TypeVar("Made")
+COLUMNS = (
+    "positions",
+    "gist_rows",
+    "gist_slots",
+    "read_gists",
+    "read_shifts",
+    "copies",
+    "seen",
+    "plain_ends",
+    "row_ends",
+    "key_ends",
+)
 
 
 @dataclass(frozen=True)
@@ -35,13 +51,27 @@ class Segment:
             raise ValueError(f"a segment reads each segment once, not {self.reads}")
 
 
+# Short readers of the same gists share an attention call, up to so many rows: they compute scores between each other for
+# nothing, which costs less than another call and another copy of what they read.
+MERGED_ROWS = 32
+
+
 @dataclass(frozen=True)
 class Run:
-    """`count` neighbouring segments of one shape: each `tokens` rows that read `reads` gist rows and then themselves."""
+    """`count` neighbours of one shape: each reads `reads` gist rows, and then each of its parts sees itself, causally.
+
+    A part is a segment, with as many rows as `parts` says. There is one, unless short segments that read the same gists stand
+    next to each other.
+    """
 
     count: int
-    tokens: int
+    parts: tuple[int, ...]
     reads: int
+
+    @property
+    def tokens(self) -> int:
+        """Rows of one of the neighbours."""
+        return sum(self.parts)
 
 
 @dataclass(frozen=True)
@@ -55,13 +85,15 @@ class GistLayout:
 
     All tensors are int64 and live in one buffer, so `to` is one transfer:
 
-    positions (T,)    rotary position of each row
-    gist_rows (S,)    rows that are gists, segment after segment
-    gist_slots (S,)   which gist of its segment each of them is, 0 .. gists - 1
-    read_rows (R,)    for each reader in the order of `runs`, the rows of the gists that it reads
-    read_shifts (R,)  how far the key of each of `read_rows` is to be rotated for its reader
-    order (T,)        packed row of each row in the order of `runs`; only used where `reordered`
-    inverse (T,)      the inverse of `order`
+    positions (T,)      rotary position of each row
+    gist_rows (S,)      rows that are gists, segment after segment
+    gist_slots (S,)     which gist of its segment each of them is, 0 .. gists - 1
+    read_gists (R,)     what each neighbour in each of `runs` reads, as places in `gist_rows`
+    read_shifts (R,)    how far the key of each of these is to be rotated for its reader
+    copies (C,)         what each segment reads, as places in `read_gists`; R of them in order, if no run has several parts
+    seen (K,)           what each segment from `first_reader` on sees: places in its copies, then C + row for its own rows
+    plain_ends (p + 1,) where the segments before `first_reader` begin and end
+    row_ends, key_ends (n - p + 1,)  where the others begin and end, among their rows and in `seen`
 
     Raises ValueError if the list is empty or a segment reads a later segment or one without gists.
 
@@ -77,7 +109,6 @@ class GistLayout:
     starts: tuple[int, ...] = field(init=False, compare=False, repr=False)
     shifts: tuple[tuple[int, ...], ...] = field(init=False, compare=False, repr=False)
     runs: tuple[Run, ...] = field(init=False, compare=False, repr=False)
-    reordered: bool = field(init=False, compare=False, repr=False)
     shifted: bool = field(init=False, compare=False, repr=False)
     _buffer: Tensor = field(init=False, compare=False, repr=False)
     _sizes: tuple[int, ...] = field(init=False, compare=False, repr=False)
@@ -92,35 +123,49 @@ class GistLayout:
                     raise ValueError(f"segment {i} reads segment {j}, but a segment reads only earlier segments")
                 if not segments[j].gists:
                     raise ValueError(f"segment {i} reads segment {j}, which has no gists")
-        self._set(segments=segments)
         starts, shifts = _place(segments)
-        order, runs = _batch(segments)
-        reads = [j for i in order for j in segments[i].reads]
-        rows = self.row_starts
-        columns = {
-            "positions": [p for s, start in zip(segments, starts) for p in range(start, start + s.tokens)],
-            "gist_rows": [row for i in range(len(segments)) for row in self.gists_of(i)],
-            "gist_slots": [g for s in segments for g in range(s.gists)],
-            "read_rows": [row for j in reads for row in self.gists_of(j)],
-            "read_shifts": [
-                shifts[i][k] for i in order for k, j in enumerate(segments[i].reads) for _ in range(segments[j].gists)
-            ],
-            "order": [row for i in order for row in range(rows[i], rows[i] + segments[i].tokens)],
-        }
-        inverse = [0] * self.tokens
-        for place, row in enumerate(columns["order"]):
-            inverse[row] = place
-        columns["inverse"] = inverse
+        merged = _merge(segments, shifts)
         self._set(
+            segments=segments,
             starts=starts,
             shifts=shifts,
-            runs=runs,
-            reordered=order != sorted(order),
-            shifted=any(columns["read_shifts"]),
-            _buffer=torch.tensor([x for column in columns.values() for x in column], dtype=torch.int64),
-            _sizes=tuple(len(column) for column in columns.values()),
+            runs=_runs(segments, merged),
+            shifted=any(shift for own in shifts for shift in own),
         )
+        columns = self._columns(merged)
+        self._set(_buffer=torch.cat(columns), _sizes=tuple(len(column) for column in columns))
         self._name_views()
+
+    def _columns(self, merged: list[list[int]]) -> list[Tensor]:
+        """Every index, in the order of `COLUMNS`. `merged` groups neighbouring segments that share what they read."""
+        segments, tokens = self.segments, [s.tokens for s in self.segments]
+        gists = [s.gists for s in segments]
+        first_gist = list(accumulate(gists, initial=0))
+        reads = [(i, k, j) for group in merged for i in group[:1] for k, j in enumerate(segments[i].reads)]
+        widths = [self.width(i) for i in range(len(segments))]
+        groups = [widths[group[0]] for group in merged]
+        place = {i: first for group, first in zip(merged, accumulate(groups, initial=0)) for i in group}
+        readers = range(self.first_reader, len(segments))
+        copied = list(accumulate(widths, initial=0))
+        # Of each reader first what it reads, then its own rows.
+        firsts = [x for i in readers for x in (copied[i], copied[-1] + self.row_starts[i] - self.plain_rows)]
+        lengths = [x for i in readers for x in (widths[i], tokens[i])]
+        return [
+            _ranges(self.starts, tokens),
+            _ranges([row + n - g for row, n, g in zip(self.row_starts, tokens, gists)], gists),
+            _ranges([0] * len(gists), gists),
+            _ranges([first_gist[j] for *_, j in reads], [gists[j] for *_, j in reads]),
+            _repeat([self.shifts[i][k] for i, k, _ in reads], [gists[j] for *_, j in reads]),
+            _ranges([place[i] for i in range(len(segments))], widths),
+            _ranges(firsts, lengths),
+            _ends(tokens[: self.first_reader]),
+            _ends(tokens[self.first_reader :]),
+            _ends([widths[i] + tokens[i] for i in readers]),
+        ]
+
+    def width(self, segment: int) -> int:
+        """How many gist rows a segment reads."""
+        return sum(self.segments[j].gists for j in self.segments[segment].reads)
 
     def gists_of(self, segment: int) -> range:
         """The packed rows of one segment's gists."""
@@ -132,12 +177,11 @@ class GistLayout:
             object.__setattr__(self, name, value)
 
     def _name_views(self):
-        names = ("positions", "gist_rows", "gist_slots", "read_rows", "read_shifts", "order", "inverse")
-        self._set(**dict(zip(names, self._buffer.split(self._sizes), strict=True)))
+        self._set(**dict(zip(COLUMNS, self._buffer.split(self._sizes), strict=True)))
 
     def __getstate__(self):
         # Views would each be pickled with the whole buffer: a worker process sends the buffer once.
-        names = ("segments", "starts", "shifts", "runs", "reordered", "shifted", "_buffer", "_sizes")
+        names = ("segments", "starts", "shifts", "runs", "shifted", "_buffer", "_sizes")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state):
@@ -157,6 +201,21 @@ class GistLayout:
             starts.append(row)
             row += segment.tokens
         return tuple(starts)
+
+    @cached_property
+    def run_ends(self) -> tuple[int, ...]:
+        """The packed row after the last one of each of `runs`."""
+        return tuple(accumulate(run.count * run.tokens for run in self.runs))
+
+    @cached_property
+    def first_reader(self) -> int:
+        """The first segment that reads others; how many segments there are, if none does."""
+        return next((i for i, segment in enumerate(self.segments) if segment.reads), len(self.segments))
+
+    @cached_property
+    def plain_rows(self) -> int:
+        """Rows before `first_reader`: they see themselves only, so that their keys are used where they stand."""
+        return sum(segment.tokens for segment in self.segments[: self.first_reader])
 
     @cached_property
     def compress_rows(self) -> int:
@@ -182,17 +241,24 @@ class GistLayout:
         """The same layout with its indices on `device`, moved in one transfer."""
         if torch.device(device) == self.device:
             return self
-        moved = copy.copy(self)
-        moved._set(_buffer=self._buffer.to(device, non_blocking=non_blocking))
-        moved._name_views()
-        return moved
+        return self._with(self._buffer.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> GistLayout:
         """The same layout in pinned memory; `torch.utils.data.DataLoader` calls this by name."""
-        pinned = copy.copy(self)
-        pinned._set(_buffer=self._buffer.pin_memory())
-        pinned._name_views()
-        return pinned
+        return self._with(self._buffer.pin_memory())
+
+    def _with(self, buffer: Tensor) -> GistLayout:
+        moved = copy.copy(self)
+        moved._set(_buffer=buffer, _made={})
+        moved._name_views()
+        return moved
+
+    def once(self, make: Callable[[GistLayout], Made]) -> Made:
+        """What `make` makes of this layout, made at the first call and kept with it: what a kernel needs in every layer."""
+        made = self.__dict__.setdefault("_made", {})
+        if make not in made:
+            made[make] = make(self)
+        return made[make]
 
 
 def _place(segments: Sequence[Segment]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
@@ -230,20 +296,42 @@ def _place(segments: Sequence[Segment]) -> tuple[tuple[int, ...], tuple[tuple[in
     return tuple(start), tuple(shifts)
 
 
-def _batch(segments: Sequence[Segment]) -> tuple[list[int], tuple[Run, ...]]:
-    """Put segments of one shape next to each other, if that saves calls: their order, and the runs in it."""
-    shapes = [(s.tokens, sum(segments[j].gists for j in s.reads)) for s in segments]
+def _merge(segments: Sequence[Segment], shifts: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Neighbouring segments in groups: short readers of the same gists at the same distance together, others alone."""
+    groups: list[list[int]] = []
+    rows = 0
+    for i, segment in enumerate(segments):
+        last = groups[-1][-1] if groups else None
+        same = last is not None and segment.reads and (segments[last].reads, shifts[last]) == (segment.reads, shifts[i])
+        if same and rows + segment.tokens <= MERGED_ROWS:
+            groups[-1].append(i)
+            rows += segment.tokens
+        else:
+            groups.append([i])
+            rows = segment.tokens
+    return groups
 
-    def runs(order):
-        found = []
-        for i in order:
-            if found and (found[-1].tokens, found[-1].reads) == shapes[i]:
-                found[-1] = Run(found[-1].count + 1, *shapes[i])
-            else:
-                found.append(Run(1, *shapes[i]))
-        return tuple(found)
 
-    packed = list(range(len(segments)))
-    by_shape = sorted(packed, key=lambda i: (segments[i].gists == 0, shapes[i]))
-    # Reordering copies queries, keys, values and outputs once each; a quarter of the calls saved pays for that.
-    return (by_shape, runs(by_shape)) if len(runs(by_shape)) <= 0.75 * len(runs(packed)) else (packed, runs(packed))
+def _runs(segments: Sequence[Segment], merged: list[list[int]]) -> tuple[Run, ...]:
+    found: list[Run] = []
+    for group in merged:
+        parts, reads = tuple(segments[i].tokens for i in group), sum(segments[j].gists for j in segments[group[0]].reads)
+        if found and (found[-1].parts, found[-1].reads) == (parts, reads):
+            found[-1] = Run(found[-1].count + 1, parts, reads)
+        else:
+            found.append(Run(1, parts, reads))
+    return tuple(found)
+
+
+def _ranges(firsts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """firsts[0], firsts[0] + 1, ... for lengths[0] numbers, then the same for the others, one after the other."""
+    before = accumulate(lengths, initial=0)
+    return torch.arange(sum(lengths)) + _repeat([first - seen for first, seen in zip(firsts, before)], lengths)
+
+
+def _repeat(numbers: Sequence[int], times: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64).repeat_interleave(torch.tensor(times, dtype=torch.int64))
+
+
+def _ends(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor(list(accumulate(lengths, initial=0)))

@@ -62,9 +62,13 @@ def gist_attention_forward(
     gist_inv_freq: Tensor | None = None,
     gist_backend: str = "auto",
     gist_states: Sequence[tuple[Tensor, Tensor]] | None = None,
+    gist_unread: int = 0,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: query (B, H, T, D), key and value (B, N, T, D) -> (B, T, H, D), no weights."""
+    """transformers' attention signature: query (B, H, T, D), key and value (B, N, T, D) -> (B, T, H, D), no weights.
+
+    `gist_unread`: nobody reads this layer's output for so many first rows.
+    """
     if gist_layout is None:
         ordinary = AttentionInterface()["sdpa"]
         return ordinary(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -74,7 +78,8 @@ def gist_attention_forward(
         key, value = (_replace(rows, states) for rows, states in zip((key, value), gist_states[module.layer_idx]))
     if dropout:
         raise ValueError("gist attention has no dropout: set attention_dropout to 0 in the model's config")
-    output = gist_attention(query, key, value, gist_layout, backend=gist_backend, scale=scaling, inv_freq=gist_inv_freq)
+    settings = {"backend": gist_backend, "scale": scaling, "inv_freq": gist_inv_freq, "unread": gist_unread}
+    output = gist_attention(query, key, value, gist_layout, **settings)
     return output.transpose(1, 2), None
 
 

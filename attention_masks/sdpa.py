@@ -1,66 +1,71 @@
-"""The segment rendering on PyTorch's own attention: one call per run of segments of one shape, no masked work.
+"""The segment rendering on PyTorch's own attention: one call for segments of one shape, no masked work.
 
 For a segment, queries are its rows; keys are the gist rows that it reads followed by its own rows; causal, aligned
 bottom-right. This is the fast path on a CPU.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attention_masks.layout import GistLayout
-from attention_masks.rotary import rotate
+from attention_masks.layout import GistLayout, Run
+from attention_masks.reading import read_gists
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, layout: GistLayout, *, scale: float, inv_freq: Tensor | None) -> Tensor:
-    """Attention segment by segment. Shapes as in `gist_attention`.
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: GistLayout, *, scale: float, inv_freq: Tensor | None, unread: int = 0
+) -> Tensor:
+    """Attention segment by segment. Shapes and `unread` as in `gist_attention`.
 
     Rows are cut with `split`, whose backward is one concatenation; a slice per segment would instead sum as many
     gradients of full size as there are segments.
     """
-    k_read, v_read = _read(k, v, layout, inv_freq)
-    if layout.reordered:
-        q, k, v = (x.index_select(2, layout.order) for x in (q, k, v))
-    rows = [run.count * run.tokens for run in layout.runs]
-    read_rows = [run.count * run.reads for run in layout.runs]
-    outputs = []
-    for run, q_run, k_run, v_run, k_gists, v_gists in zip(
-        layout.runs,
-        q.split(rows, 2),
-        k.split(rows, 2),
-        v.split(rows, 2),
-        k_read.split(read_rows, 2),
-        v_read.split(read_rows, 2),
-    ):
-        q_run, k_run, v_run = (_fold(x, run.count, run.tokens) for x in (q_run, k_run, v_run))
-        mask = None
+    runs = layout.runs
+    rows, reads = [run.count * run.tokens for run in runs], [run.count * run.reads for run in runs]
+    own = [x.split(rows, 2) for x in (q, k, v)]
+    read = [x.split(reads, 2) for x in read_gists(k, v, layout, inv_freq)]
+    outputs = {}
+    for members in _by_shape(layout, unread):
+        run = runs[members[0]]
+        q_run, k_run, v_run = (_fold([x[i] for i in members], run.tokens) for x in own)
         if run.reads:
-            k_run = torch.cat([_fold(k_gists, run.count, run.reads), k_run], dim=2)
-            v_run = torch.cat([_fold(v_gists, run.count, run.reads), v_run], dim=2)
-            if run.tokens > 1:
-                mask = torch.ones(run.tokens, run.reads + run.tokens, dtype=torch.bool, device=q.device).tril(run.reads)
+            k_run, v_run = (
+                torch.cat([_fold([x[i] for i in members], run.reads), x_run], 2) for x, x_run in zip(read, (k_run, v_run))
+            )
+        causal = not run.reads and len(run.parts) == 1
         output = scaled_dot_product_attention(
             q_run,
             k_run,
             v_run,
-            attn_mask=mask,
-            is_causal=not run.reads and run.tokens > 1,
+            attn_mask=None if causal or run.tokens == 1 else _mask(run, q.device),
+            is_causal=causal and run.tokens > 1,
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        outputs.append(output.transpose(1, 2).flatten(0, 1))  # (count * tokens, H, D)
-    output = torch.cat(outputs)[None].transpose(1, 2)
-    return output.index_select(2, layout.inverse) if layout.reordered else output
+        for i, part in zip(members, output.transpose(1, 2).split([runs[i].count for i in members])):
+            outputs[i] = part.flatten(0, 1)  # (count * tokens, H, D)
+    pieces = [outputs[i] if i in outputs else q.new_zeros(n, q.shape[1], q.shape[3]) for i, n in enumerate(rows)]
+    return torch.cat(pieces)[None].transpose(1, 2)
 
 
-def _read(k: Tensor, v: Tensor, layout: GistLayout, inv_freq: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys and values (1, N, R, D) of every gist row that is read, once per reader, moved to where its reader sees it."""
-    if not len(layout.read_rows):  # gathering nothing would still cost a gradient of full size
-        return k.new_empty(*k.shape[:2], 0, k.shape[3]), v.new_empty(*v.shape[:2], 0, v.shape[3])
-    k_read, v_read = k.index_select(2, layout.read_rows), v.index_select(2, layout.read_rows)
-    return (rotate(k_read, layout.read_shifts, inv_freq) if layout.shifted and inv_freq is not None else k_read), v_read
+def _by_shape(layout: GistLayout, unread: int) -> list[list[int]]:
+    """Runs of one shape together, wherever they stand, without those whose rows are all among the first `unread`."""
+    found: dict[tuple, list[int]] = {}
+    for i, (run, end) in enumerate(zip(layout.runs, layout.run_ends)):
+        if end > unread:
+            found.setdefault((run.parts, run.reads), []).append(i)
+    return list(found.values())
 
 
-def _fold(x: Tensor, count: int, tokens: int) -> Tensor:
-    """(1, heads, count * tokens, D) -> (count, heads, tokens, D), a view."""
-    return x.squeeze(0).unflatten(1, (count, tokens)).transpose(0, 1)
+def _fold(pieces: list[Tensor], tokens: int) -> Tensor:
+    """Pieces (1, heads, count * tokens, D) -> (all counts, heads, tokens, D); of one piece a view."""
+    folded = [x.squeeze(0).unflatten(1, (-1, tokens)).transpose(0, 1) for x in pieces]
+    return folded[0] if len(folded) == 1 else torch.cat(folded)
+
+
+def _mask(run: Run, device: torch.device) -> Tensor:
+    """(tokens, reads + tokens): every row sees what is read, and itself and what is before it in its part."""
+    parts = [torch.ones(n, n, dtype=torch.bool, device=device).tril() for n in run.parts]
+    return torch.nn.functional.pad(torch.block_diag(*parts), (run.reads, 0), value=True)

@@ -88,7 +88,11 @@ class ModelCost:
     @property
     def per_pair(self) -> int:
         """FLOPs of attention for one pair of a query row and a key row, over all heads and layers: scores and values."""
-        return 4 * self.heads * self.head_dim * self.layers
+        return self._per_pair_and_layer * self.layers
+
+    @property
+    def _per_pair_and_layer(self) -> int:
+        return 4 * self.heads * self.head_dim
 
     @property
     def per_head_row(self) -> int:
@@ -135,13 +139,13 @@ class ModelCost:
         """FLOPs of `GistHypernetwork.compress` for a context of `context` tokens; contexts packed in one pass add up.
 
         context + gists rows pass through the decoder with LoRA of rank `rank` on the linear layers named in `targets`
-        (2 * rank * (in + out) a row). Of the last layer only keys and values, with their LoRA, are computed; its attention
-        still runs over all rows, on queries of zeros, and is counted. No head.
+        (2 * rank * (in + out) a row). Of the last layer only keys and values, with their LoRA, are computed. No head.
         """
         if context < 1 or gists < 1:
             raise ValueError(f"compressing needs at least one token and one gist, not {context} and {gists}")
         rows = context + gists
-        return rows * (self._context_row() + self._lora_row(rank, targets)) + self.per_pair * rows * rows
+        attention = self._per_pair_and_layer * (self.layers - 1) * rows * rows
+        return rows * (self._context_row() + self._lora_row(rank, targets)) + attention
 
     def train(
         self,
@@ -159,14 +163,16 @@ class ModelCost:
         attention, and every product without a `rank`, have two. Checkpointing runs each layer's forward pass once more, up to
         the last tensor that its backward pass needs: that is what `down_proj` reads, or what its LoRA's second matrix reads.
         """
-        pairs = sum(run.count * run.tokens * (run.reads + run.tokens) for run in layout.runs)
-        attention, head = self.per_pair * pairs, self.per_head_row * head_rows
+        context = 0 if rank is None else layout.compress_rows
+        pairs = [run.count * run.tokens * (run.reads + run.tokens) for run in layout.runs]
+        last = sum(p for p, end in zip(pairs, layout.run_ends, strict=True) if end > context)
+        attention = self._per_pair_and_layer * ((self.layers - 1) * sum(pairs) + last)
+        head = self.per_head_row * head_rows
         down = 2 * math.prod(self.linears["down_proj"])
         if rank is None:
             linear, lora, gradients = layout.tokens * self.per_row, 0, 2
             spared = layout.tokens * self.layers * down
         else:
-            context = layout.compress_rows
             linear = (layout.tokens - context) * self.per_row + context * self._context_row()
             lora, gradients = context * self._lora_row(rank, targets), 1
             spared = (layout.tokens - context) * down

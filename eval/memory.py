@@ -253,7 +253,8 @@ def _layer(
 
     - norms: the input in float32 and a float32 scale a row and norm; a trained norm also keeps what it scales;
     - attention: queries, its output, a float32 log-sum a head and row; keys and values of the row, and once more, with the
-      gists that it reads, of every query; a mask for each run of queries;
+      gists that it reads, of every query; a mask for each run of queries; in the last layer of a hypernetwork for the read
+      region only;
     - MLP: the gate's output, its SiLU and the up projection's output, whose product is `down_proj`'s input; in the last layer
       of a hypernetwork for the read region only;
     - inputs of linear layers: a frozen one keeps none; see `_inputs`; LoRA's `rank` numbers a context row;
@@ -266,10 +267,12 @@ def _layer(
     kept += (rows * (q + k) * 4 + rows * (cost.heads + cost.kv_heads) * 4) if cost.qk_norm else 0
     if rank is None:
         kept += rows * (2 * hidden + (q + k if cost.qk_norm else 0)) * stream
-    kept += 2 * rows * q * product + rows * cost.heads * 4
-    if any(not run.reads for run in layout.runs):
+    unread = context if last else 0
+    kept += (rows - unread) * (2 * q * product + cost.heads * 4)
+    runs = [run for run, end in zip(layout.runs, layout.run_ends, strict=True) if end > unread]
+    if any(not run.reads for run in runs):
         kept += 2 * rows * k * product
-    for run in layout.runs:
+    for run in runs:
         if run.reads:
             kept += 2 * run.count * (run.tokens + run.reads) * k * product
             kept += run.tokens * (run.tokens + run.reads) * product if run.tokens > 1 else 0

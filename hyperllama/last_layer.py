@@ -8,16 +8,17 @@ from transformers import PreTrainedModel
 
 
 class LastLayerSkip:
-    """Leaves the rows on which `lora` acts, `lora.left_out`, out of the last layer's queries, attention output and MLP.
+    """Leaves the rows on which `lora` acts, `lora.left_out`, out of the last layer's queries, attention and MLP.
 
     Those rows get zeros there, which nothing reads: targets are in the read region, and a prefix holds keys and values. With
     six layers and three quarters of the rows in contexts this saves a ninth of a step's matrix products. `modules` are the
-    modules left out; a LoRA inside them would never have an effect.
+    modules left out; a LoRA inside them would never have an effect. `attention` is told the rest in the call (`RowLora`).
     """
 
     def __init__(self, base: PreTrainedModel, lora: nn.Module):
         self.lora = lora
         layer = base.get_decoder().layers[-1]
+        self.attention = layer.self_attn
         places = ((layer.self_attn, "q_proj"), (layer.self_attn, "o_proj"), (layer, "mlp"))
         candidates = [getattr(parent, name, None) for parent, name in places]
         self.modules = [module for module in candidates if module is not None]

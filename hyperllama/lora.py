@@ -88,6 +88,7 @@ class RowLora(nn.Module):
         layout = kwargs.get("gist_layout")
         self.rows = layout.compress_rows if kwargs.get("gist_lora") is self else 0
         self.left_out = min(self.rows, layout.tokens - self.fewest) if self.rows else 0
+        return (args, {**kwargs, "gist_unread": self.left_out}) if attention is self.skip.attention else None
 
     def _update(self, key: str):
         scaling = self.alpha / self.rank

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import MANY, layouts
 
-from attention_masks import BACKENDS, GistLayout, Segment, gist_attention, rotate
+from attention_masks import GistLayout, Segment, gist_attention, rotate
 
 INV_FREQ = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
 
@@ -27,7 +27,7 @@ def with_gradients(layout, qkv, **settings):
 
 @pytest.mark.parametrize("inv_freq", [None, INV_FREQ], ids=["as_it_is", "moved"])
 @pytest.mark.parametrize("name", MANY)
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "dense"] + ["auto"])
+@pytest.mark.parametrize("backend", ["sdpa", "auto"])
 def test_backend_equals_dense(backend, name, inv_freq):
     qkv = random_qkv(MANY[name])
     found = with_gradients(MANY[name], qkv, backend=backend, inv_freq=inv_freq)
@@ -94,5 +94,7 @@ def test_shapes_and_names_are_checked():
         gist_attention(q[:, :, :-1], k, v, layout)
     with pytest.raises(ValueError, match="kv_heads a divisor of 3"):
         gist_attention(q[:, :3], k, v, layout)
-    with pytest.raises(ValueError, match="unknown attention backend 'fast': choose auto or one of dense, sdpa"):
+    with pytest.raises(
+        ValueError, match="unknown attention backend 'fast': choose auto or one of dense, flash, flex, sdpa, varlen"
+    ):
         gist_attention(q, k, v, layout, backend="fast")

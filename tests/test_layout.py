@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from layouts import MANY, layouts
 
 from attention_masks import GistLayout, Segment, dense_mask, draw, picture
+from attention_masks.layout import Run
 
 
 @pytest.mark.parametrize(
@@ -82,28 +83,56 @@ def test_every_reader_sees_its_gists_right_before_itself(layout):
 @settings(max_examples=100, deadline=None)
 @given(layouts())
 def test_runs_cover_every_row_once(layout):
-    assert sorted(layout.order.tolist()) == list(range(layout.tokens))
-    assert layout.order[layout.inverse].tolist() == list(range(layout.tokens))
-    assert sum(run.count * run.tokens for run in layout.runs) == layout.tokens
-    assert sum(run.count * run.reads for run in layout.runs) == len(layout.read_rows)
+    parts = [n for run in layout.runs for _ in range(run.count) for n in run.parts]
+    assert parts == [segment.tokens for segment in layout.segments]
+    assert sum(run.count * run.reads for run in layout.runs) == len(layout.read_gists)
     assert len(layout.gist_rows) == sum(segment.gists for segment in layout.segments)
+
+
+@settings(max_examples=100, deadline=None)
+@given(layouts())
+def test_a_kernel_is_told_what_every_segment_sees(layout):
+    read = layout.gist_rows[layout.read_gists[layout.copies]].tolist()
+    columns = read + list(range(layout.plain_rows, layout.tokens))
+    seen = [columns[i] for i in layout.seen.tolist()]
+    ends = layout.key_ends.tolist()
+    for i, segment in enumerate(layout.segments[layout.first_reader :], layout.first_reader):
+        own = range(layout.row_starts[i], layout.row_starts[i] + segment.tokens)
+        gists = [row for j in segment.reads for row in layout.gists_of(j)]
+        first, last = ends[i - layout.first_reader], ends[i - layout.first_reader + 1]
+        assert seen[first:last] == [*gists, *own]
+        assert layout.row_ends[i - layout.first_reader] == own.start - layout.plain_rows
+    plain = [s.tokens for s in layout.segments[: layout.first_reader]]
+    assert layout.plain_ends.diff().tolist() == plain and sum(plain) == layout.plain_rows
 
 
 def test_indices_survive_pickling_and_moving_as_one_buffer():
     layout = MANY["batch"]
     copy = pickle.loads(pickle.dumps(layout))
-    assert copy == layout and torch.equal(copy.read_rows, layout.read_rows)
+    assert copy == layout and torch.equal(copy.seen, layout.seen)
     moved = layout.to("meta")
     assert moved.device.type == "meta" and moved.positions.device.type == "meta" and layout.device.type == "cpu"
     assert layout.to("cpu") is layout
-    storages = {view.untyped_storage().data_ptr() for view in (layout.positions, layout.read_rows, layout.order)}
+    storages = {view.untyped_storage().data_ptr() for view in (layout.positions, layout.read_gists, layout.seen)}
     assert len(storages) == 1
 
 
-def test_segments_of_one_shape_become_one_run():
-    layout = GistLayout([Segment(4, gists=1)] * 6 + [Segment(n, reads=(n % 6,)) for n in (2, 3, 2, 3, 2, 3)])
-    assert layout.reordered
-    assert [(run.count, run.tokens, run.reads) for run in layout.runs] == [(6, 4, 0), (3, 2, 1), (3, 3, 1)]
+def test_neighbours_of_one_shape_become_one_run():
+    layout = GistLayout([Segment(4, gists=1)] * 6 + [Segment(n, reads=(n % 6,)) for n in (20, 20, 30, 20)])
+    assert layout.runs == (Run(6, (4,), 0), Run(2, (20,), 1), Run(1, (30,), 1), Run(1, (20,), 1))
+
+
+def test_short_readers_of_the_same_gists_share_a_call():
+    short = [Segment(n, reads=(0,)) for n in (3, 5, 3, 5, 30, 3)]
+    layout = GistLayout([Segment(4, gists=2), Segment(4, gists=2), *short, Segment(3, reads=(1,)), Segment(2, reads=(1, 0))])
+    assert layout.runs == (
+        Run(2, (4,), 0),
+        Run(1, (3, 5, 3, 5), 2),
+        Run(1, (30,), 2),
+        Run(2, (3,), 2),
+        Run(1, (2,), 4),
+    )
+    assert len(layout.read_gists) == 2 * 4 + 4 and len(layout.copies) == 2 * 7 + 4
 
 
 def test_dense_mask_against_its_definition():

@@ -178,8 +178,9 @@ def test_a_layer_by_hand():
     found = activations(ModelCost.of(config), batch.layout, 2, float32, rank=5, targets=["k_proj"])
     rows, context, hidden, inner, heads, kv_heads, width = 14, 10, 32, 48, 4, 2, 8
     norms = 3 * rows * (hidden + 1)
-    attention = rows * (2 * heads * width + heads + 2 * kv_heads * width) + 2 * (4 + 3) * kv_heads * width + 4 * 7
-    mlp = 3 * (rows - context) * inner  # the last layer's is for the query only
+    # The last layer's attention and MLP are for the query only.
+    attention = (rows - context) * (2 * heads * width + heads) + 2 * (4 + 3) * kv_heads * width + 4 * 7
+    mlp = 3 * (rows - context) * inner
     lora = rows * hidden + context * 5
     assert found.kept == 4 * (norms + attention + mlp + lora + 2 * rows * width)
     assert found.saved == found.kept + 4 * 2 * 50
