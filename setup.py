@@ -35,6 +35,7 @@ setup(
         "typer>=0.20",
     ],
     extras_require={
+        "flash": ["flash-attn>=2.7"],
         "tensorboard": ["tensorboard"],
         "deepspeed": ["deepspeed>=0.19"],
         "quant": ["bitsandbytes>=0.45"],

@@ -98,10 +98,10 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
         return None if device.type == "cuda" else "FlexAttention has no backward pass without a CUDA GPU"
     if backend not in ("flash", "varlen"):
         return None
-    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed (pip install 'hyperllama[flash]')"
     if device.type != "cuda":
         return "it needs a CUDA GPU"
+    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed (pip install 'hyperllama[flash]')"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in 16 bits, not in {str(dtype).removeprefix('torch.')}"
     if head_dim > 256 or head_dim % 8:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attention_masks import GistLayout
-from hyperllama.backbone import check_config
+from hyperllama.backbone import check_config, head_dim
 from hyperllama.errors import UserError
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -67,17 +67,17 @@ class ModelCost:
         check_config(config, name)
         hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        width = head_dim(config)
         linears = {
-            "q_proj": (hidden, heads * head_dim),
-            "k_proj": (hidden, kv_heads * head_dim),
-            "v_proj": (hidden, kv_heads * head_dim),
-            "o_proj": (heads * head_dim, hidden),
+            "q_proj": (hidden, heads * width),
+            "k_proj": (hidden, kv_heads * width),
+            "v_proj": (hidden, kv_heads * width),
+            "o_proj": (heads * width, hidden),
             "gate_proj": (hidden, inner),
             "up_proj": (hidden, inner),
             "down_proj": (inner, hidden),
         }
-        sizes = (config.num_hidden_layers, heads, kv_heads, head_dim, hidden, config.vocab_size)
+        sizes = (config.num_hidden_layers, heads, kv_heads, width, hidden, config.vocab_size)
         return cls(*sizes, linears, qk_norm=config.model_type == "qwen3")
 
     @property

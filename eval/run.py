@@ -24,6 +24,7 @@ from hyperllama.backbone import check_config, load_base, load_config, load_token
 from hyperllama.data.episode import Episode, Source
 from hyperllama.data.leaks import find_leaks
 from hyperllama.data.text import Encoder, Limits, TextFormat
+from hyperllama.environment import versions
 from hyperllama.errors import UserError
 from hyperllama.files import whole_json_lines, write_atomically
 from hyperllama.hypernetwork import read_config
@@ -239,5 +240,5 @@ def describe(recipe: EvaluationRecipe, bench: Bench, episodes, kind: Kind, leaks
         "hypernetwork": recipe.hypernetwork,
         "multi_task": recipe.multi_task,
         "shared_with_training": leaks,
-        "versions": workflows.versions(),
+        "versions": versions(),
     }

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from attention_masks import GistLayout, register, rotate
+from attention_masks import GistLayout, register, rotate, why_not
 from attention_masks.registration import layout_arguments
 from hyperllama.distributed import gathered
 from hyperllama.errors import UserError, in_one_line
@@ -217,10 +217,22 @@ def _rotates_as_we_do(model: PreTrainedModel, rotary: nn.Module) -> bool:
     if apply is None:
         return False
     device = rotary.inv_freq.device
-    head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
-    key = torch.linspace(-1, 1, 2 * head_dim, device=device).view(1, 1, 2, head_dim)
+    width = head_dim(model.config)
+    key = torch.linspace(-1, 1, 2 * width, device=device).view(1, 1, 2, width)
     near, far = (apply(key, key, *rotary(key, torch.tensor([p], device=device)))[1] for p in ([3, 5], [10, 12]))
     return torch.allclose(rotate(near, torch.tensor([7, 7], device=device), rotary.inv_freq), far, atol=1e-4)
+
+
+def head_dim(config) -> int:
+    """D, the dimensions of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def check_backend(backend: str, config, device: torch.device, dtype: torch.dtype) -> None:
+    """UserError if an attention backend that a recipe asks for cannot run on this machine in this dtype."""
+    reason = None if backend == "auto" else why_not(backend, device, dtype, head_dim(config))
+    if reason:
+        raise UserError(f"gist.backend: {backend} cannot run here: {reason}; set it to auto")
 
 
 def inverse_frequencies(model: PreTrainedModel) -> Tensor:

@@ -242,6 +242,14 @@ def check(
 
 
 @app.command()
+def env(head_dim: Annotated[int, typer.Option(min=1, help="Dimensions of an attention head.")] = 128) -> None:
+    """Say what is installed, which devices are seen, and which attention kernels run here, and why others do not."""
+    from hyperllama.environment import describe
+
+    typer.echo(describe(head_dim))
+
+
+@app.command()
 def chat(
     prefix: Annotated[Path, typer.Argument(help="A prefix file made by hyperllama compress.")],
     max_new_tokens: MaxNewTokens = None,

@@ -44,10 +44,10 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class GistRecipe:
-    """`tokens`: G, how many gists stand for a context. `backend`: the attention kernel, see `attention_masks.BACKENDS`."""
+    """`tokens`: G, how many gists stand for a context. `backend`: the attention kernel; `hyperllama env` lists them."""
 
     tokens: int = 16
-    backend: str = "auto"
+    backend: Literal["auto", "dense", "sdpa", "flash", "varlen", "flex"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from hyperllama.data.packing import pack_gist
 from hyperllama.data.stream import Collator
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.distributed import processes
+from hyperllama.environment import versions
 from hyperllama.errors import UserError
 from hyperllama.files import plain_name, whole_json_lines, write_atomically
 from hyperllama.hypernetwork import GistHypernetwork
@@ -30,7 +31,7 @@ from hyperllama.recipe import StartRecipe, TuneRecipe, load_recipe, save_recipe
 from hyperllama.sources import make_source
 from hyperllama.training import GistTrainer, training_arguments
 from hyperllama.tuning import CURVES, CURVES_PLOT, Curves, TuningStream, TuningTask, plot_curves, score_tasks
-from hyperllama.workflows import RECIPE, RESULT, VERSIONS, finished, load_hypernetwork, versions
+from hyperllama.workflows import RECIPE, RESULT, VERSIONS, finished, load_hypernetwork
 
 PREFIXES = "prefixes"
 

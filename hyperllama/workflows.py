@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from functools import partial, reduce
@@ -13,12 +12,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import transformers
-from transformers import PreTrainedTokenizerBase, TextStreamer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from hyperllama import __version__
-from hyperllama.backbone import check_config, load_base, load_config, load_tokenizer, random_base, random_config
+from hyperllama.backbone import (
+    check_backend,
+    check_config,
+    load_base,
+    load_config,
+    load_tokenizer,
+    random_base,
+    random_config,
+)
 from hyperllama.checkpoints import CHECKPOINTS, newest_checkpoint, settings_to_go_on
 from hyperllama.contexts import Summary, compress_into, shown_of, task_files
 from hyperllama.data.dealing import Dealt
@@ -29,6 +34,7 @@ from hyperllama.data.stream import Collator, EpisodeStream
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.distributed import processes, whole_models
+from hyperllama.environment import versions
 from hyperllama.errors import UserError
 from hyperllama.files import read_json, whole_json_lines, write_atomically
 from hyperllama.full_attention import FullAttention
@@ -45,9 +51,7 @@ from hyperllama.training import METRICS, GistTrainer, training_arguments
 RECIPE, VERSIONS, BASE, RESULT = "recipe.yaml", "versions.json", "base", "result.json"
 
 
-def make_base(
-    recipe: Recipe, source: Source, arguments: TrainingArguments
-) -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerBase]:
+def make_base(recipe: Recipe, source: Source, arguments: TrainingArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model and tokenizer that a recipe names. A random one is kept in the run's folder."""
     model = recipe.model
     name = model.name_or_path or str(Path(recipe.output) / BASE)
@@ -86,9 +90,12 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
     arguments = training_arguments(settings, run=run, seed=recipe.seed, deepspeed=recipe.deepspeed)
     # What can be refused is refused here, before tokenizers are trained or weights loaded.
     if recipe.model.name_or_path:
-        check_config(load_config(recipe.model.name_or_path, recipe.model.revision), recipe.model.name_or_path)
+        config = load_config(recipe.model.name_or_path, recipe.model.revision)
+        check_config(config, recipe.model.name_or_path)
     else:
-        random_config(recipe.model.architecture, vocab_size=recipe.model.vocab_size)
+        config = random_config(recipe.model.architecture, vocab_size=recipe.model.vocab_size)
+    half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else getattr(torch, recipe.model.dtype)
+    check_backend(recipe.gist.backend, config, arguments.device, half)
     resolved = save_recipe(recipe)
     if finished(run, resolved):
         return None
@@ -148,16 +155,6 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
             f"{left_out['demonstrations']:,} that did; {left_out['skipped_queries']:,} queries did not fit"
         )
     return result
-
-
-def versions() -> dict[str, str]:
-    """What a run was made with."""
-    return {
-        "hyperllama": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def load_hypernetwork(

@@ -39,7 +39,7 @@ LAYERS = [
         "hyperllama.recipe_checks",
         "hyperllama.checkpoints",
     },
-    {"hyperllama.prefix"},
+    {"hyperllama.prefix", "hyperllama.environment"},
     {"hyperllama.last_layer"},
     {"hyperllama.data.stream", "hyperllama.data.mixture", "hyperllama.data.dealing"},
     {"hyperllama.backbone", "hyperllama.data.packing", "hyperllama.objectives"},

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import trained_hypernetwork
 
+from attention_masks import BACKENDS
 from hyperllama import cli, workflows
 from hyperllama.backbone import load_base, load_tokenizer
 from hyperllama.data.text import Limits, TextFormat
@@ -18,7 +20,7 @@ from hyperllama.prefix import Prefix
 
 ROOT = Path(__file__).parent.parent
 VERBS = ("check", "train", "compress", "list", "compose", "generate", "chat", "tune", "study")
-VERBS += ("export", "push", "evaluate", "inspect")
+VERBS += ("export", "push", "evaluate", "inspect", "env")
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -328,3 +330,23 @@ def test_a_prefix_reports_on_itself(call, trained, examples, tmp_path):
     metrics = Prefix.load(tmp_path / "p.safetensors").manifest.metrics
     assert metrics["held_back"] == 3 and {"loss_full_context", "loss_no_context"} <= set(metrics)
     assert ("this prefix does not help" in err) == (metrics["loss_prefix"] >= metrics["loss_no_context"])
+
+
+def test_env_says_what_runs_and_why_the_rest_does_not(call):
+    code, out, _ = call("env", "--head-dim", 64)
+    assert code == 0
+    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
+    assert set(lines) == set(BACKENDS)
+    assert lines["sdpa"].split() == ["sdpa", "runs"]
+    if not torch.cuda.is_available():
+        assert lines["varlen"].endswith("does not run: it needs a CUDA GPU") and "GPU           none" in out
+    assert f"torch         {torch.__version__}" in out
+
+
+def test_an_attention_kernel_that_cannot_run_is_refused_before_anything_loads(call, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("here it runs")
+    output = tmp_path / "run"
+    code, _, err = call("train", ROOT / "recipes/quickstart/base.yaml", "gist.backend=varlen", f"output={output}")
+    assert code == 2 and err == "hyperllama: gist.backend: varlen cannot run here: it needs a CUDA GPU; set it to auto\n"
+    assert not output.exists()

@@ -1,14 +1,16 @@
 """Recipes: every one in the repository is whole, and a wrong one is told about at once and in full."""
 
+import typing
 from pathlib import Path
 
 import pytest
 from data_files import write as write_file
 from omegaconf import OmegaConf
 
+from attention_masks import BACKENDS
 from eval.methods import METHODS
 from hyperllama.errors import UserError
-from hyperllama.recipe import EvaluationRecipe, differences, load_any_recipe, load_recipe, save_recipe
+from hyperllama.recipe import EvaluationRecipe, GistRecipe, differences, load_any_recipe, load_recipe, save_recipe
 from hyperllama.training import training_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -173,3 +175,8 @@ def test_files_that_are_no_recipe(tmp_path):
 def test_training_arguments_that_transformers_refuses(tmp_path):
     with pytest.raises(UserError, match="training: .*lr_scheduler|training: .*valid"):
         training_arguments({"use_cpu": True, "lr_scheduler_type": "zigzag"}, run=tmp_path, seed=0)
+
+
+def test_recipes_know_the_attention_backends_that_there_are():
+    choices = typing.get_args(typing.get_type_hints(GistRecipe)["backend"])
+    assert set(choices) == {"auto", *BACKENDS}
