@@ -1,20 +1,23 @@
-"""Started by torchrun: trains with the logits of a few targets at a time, and says how many chunks a step took at most."""
+"""Started by torchrun: trains with the logits of a few targets at a time, and writes how many chunks each step took."""
 
+import json
+import os
 import sys
+from pathlib import Path
 
-from hyperllama import objectives, packed, workflows
+from hyperllama import objectives, workflows
 from hyperllama.distributed import close
 
 if __name__ == "__main__":
-    objectives.LOGITS, most, head_chunks = 2000, 1, packed.head_chunks
+    objectives.LOGITS, counts, head_chunks = 1000, [], objectives.head_chunks
 
     def counting(rows, vocabulary):
-        global most
-        most = max(most, found := head_chunks(rows, vocabulary))
-        return found
+        counts.append(head_chunks(rows, vocabulary))
+        return counts[-1]
 
-    packed.head_chunks = counting
+    objectives.head_chunks = counting
     workflows.train(sys.argv[1], sys.argv[2:])
-    if most > 2:
-        print(f"the loss came in up to {most} chunks", file=sys.stderr)
+    rank = int(os.environ["RANK"])
+    run = next(Path(argument.split("=")[1]) for argument in sys.argv if argument.startswith("output="))
+    (run / f"chunks-{rank}.json").write_text(json.dumps(counts))
     close()

@@ -108,26 +108,27 @@ def test_chunks_are_as_many_as_needed(monkeypatch):
     assert objectives.head_chunks(len(batch.targets), VOCABULARY) == 1
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 7, 8])
-def test_every_target_is_in_one_chunk(count):
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 100])
+def test_every_target_is_in_one_chunk(monkeypatch, rows):
     set_seed(0)
-    head, hidden, targets = torch.nn.Linear(6, 11), torch.randn(8, 6), torch.arange(8)
-    whole = objectives.answer_cross_entropy(head(hidden), targets)
-    found = objectives.chunked_cross_entropy(head, hidden, targets, count)
-    torch.testing.assert_close(found.sum, whole.sum, rtol=1e-6, atol=0)
-    assert found.count == 8
+    hidden, weight, targets = torch.randn(8, 6), torch.randn(11, 6), torch.arange(8)
+    monkeypatch.setattr(objectives, "LOGITS", rows * 11)
+    whole = objectives.answer_cross_entropy(hidden @ weight.T, targets)
+    found = objectives.HeadCrossEntropy()(hidden, targets, weight=weight)
+    torch.testing.assert_close(found, whole.sum, rtol=1e-6, atol=0)
     with torch.no_grad():
-        assert objectives.chunked_cross_entropy(head, hidden, targets, count).sum == found.sum
+        assert objectives.HeadCrossEntropy()(hidden, targets, weight=weight) == found
 
 
 def test_logits_that_are_more_than_the_heads_are_left_to_the_model(monkeypatch):
     set_seed(0)
     base = random_base(tiny_architecture("granite", logits_scaling=8.0), vocab_size=VOCABULARY)
-    assert base.config.model_type not in packed.PLAIN_HEADS
+    assert not packed.has_plain_head(base)
     (loss, _, _), (again, _, rows) = both(monkeypatch, *hypernetwork(base))
     assert again.sum == loss.sum and rows == loss.count
     ids = torch.randint(3, VOCABULARY, (1, 8))
     for kind in packed.PLAIN_HEADS:  # and those of the others are the head's
         base = tiny_base(kind)
+        assert packed.has_plain_head(base)
         hidden = base.get_decoder()(input_ids=ids).last_hidden_state
         assert torch.equal(base(input_ids=ids).logits, base.get_output_embeddings()(hidden))
