@@ -83,7 +83,8 @@ class PrefixTuner(PackedModel):
         """Cross entropy of a packed batch whose contexts are the G placeholder rows of its `tasks`, all named in this tuner."""
         # Indices are the host's, so nothing is copied to the device and nothing there has to be looked at.
         places = [self.names[name] for name in batch.tasks]
-        keys, values = (torch.cat([x.unbind(1)[i] for i in places], dim=2) for x in self._current())  # (L, N, p * G, D)
+        each = (x.unbind(1) for x in self._current())  # P of (L, N, G, D)
+        keys, values = (torch.cat([one[i] for i in places], dim=2) for one in each)  # (L, N, p * G, D)
         if any(batch.layout.starts[: len(places)]):
             gists = torch.arange(self.gists, device=keys.device).repeat(len(places))
             shifts = batch.layout.positions[: len(gists)] - gists
