@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,27 @@ class TokenLoss(NamedTuple):
         return self.sum / self.count
 
 
+@dataclass(frozen=True)
+class Mix:
+    """How much of each objective a loss has: every one is a mean over its own tokens.
+
+    answer: cross entropy of what queries are answered with, or of text's continuation. distillation: divergence of the answers
+    behind a prefix from those of the frozen model behind the whole context. reconstruction: cross entropy of the context's own
+    tokens, said again from its prefix alone.
+    """
+
+    answer: float = 1.0
+    distillation: float = 0.0
+    reconstruction: float = 0.0
+
+    def problems(self) -> list[str]:
+        """What is wrong with the weights, a sentence each."""
+        weights = (self.answer, self.distillation, self.reconstruction)
+        if min(weights) < 0:
+            return ["weights are not negative"]
+        return [] if self.answer or self.distillation else ["answer or distillation must weigh something: queries are read"]
+
+
 def head_chunks(rows: int, vocabulary: int) -> int:
     """Into how many chunks `rows` rows are cut, so that a chunk has at most `LOGITS` logits, or a single row."""
     return max(1, -(-rows // max(1, LOGITS // vocabulary)))
@@ -39,24 +62,40 @@ class HeadCrossEntropy(nn.Module):
     not the head once for each (`hyperllama.distributed.gather_with`).
     """
 
-    def forward(self, hidden: Tensor, targets: Tensor, *, weight: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, targets: Tensor, *, weight: Tensor, teacher: Tensor | None = None, mix: Mix = Mix()
+    ) -> Tensor:
         """The summed loss of targets (n,) under the logits hidden (n, hidden size) @ weight (V, hidden size).T.
 
-        Where there are more chunks than one, the backward pass computes each chunk's logits again.
+        With `teacher` (n, hidden size), another model's hidden states at the same places, the divergence from its answers joins
+        the cross entropy (`Mix`). Where there are more chunks than one, the backward pass computes each chunk's logits again.
         """
-        chunks = head_chunks(len(targets), weight.shape[0])
+        taught = mix.distillation > 0 and teacher is not None
+        chunks = head_chunks(len(targets) * (2 if taught else 1), weight.shape[0])
         if chunks == 1:
-            return _summed(hidden, targets, weight)
+            return _summed(hidden, targets, weight, teacher if taught else None, mix)
+        teachers = teacher.chunk(chunks) if taught else [None] * len(targets.chunk(chunks))
         sums = [
             # Nothing is random here, so no random state has to be kept.
-            checkpoint(_summed, rows, wanted, weight, use_reentrant=False, preserve_rng_state=False)
-            for rows, wanted in zip(hidden.chunk(chunks), targets.chunk(chunks), strict=True)
+            checkpoint(_summed, *pieces, mix, use_reentrant=False, preserve_rng_state=False)
+            for pieces in zip(hidden.chunk(chunks), targets.chunk(chunks), repeat(weight), teachers)
         ]
         return torch.stack(sums).sum()
 
 
-def _summed(hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+def _summed(hidden: Tensor, targets: Tensor, weight: Tensor, teacher: Tensor | None, mix: Mix) -> Tensor:
+    logits = F.linear(hidden, weight).float()
+    if teacher is None:
+        return mix.answer * F.cross_entropy(logits, targets, reduction="sum")
+    with torch.no_grad():
+        taught = F.linear(teacher, weight).float()
+    return mix.answer * F.cross_entropy(logits, targets, reduction="sum") + mix.distillation * divergence(logits, taught)
+
+
+def divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """The summed Kullback-Leibler divergence in nats of rows of logits (n, V) from those of a teacher (Hinton et al. 2015)."""
+    own, taught = logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
+    return F.kl_div(own, taught, reduction="sum", log_target=True)
 
 
 def answer_cross_entropy(logits: Tensor, targets: Tensor) -> TokenLoss:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hyperllama.backbone import packed_arguments
 from hyperllama.data.packing import GistBatch
 from hyperllama.distributed import gather_with
-from hyperllama.objectives import HeadCrossEntropy, TokenLoss, answer_cross_entropy, counted
+from hyperllama.objectives import HeadCrossEntropy, Mix, TokenLoss, answer_cross_entropy, counted
 
 # Models whose logits are what their head returns and nothing else: no scale, no soft cap.
 PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
@@ -31,19 +32,45 @@ class PackedModel(nn.Module):
         """The base's: its sizes are what DeepSpeed's "auto" settings follow."""
         return self.base.config
 
-    def answer_loss(self, batch: GistBatch, states: Sequence[tuple[Tensor, Tensor]] | None = None, **inputs) -> TokenLoss:
-        """Cross entropy of a batch's targets, with the output head on target rows only. `inputs` go to the decoder.
+    def answer_loss(
+        self,
+        batch: GistBatch,
+        states: Sequence[tuple[Tensor, Tensor]] | None = None,
+        *,
+        mix: Mix = Mix(),
+        teacher: Tensor | None = None,
+        **inputs,
+    ) -> TokenLoss:
+        """The loss of a batch's targets, with the output head on target rows only. `inputs` go to the decoder.
 
         Where there are many targets and words, logits are computed in chunks (`hyperllama.objectives.LOGITS`).
         `states`: keys and values of each layer for the first rows, see `attention_masks.registration.layout_arguments`.
+        `teacher` (answers, hidden size): what the answers' targets are to be predicted like, if `mix` says so.
+        The count is that of the answers: the other objectives join as means of their own.
         """
         inputs |= {"use_cache": False, **packed_arguments(self.base, batch.layout, self.backend, states)}
+        answers = len(batch.targets) if batch.answers is None else batch.answers
+        again = mix.reconstruction * answers / max(1, len(batch.targets) - answers)
         if self.head_loss is None:
-            logits = self.base(**inputs, logits_to_keep=batch.target_rows).logits
-            return answer_cross_entropy(logits[0], batch.targets)
+            logits = self.base(**inputs, logits_to_keep=batch.target_rows).logits[0]
+            summed = mix.answer * answer_cross_entropy(logits[:answers], batch.targets[:answers]).sum
+            if again:
+                summed = summed + again * answer_cross_entropy(logits[answers:], batch.targets[answers:]).sum
+            return counted(summed, batch.targets[:answers])
         hidden = self.base.get_decoder()(**inputs).last_hidden_state[0].index_select(0, batch.target_rows)
-        summed = self.head_loss(hidden, batch.targets, weight=self.base.get_output_embeddings().weight)
-        return counted(summed, batch.targets)
+        weight = self.base.get_output_embeddings().weight
+        summed = self.head_loss(hidden[:answers], batch.targets[:answers], weight=weight, teacher=teacher, mix=mix)
+        if again:
+            summed = summed + again * self.head_loss(hidden[answers:], batch.targets[answers:], weight=weight)
+        return counted(summed, batch.targets[:answers])
+
+    @torch.no_grad()
+    def taught(self, batch: GistBatch) -> Tensor:
+        """Hidden states (n, hidden size) of the base alone at a batch's targets."""
+        hidden = self.base.get_decoder()(
+            input_ids=batch.ids, use_cache=False, **packed_arguments(self.base, batch.layout, self.backend)
+        ).last_hidden_state
+        return hidden[0].index_select(0, batch.target_rows)
 
     def activation_checkpointing_enable(self, *args, **kwargs) -> None:
         """Called by the Trainer when `gradient_checkpointing` is set; older versions of transformers call the name below."""

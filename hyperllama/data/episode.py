@@ -34,11 +34,15 @@ class Example:
 
 @dataclass(frozen=True)
 class TextWindow:
-    """Plain text: the first `context_tokens` tokens are context, the next `continuation_tokens` are to be predicted."""
+    """Plain text: the first `context_tokens` tokens are context, the next `continuation_tokens` are to be predicted.
+
+    With a `period` the first so many tokens are said again and again.
+    """
 
     text: str
     context_tokens: int
     continuation_tokens: int
+    period: int | None = None
 
 
 @dataclass(frozen=True)

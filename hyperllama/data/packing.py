@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch import Tensor
@@ -12,21 +13,26 @@ from torch import Tensor
 from attention_masks import GistLayout, Segment
 from hyperllama.data.text import EncodedEpisode
 
-PLACEHOLDER = 0  # the id in gist rows; their embedding is replaced
+PLACEHOLDER = 0  # the id in gist rows and of markers; their embedding is replaced
 
 
 @dataclass(frozen=True)
 class GistBatch:
     """Several episodes as one packed row of T tokens.
 
-    ids (1, T); target_rows (n,) rows whose output predicts targets (n,); `layout` says who sees whom. `tasks` names the
-    episodes in the order of their contexts, `episodes` numbers them in the stream. The counts are what the limits left out.
+    ids (1, T); target_rows (n,) rows whose output predicts targets (n,); `layout` says who sees whom. The first `answers`
+    targets are those of queries, the others are contexts' own tokens, to be said again from a row of `marker_rows` on.
+    `teacher` is the same queries behind their whole contexts. `tasks` names the episodes in the order of their contexts,
+    `episodes` numbers them in the stream. The counts are what the limits left out.
     """
 
     ids: Tensor
     target_rows: Tensor
     targets: Tensor
     layout: GistLayout
+    marker_rows: Tensor | None = None
+    answers: int | None = None
+    teacher: GistBatch | None = None
     tasks: tuple[str, ...] = ()
     demonstrations: int = 0
     dropped_demonstrations: int = 0
@@ -47,15 +53,90 @@ class GistBatch:
         return self._map(lambda x: x.pin_memory())
 
     def _map(self, move) -> GistBatch:
-        moved = {name: move(getattr(self, name)) for name in ("ids", "target_rows", "targets", "layout")}
+        names = ("ids", "target_rows", "targets", "layout", "marker_rows", "teacher")
+        moved = {name: move(value) for name in names if (value := getattr(self, name)) is not None}
         return dataclasses.replace(self, **moved)
 
+    def halves(self) -> tuple[Tensor, GistLayout, GistBatch]:
+        """The compress region alone, as ids and layout; and what reads it, behind placeholder rows for its gists."""
+        compressing = [segment for segment in self.layout.segments if segment.gists]
+        cut, gists = self.layout.compress_rows, sum(segment.gists for segment in compressing)
+        placeholders = [Segment(segment.gists, gists=segment.gists) for segment in compressing]
+        reading = dataclasses.replace(
+            self,
+            ids=torch.cat([self.ids.new_full((1, gists), PLACEHOLDER), self.ids[:, cut:]], dim=1),
+            target_rows=self.target_rows + (gists - cut),
+            marker_rows=None if self.marker_rows is None else self.marker_rows + (gists - cut),
+            layout=GistLayout([*placeholders, *self.layout.segments[len(compressing) :]]).to(self.layout.device),
+        )
+        return self.ids[:, :cut], GistLayout(compressing).to(self.layout.device), reading
 
-def pack_gist(episodes: Sequence[EncodedEpisode], gists: int) -> GistBatch:
-    """Contexts with `gists` gist rows each, then all their queries, each of which reads its own context's gists.
+
+@dataclass(frozen=True)
+class Reading:
+    """How a context is cut into segments with gists, and who reads them.
+
+    graph: "single", the context as one segment; "recurrent", chunks of at most `chunk_tokens` of which each reads the gists of
+    all before it (AutoCompressors, Chevalier et al. 2023, arXiv 2305.14788); "parallel", chunks that know nothing of each
+    other. Demonstrations are cut only if they are longer than a chunk. Queries read the gists of all chunks.
+    """
+
+    graph: str = "single"
+    chunk_tokens: int = 256
+
+    def chunks(self, context: Sequence[int], ends: Sequence[int] = ()) -> list[tuple[int, ...]]:
+        """Pieces of a context; `ends` are the places in it after which a demonstration ends."""
+        pieces, start = [], 0
+        while self.graph != "single" and len(context) - start > self.chunk_tokens:
+            stop = max((e for e in ends if start < e <= start + self.chunk_tokens), default=start + self.chunk_tokens)
+            pieces.append(tuple(context[start:stop]))
+            start = stop
+        return [*pieces, tuple(context[start:])]
+
+    def segments(self, chunks: Sequence[Sequence[int]], gists: int, first: int) -> list[Segment]:
+        """A segment for each chunk, which ends in its gists; the first of them is segment `first` of its layout."""
+        before = [tuple(range(first, first + i)) if self.graph == "recurrent" else () for i in range(len(chunks))]
+        return [Segment(len(chunk) + gists, gists=gists, reads=reads) for chunk, reads in zip(chunks, before, strict=True)]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What of an episode is packed, beside its context and its queries.
+
+    `elastic` draws how many gists a batch has: 1, 2, 4, ... up to all; a gist never sees those after it, so the first few stand
+    alone. `reconstruct` adds a segment in which each context is said again (in-context autoencoder, Ge et al. 2023, arXiv
+    2307.06945, section 2.2.1), `teach` the same queries behind their whole contexts.
+    """
+
+    gists: int
+    reading: Reading = Reading()
+    elastic: bool = False
+    reconstruct: bool = False
+    teach: bool = False
+
+    def drawn_gists(self, episodes: Sequence[EncodedEpisode]) -> int:
+        """How many gists the batch of these episodes has: always the same for the same episodes of the stream."""
+        if not self.elastic:
+            return self.gists
+        return Random(f"gists/{episodes[0].index}").choice(nested_gists(self.gists))
+
+
+def nested_gists(gists: int) -> list[int]:
+    """1, 2, 4, ... and `gists` itself.
+
+    >>> nested_gists(12)
+    [1, 2, 4, 8, 12]
+    """
+    return [*(1 << i for i in range((gists - 1).bit_length())), gists]
+
+
+def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> GistBatch:
+    """Contexts with their gist rows, then all queries, each of which reads its own context's gists.
+
+    A whole number packs so many gists and nothing else.
 
     >>> from attention_masks import draw
-    >>> batch = pack_gist([EncodedEpisode(context=(5, 6), queries=(((7,), (8, 9)), ((7,), (9,))))], gists=1)
+    >>> batch = pack_gist([EncodedEpisode(context=(5, 6), queries=(((7,), (8, 9)), ((7,), (9,))))], 1)
     >>> print(draw(batch.layout))
     S0   0 | # . . . . .
     S0   1 | # # . . . .
@@ -66,27 +147,65 @@ def pack_gist(episodes: Sequence[EncodedEpisode], gists: int) -> GistBatch:
     >>> batch.ids.tolist(), batch.target_rows.tolist(), batch.targets.tolist()
     ([[5, 6, 0, 7, 7, 8]], [3, 4, 5], [9, 8, 9])
     """
+    packing = Packing(packing) if isinstance(packing, int) else packing
+    gists = packing.drawn_gists(episodes)
     # Neighbours of one length run as one attention call.
     contexts = sorted(episodes, key=lambda e: len(e.context))
-    queries = [(prompt, answer, i) for i, episode in enumerate(contexts) for prompt, answer in episode.queries]
-    queries.sort(key=lambda q: len(q[0]) + len(q[1]))
-    pieces = [(*episode.context, *[PLACEHOLDER] * gists) for episode in contexts]
-    segments = [Segment(len(piece), gists=gists) for piece in pieces]
+    pieces, segments, own = [], [], []
+    for episode in contexts:
+        chunks = packing.reading.chunks(episode.context, [end for _, end in episode.answers])
+        made = packing.reading.segments(chunks, gists, len(segments))
+        own.append(tuple(range(len(segments), len(segments) + len(made))))
+        segments += made
+        pieces += [(*chunk, *[PLACEHOLDER] * gists) for chunk in chunks]
+    readers = [(prompt, answer, i) for i, episode in enumerate(contexts) for prompt, answer in episode.queries]
+    if packing.reconstruct:  # a prompt that is no token of the model's: the marker
+        readers += [(None, episode.context, i) for i, episode in enumerate(contexts)]
+    readers.sort(key=lambda r: len(r[0] or (PLACEHOLDER,)) + len(r[1]))
     row = sum(map(len, pieces))
-    target_rows, targets = [], []
-    for prompt, answer, context in queries:
+    rows, targets, markers = {True: [], False: []}, {True: [], False: []}, []
+    for prompt, answer, context in readers:
+        is_answer = prompt is not None
+        if not is_answer:
+            markers.append(row)
+            prompt = (PLACEHOLDER,)
         piece = (*prompt, *answer[:-1])  # the last answer token is predicted, never read
-        target_rows += range(row + len(prompt) - 1, row + len(piece))
+        rows[is_answer] += range(row + len(prompt) - 1, row + len(piece))
+        targets[is_answer] += answer
+        row += len(piece)
+        pieces.append(piece)
+        segments.append(Segment(len(piece), reads=own[context]))
+    batch = _batch(pieces, segments, rows[True] + rows[False], targets[True] + targets[False], contexts)
+    return dataclasses.replace(
+        batch,
+        answers=len(targets[True]),
+        marker_rows=torch.tensor(markers) if markers else None,
+        teacher=_teacher(contexts, [r for r in readers if r[0] is not None]) if packing.teach else None,
+    )
+
+
+def _teacher(contexts: Sequence[EncodedEpisode], queries) -> GistBatch:
+    """Whole contexts, all of whose rows are read by the queries in their order."""
+    pieces = [episode.context for episode in contexts]
+    segments = [Segment(len(piece), gists=len(piece)) for piece in pieces]
+    row, rows, targets = sum(map(len, pieces)), [], []
+    for prompt, answer, context in queries:
+        piece = (*prompt, *answer[:-1])
+        rows += range(row + len(prompt) - 1, row + len(piece))
         targets += answer
         row += len(piece)
         pieces.append(piece)
         segments.append(Segment(len(piece), reads=(context,)))
-    return _batch(pieces, segments, target_rows, targets, contexts)
+    return _batch(pieces, segments, rows, targets, contexts)
 
 
-def gist_tokens(episode: EncodedEpisode, gists: int) -> int:
-    """Rows that an episode takes in `pack_gist`."""
-    return len(episode.context) + gists + sum(len(prompt) + len(answer) - 1 for prompt, answer in episode.queries)
+def gist_tokens(episode: EncodedEpisode, packing: Packing | int) -> int:
+    """Rows that an episode takes at most in `pack_gist`."""
+    packing = Packing(packing) if isinstance(packing, int) else packing
+    chunks = len(packing.reading.chunks(episode.context, [end for _, end in episode.answers]))
+    again = len(episode.context) if packing.reconstruct else 0
+    queries = sum(len(prompt) + len(answer) - 1 for prompt, answer in episode.queries)
+    return len(episode.context) + chunks * packing.gists + again + queries
 
 
 def full_tokens(episode: EncodedEpisode) -> int:

@@ -53,4 +53,4 @@ class Collator:
 
     def __call__(self, episodes: list[EncodedEpisode]) -> dict:
         batch = self.pack(episodes, *self.settings)
-        return {"labels": batch.targets, "batch": batch}
+        return {"labels": batch.targets[: batch.answers], "batch": batch}

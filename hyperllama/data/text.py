@@ -172,6 +172,8 @@ class Encoder:
         window = episode.window
         ids = self.tokenizer(window.text, add_special_tokens=False)["input_ids"]  # too many to be worth keeping
         cut = window.context_tokens
+        if window.period:
+            ids = ids[: window.period] * -(-(cut + window.continuation_tokens) // window.period)
         continuation = tuple(ids[cut : cut + window.continuation_tokens])
         whole = len(continuation) == window.continuation_tokens
         queries = (((continuation[0],), continuation[1:]),) if whole else ()

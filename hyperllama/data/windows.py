@@ -22,12 +22,15 @@ class WindowSettings:
     """A window is `min_context_tokens` to `context_tokens` tokens of context, then `continuation_tokens` to be predicted.
 
     Of each document the last twentieth is held out: `part` "test" reads only that, "train" the rest, "all" everything.
+    A share `repeats` of training windows says the same again and again, with a period of an eighth to a half of the window:
+    copying is what induction heads are made of (Olsson et al. 2022, arXiv 2209.11895), and text alone teaches it late.
     `column` is the text of a data set of the `datasets` library, of which the first `rows` rows are read; files need neither.
     """
 
     context_tokens: int = 256
     min_context_tokens: int | None = None
     continuation_tokens: int = 128
+    repeats: float = 0.0
     column: str = "text"
     rows: int = 10_000
     part: Literal["train", "test", "all"] = "all"
@@ -40,6 +43,8 @@ class WindowSettings:
             found.append("min_context_tokens must be between 1 and context_tokens")
         if self.continuation_tokens < 2:
             found.append("continuation_tokens must be at least 2: one to read, one to predict")
+        if not 0 <= self.repeats <= 1:
+            found.append("repeats is a share of the windows, between 0 and 1")
         return found
 
 
@@ -63,7 +68,9 @@ class WindowSource:
         context_tokens = most if fewest is None else rng.randint(fewest, most)
         # A window that starts in the last stretch may come out short; the encoder says so, and another is drawn.
         start = rng.randrange(max(1, len(text) - self._span // 4))
-        return self._window(name, text, start, context_tokens)
+        total = context_tokens + self.settings.continuation_tokens
+        period = rng.randint(max(1, total // 8), max(1, total // 2)) if rng.random() < self.settings.repeats else None
+        return self._window(name, text, start, context_tokens, period)
 
     def evaluation(self, *, shots: int, queries: int, episodes: int, seed: int) -> list[Episode]:
         """`episodes` windows, at places that the seed decides, with as much context as the settings allow."""
@@ -78,11 +85,11 @@ class WindowSource:
     def _document(self, rng: Random) -> tuple[str, str]:
         return rng.choices(self.documents, cum_weights=self._cumulative)[0]
 
-    def _window(self, name: str, text: str, start: int, context_tokens: int) -> Episode:
+    def _window(self, name: str, text: str, start: int, context_tokens: int, period: int | None = None) -> Episode:
         if start:  # from the next word on, so that no token is half a word
             end_of_word = text.find(" ", start, start + 200)
             start = end_of_word + 1 if end_of_word >= 0 else start
-        window = TextWindow(text[start : start + self._span], context_tokens, self.settings.continuation_tokens)
+        window = TextWindow(text[start : start + self._span], context_tokens, self.settings.continuation_tokens, period)
         return Episode("", (), (), f"{name}:{start}", name, window)
 
     def __len__(self) -> int:
