@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from attention_masks import GistLayout, Segment
 from hyperllama import __version__
 from hyperllama.backbone import BaseIdentity, identify, rotary_settings
+from hyperllama.chunks import CHUNK_ROWS
 from hyperllama.data.packing import GistBatch
 from hyperllama.distributed import gathered
 from hyperllama.encoding import encode_gists
@@ -84,11 +85,18 @@ class GistHypernetwork(PackedModel):
         return embeds.index_copy(1, layout.gist_rows, self.gists.to(embeds.dtype)[layout.gist_slots][None])
 
     @torch.no_grad()
-    def compress(self, contexts: Sequence[Sequence[int] | Tensor], manifests: Sequence[Manifest] | None = None) -> list[Prefix]:
+    def compress(
+        self,
+        contexts: Sequence[Sequence[int] | Tensor],
+        manifests: Sequence[Manifest] | None = None,
+        *,
+        chunk_rows: int = CHUNK_ROWS,
+    ) -> list[Prefix]:
         """Turn contexts into prefixes: one task or many, of any lengths, in one packed pass.
 
         `contexts` are token ids, without gists. `manifests` say where each comes from; base, rotary settings, hypernetwork
-        and a hash of the context are filled in here. Raises UserError for a context longer than the model.
+        and a hash of the context are filled in here. `chunk_rows`: see `encode_gists`. Raises UserError for a context
+        longer than the model.
         """
         if not len(contexts) or not all(len(context) for context in contexts):
             raise UserError("there is nothing to compress: every context needs at least one token")
@@ -97,14 +105,16 @@ class GistHypernetwork(PackedModel):
         gaps = torch.zeros(self.num_gists, dtype=torch.long)
         ids = torch.cat([part for context in contexts for part in (context, gaps)])[None]
         manifests = manifests or [Manifest(base=self.identity) for _ in contexts]
-        prefixes = self.encode(ids, layout, [(i,) for i in range(len(contexts))])
+        prefixes = self.encode(ids, layout, [(i,) for i in range(len(contexts))], chunk_rows=chunk_rows)
         fingerprint = self.fingerprint()  # of all trained weights: once, not once a prefix
         for prefix, context, manifest in zip(prefixes, contexts, manifests, strict=True):
             prefix.manifest = self._sign(manifest, context.tolist(), fingerprint)
         return prefixes
 
     @torch.no_grad()
-    def encode(self, ids: Tensor, layout: GistLayout, readers: Sequence[Sequence[int]]) -> list[Prefix]:
+    def encode(
+        self, ids: Tensor, layout: GistLayout, readers: Sequence[Sequence[int]], *, chunk_rows: int = CHUNK_ROWS
+    ) -> list[Prefix]:
         """Run the compress region of any reading graph; a prefix for each reader.
 
         ids (1, T), anything in gist rows; `layout` has gists in every segment; a reader is the list of segments that it
@@ -112,7 +122,8 @@ class GistHypernetwork(PackedModel):
         """
         layout = layout.to(self.gists.device)
         embeds = self._embed(ids.to(self.gists.device), layout)
-        return encode_gists(self.base, layout, readers, backend=self.backend, inputs_embeds=embeds, gist_lora=self.lora)
+        inputs = {"inputs_embeds": embeds, "gist_lora": self.lora}
+        return encode_gists(self.base, layout, readers, backend=self.backend, chunk_rows=chunk_rows, **inputs)
 
     def _sign(self, manifest: Manifest, context: list[int], fingerprint: str) -> Manifest:
         return dataclasses.replace(

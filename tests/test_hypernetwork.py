@@ -183,6 +183,30 @@ def test_read_rows_are_the_base_model_bit_for_bit(base):
     assert not torch.allclose(with_lora[:, :15], without[:, :15])
 
 
+def test_a_base_in_bf16_makes_the_prefix_of_float32_but_for_rounding():
+    """Without gradients the update is computed in the base's dtype: the prefix is about as far off as that of the base alone."""
+    hypernetwork, context = trained_hypernetwork(tiny_base().to(torch.bfloat16)), [tokens(60, 4)]
+
+    def compress(strength):
+        saved = [matrix.weight.clone() for matrix in hypernetwork.lora.B.values()]
+        with torch.no_grad():
+            for matrix in hypernetwork.lora.B.values():
+                matrix.weight.mul_(strength)
+            found = []
+            for dtype in (torch.bfloat16, torch.float32):
+                hypernetwork.base.to(dtype)
+                found.append(hypernetwork.compress(context)[0].to(dtype=torch.float32))
+            hypernetwork.base.to(torch.bfloat16)
+            for matrix, weight in zip(hypernetwork.lora.B.values(), saved):
+                matrix.weight.copy_(weight)
+        (rounded, exact), difference = found, 0.0
+        for a, b in zip((*rounded.keys, *rounded.values), (*exact.keys, *exact.values)):
+            difference += ((a - b).pow(2).mean() / b.pow(2).mean()).item() / (4 * exact.layers)
+        return difference**0.5
+
+    assert compress(1.0) < 2 * compress(0.0) < 0.1
+
+
 def test_training_leaves_every_bit_of_the_base(base):
     before = copy.deepcopy(base.state_dict())
     hypernetwork = trained_hypernetwork(base).train()
