@@ -80,11 +80,12 @@ class Reader:
         if not all(len(prompt) for prompt in prompts):
             raise UserError("a prompt is empty after tokenisation: give an input, or a query template with text of its own")
         longest = max(map(len, prompts))
-        ids = torch.full((len(prompts), longest), pad, device=device)
+        ids = torch.full((len(prompts), longest), pad)
         mask = torch.zeros_like(ids)
         for i, prompt in enumerate(prompts):
-            ids[i, longest - len(prompt) :] = torch.as_tensor(prompt, device=device)
+            ids[i, longest - len(prompt) :] = torch.as_tensor(prompt)
             mask[i, longest - len(prompt) :] = 1
+        ids, mask = ids.to(device), mask.to(device)  # two transfers, not two a row
         cache = {}
         if prefixes is not None:
             # Beam search repeats each prompt, but not a cache that it is given.
