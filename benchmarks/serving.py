@@ -3,12 +3,15 @@
     python -m benchmarks.serving [--dtype float32] [--json FILE]
 
 A batch of 32 queries of 32 tokens about a task of 1,024 tokens, each answered with 16 new tokens, greedily and without an end;
-a Llama of 6 layers and hidden size 512, 16 gists, bf16. All ways run stock `generate` on the same model:
+a Llama of 6 layers and hidden size 512, 16 gists, bf16. All ways run `generate` of transformers on the same model:
 
 prefix         our `Reader.generate`, a prefix a row
 cached prompt  the examples' keys and values, computed once, copied and repeated to all rows, as transformers documents it
 whole prompt   the examples and the query in every row, nothing reused
 floor          as "cached prompt", of a text that has only as many tokens as there are gists: no reader can be faster
+
+"+ head" is with the same output head as our reader's: stock `generate` multiplies the last rows of the prompts one after the
+other, see `hyperllama.reader.one_product_head`.
 
 A state is what has to be kept of the task: keys and values at every layer. "compress" turns the examples into the prefix,
 "prefill" computes the cache of the examples with the plain model. Sizes are options, for a larger model on a GPU.
@@ -33,7 +36,7 @@ from hyperllama.backbone import random_base
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.hypernetwork import GistHypernetwork
 from hyperllama.prefix import Prefix
-from hyperllama.reader import Reader
+from hyperllama.reader import Reader, one_product_head
 
 HEAD_DIM = 64
 SIZES = {"context": 1024, "gists": GISTS, "rows": 32, "query": 32, "new": 16, "layers": 6, "hidden": 512}
@@ -58,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seconds = paired(ways, sizes.rounds, warmup=0)  # taking the memory was the warm-up
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     states = {"prefix": serving.prefix.nbytes, **{name: nbytes(cache) for name, cache in serving.caches.items()}}
+    states |= {f"{name} + head": states[name] for name in serving.caches}
     making = {"compress": serving.compress, "prefill": partial(serving.prefill, context)}
     making_memory = {name: peak_bytes(step) for name, step in making.items()}
     making_seconds = paired(making, 2 * sizes.rounds)
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seconds": seconds,
         "tokens_per_second": {name: sizes.rows * sizes.new / median for name, median in medians.items()},
         "times_prefix": {name: median_ratio(times, seconds["prefix"]) for name, times in seconds.items()},
-        "prefix_to_floor": median_ratio(seconds["prefix"], seconds["floor"]),
+        "prefix_to_floor": median_ratio(seconds["prefix"], seconds["floor + head"]),
         "state_bytes_a_task": states,
         "state_bytes_a_batch": {name: sizes.rows * state for name, state in states.items()},
         "peak_bytes": memory,
@@ -99,7 +103,14 @@ class Serving:
             "cached prompt": partial(self.from_cache, "cached prompt"),
             "whole prompt": self.from_whole_prompts,
             "floor": partial(self.from_cache, "floor"),
+            "cached prompt + head": partial(self.with_head, "cached prompt"),
+            "floor + head": partial(self.with_head, "floor"),
         }
+
+    def with_head(self, name: str) -> list[list[int]]:
+        """`from_cache` with the output head of our reader."""
+        with one_product_head(self.model):
+            return self.from_cache(name)
 
     def compress(self) -> Prefix:
         """The prefix of the context."""
@@ -191,15 +202,15 @@ def show(figures: dict) -> None:
         f"{sizes['rows']} queries of {sizes['query']} tokens, {sizes['new']} new ones each, about a task of "
         f"{sizes['context']:,} tokens; {figures['dtype']}; medians of {figures['rounds']} paired rounds; {machine()}\n"
     )
-    print(f"{'':14} {'s a batch':>10} {'tokens/s':>10} {'x prefix':>9} {'KiB a task':>11} {'KiB a batch':>12} {'peak MiB':>9}")
+    print(f"{'':20} {'s a batch':>10} {'tokens/s':>10} {'x prefix':>9} {'KiB a task':>11} {'KiB a batch':>12} {'peak MiB':>9}")
     for name, speed in figures["tokens_per_second"].items():
         tasks, batches = (figures[key].get(name) for key in ("state_bytes_a_task", "state_bytes_a_batch"))
         kept = f"{tasks / 2**10:11,.0f} {batches / 2**10:12,.0f}" if tasks else f"{'-':>11} {'-':>12}"
         seconds, ratio = statistics.median(figures["seconds"][name]), figures["times_prefix"][name]
-        print(f"{name:14} {seconds:10.3f} {speed:10,.0f} {ratio:9.2f} {kept} {figures['peak_bytes'][name] / 2**20:9,.0f}")
-    print(f"\nthe prefix takes {figures['prefix_to_floor']:.3f} x the floor")
+        print(f"{name:20} {seconds:10.3f} {speed:10,.0f} {ratio:9.2f} {kept} {figures['peak_bytes'][name] / 2**20:9,.0f}")
+    print(f"\nthe prefix takes {figures['prefix_to_floor']:.3f} x the floor with the same head")
     for name, times in figures["making_seconds"].items():
-        print(f"{name:14} {statistics.median(times):10.3f} s   peak {figures['making_peak_bytes'][name] / 2**20:,.0f} MiB")
+        print(f"{name:20} {statistics.median(times):10.3f} s   peak {figures['making_peak_bytes'][name] / 2**20:,.0f} MiB")
     print(f"compress takes {figures['compress_to_prefill']:.3f} x prefill")
 
 

@@ -260,6 +260,19 @@ def test_the_last_layer_computes_only_keys_and_values_for_context_rows(base):
         handle.remove()
 
 
+def test_a_fingerprint_follows_every_change_of_the_weights():
+    hypernetwork = trained_hypernetwork(tiny_base())
+    weight, found = hypernetwork.lora.A[next(iter(hypernetwork.lora.A))].weight, [hypernetwork.fingerprint()]
+    assert hypernetwork.fingerprint() == found[0] == copy.deepcopy(hypernetwork).fingerprint()
+    for value in (1.0, 0.0, -0.0, float("nan")):
+        weight.data[0, 0] = value  # which no version counter sees
+        found.append(hypernetwork.fingerprint())
+        assert hypernetwork.fingerprint() == found[-1]
+    assert len(set(found)) == 5
+    hypernetwork._hashed = None
+    assert hypernetwork.fingerprint() == found[-1], "a hash that was kept is the hash that would be taken"
+
+
 def test_hypernetwork_survives_its_files(base, tmp_path):
     hypernetwork = trained_hypernetwork(base, gists=4, targets=["q_proj", "down_proj"])
     hypernetwork.save_pretrained(tmp_path, {"data": "none"})
