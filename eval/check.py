@@ -15,6 +15,7 @@ from eval.plan import plan
 from eval.run import check_leaks
 from eval.sizing import Hardware
 from hyperllama.backbone import check_config, find_config, load_tokenizer, random_config
+from hyperllama.compressor import read_config
 from hyperllama.data.episode import Episode, Source
 from hyperllama.data.leaks import find_leaks
 from hyperllama.data.mixture import MixtureSource
@@ -25,7 +26,6 @@ from hyperllama.data.templates import TemplateSource
 from hyperllama.data.text import EncodedEpisode, Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
-from hyperllama.hypernetwork import read_config
 from hyperllama.recipe import AnyRecipe, EvaluationRecipe, Recipe, load_any_recipe
 from hyperllama.sources import make_source
 

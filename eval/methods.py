@@ -14,11 +14,11 @@ from random import Random
 from typing import Literal
 
 from hyperllama.backbone import inverse_frequencies
+from hyperllama.compressor import Hypernetwork
 from hyperllama.data.episode import Episode, Example
 from hyperllama.data.text import Encoder, Limits
 from hyperllama.encoding import last_rows, mean_pooled
 from hyperllama.errors import UserError
-from hyperllama.hypernetwork import GistHypernetwork
 from hyperllama.prefix import Prefix
 from hyperllama.reader import Reader
 
@@ -48,7 +48,7 @@ class Bench:
     episodes: Sequence[Episode]
     encoder: Encoder | None = None
     reader: Reader | None = None
-    hypernetwork: GistHypernetwork | None = None
+    hypernetwork: Hypernetwork | None = None
     multi_task: Reader | None = None
     prefixes: Path | None = None
     budget: int | None = None

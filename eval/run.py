@@ -21,13 +21,13 @@ from eval.report import write_report
 from eval.summary import summarise
 from hyperllama import workflows
 from hyperllama.backbone import check_config, load_base, load_config, load_tokenizer
+from hyperllama.compressor import read_config
 from hyperllama.data.episode import Episode, Source
 from hyperllama.data.leaks import find_leaks
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.environment import versions
 from hyperllama.errors import UserError
 from hyperllama.files import whole_json_lines, write_atomically
-from hyperllama.hypernetwork import read_config
 from hyperllama.reader import Reader
 from hyperllama.recipe import EvaluationRecipe, differences, load_recipe, save_recipe
 from hyperllama.sources import make_source

@@ -16,11 +16,11 @@ from itertools import islice
 from pathlib import Path
 
 from hyperllama.backbone import BaseIdentity
+from hyperllama.compressor import Hypernetwork, context_sha256
 from hyperllama.data.episode import Example, Task
 from hyperllama.data.sni import read_task
 from hyperllama.data.text import Encoder
 from hyperllama.errors import UserError, in_one_line
-from hyperllama.hypernetwork import GistHypernetwork, context_sha256
 from hyperllama.prefix import Manifest
 from hyperllama.store import PrefixStore
 
@@ -119,7 +119,7 @@ class Summary:
 
 def compress_into(
     store: PrefixStore,
-    hypernetwork: GistHypernetwork,
+    hypernetwork: Hypernetwork,
     encoder: Encoder,
     tasks: Iterable[Task | str | Path],
     *,
@@ -183,7 +183,7 @@ def compress_into(
     return summary
 
 
-def _fitting(shown: Shown, hypernetwork: GistHypernetwork, encoder: Encoder, run: str | Path) -> Context:
+def _fitting(shown: Shown, hypernetwork: Hypernetwork, encoder: Encoder, run: str | Path) -> Context:
     """A context that the model has positions for: one that is too long would refuse all others of its pass."""
     context, manifest = shown.encode(encoder, hypernetwork.identity, run)
     gists, positions = hypernetwork.num_gists, hypernetwork.base.config.max_position_embeddings

@@ -15,35 +15,40 @@ from hyperllama.chunks import CHUNK_ROWS, chunked_mlps
 from hyperllama.prefix import Prefix
 
 
+def gist_rows(
+    model: PreTrainedModel, layout: GistLayout, *, backend: str = "auto", chunk_rows: int | None = CHUNK_ROWS, **inputs
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (N, S, D) of the rows `layout.gist_rows` at each layer, as the decoder leaves them.
+
+    `inputs` go to the decoder: input_ids (1, T) or inputs_embeds (1, T, hidden), and perhaps `gist_lora`. Without gradients and
+    beyond `chunk_rows` rows a layer's MLP runs in chunks of as many, so that its inner states do not grow with the context.
+    """
+    cache = _GistRows(layout.gist_rows)
+    arguments = packed_arguments(model, layout, backend)
+    long = chunk_rows is not None and layout.tokens > chunk_rows and not torch.is_grad_enabled()
+    with chunked_mlps(model, chunk_rows, inputs.get("gist_lora")) if long else nullcontext():
+        model.get_decoder()(past_key_values=cache, use_cache=True, **inputs, **arguments)
+    if not cache.states:
+        raise ValueError("gradient checkpointing keeps no keys and values: they are needed when a context is compressed apart")
+    return cache.states
+
+
 @torch.no_grad()
-def encode_gists(
-    model: PreTrainedModel,
-    layout: GistLayout,
-    readers: Sequence[Sequence[int]],
-    *,
-    backend: str = "auto",
-    chunk_rows: int = CHUNK_ROWS,
-    **inputs,
+def prefixes_of(
+    states: Sequence[tuple[Tensor, Tensor]], layout: GistLayout, readers: Sequence[Sequence[int]], inv_freq: Tensor
 ) -> list[Prefix]:
     """A prefix for each reader: the gists of the segments that it reads, one after the other at positions 0, 1, 2, ...
 
-    `inputs` go to the decoder: input_ids (1, T) or inputs_embeds (1, T, hidden), and perhaps `gist_lora`. Beyond
-    `chunk_rows` rows a layer's MLP runs in chunks of as many, so that its inner states do not grow with the context.
+    `states` as from `gist_rows`.
     """
-    layout = layout.to(model.device)
-    cache = _GistRows(layout.gist_rows)
-    arguments = packed_arguments(model, layout, backend)
-    long = layout.tokens > chunk_rows
-    with chunked_mlps(model, chunk_rows, inputs.get("gist_lora")) if long else nullcontext():
-        model.get_decoder()(past_key_values=cache, use_cache=True, **inputs, **arguments)
     column = {row: i for i, row in enumerate(layout.gist_rows.tolist())}
     prefixes = []
     for reads in readers:
         rows = [row for segment in reads for row in layout.gists_of(segment)]
-        columns = torch.tensor([column[row] for row in rows], device=model.device)
-        to_front = torch.arange(len(rows), device=model.device) - layout.positions[rows]
-        keys = [rotate(k[:, columns], to_front, inverse_frequencies(model)) for k, _ in cache.states]
-        prefixes.append(Prefix(keys, [v[:, columns] for _, v in cache.states]))
+        columns = torch.tensor([column[row] for row in rows], device=layout.device)
+        to_front = torch.arange(len(rows), device=layout.device) - layout.positions[rows]
+        keys = [rotate(k[:, columns], to_front, inv_freq) for k, _ in states]
+        prefixes.append(Prefix(keys, [v[:, columns] for _, v in states]))
     return prefixes
 
 
@@ -52,12 +57,14 @@ def encode_whole(
 ) -> list[Prefix]:
     """Prefixes that keep every token of their contexts: full attention, encoded once. Contexts may have any lengths.
 
-    `chunk_rows` as in `encode_gists`.
+    `chunk_rows` as in `gist_rows`.
     """
-    layout = GistLayout([Segment(len(context), gists=len(context)) for context in contexts])
+    layout = GistLayout([Segment(len(context), gists=len(context)) for context in contexts]).to(model.device)
     ids = torch.tensor([[token for context in contexts for token in context]], device=model.device)
     readers = [(i,) for i in range(len(contexts))]
-    return encode_gists(model, layout, readers, backend=backend, chunk_rows=chunk_rows, input_ids=ids)
+    with torch.no_grad():
+        states = gist_rows(model, layout, backend=backend, chunk_rows=chunk_rows, input_ids=ids)
+    return prefixes_of(states, layout, readers, inverse_frequencies(model))
 
 
 def last_rows(prefix: Prefix, rows: int, inv_freq: Tensor) -> Prefix:
@@ -107,5 +114,6 @@ class _GistRows(DynamicCache):
         self.states: list[tuple[Tensor, Tensor]] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        self.states.append((key_states[0, :, self.rows].to(value_states.dtype), value_states[0, :, self.rows]))
+        keys, values = (x[0].index_select(1, self.rows) for x in (key_states, value_states))
+        self.states.append((keys.to(values.dtype), values))
         return key_states, value_states

@@ -7,13 +7,12 @@ import re
 import tempfile
 from pathlib import Path
 
+from hyperllama.compressor import CARD, CONFIG, read_config
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import write_atomically
-from hyperllama.hypernetwork import CARD, CONFIG, GISTS, read_config
-from hyperllama.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hyperllama.prefix import Prefix
 
-HYPERNETWORK = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, GISTS, CONFIG, CARD)
+PARTS = ("*.safetensors", "*.json", CARD)  # of a hypernetwork's repository
 PREFIX = "prefix.safetensors"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+$")
 
@@ -30,8 +29,7 @@ def push(path: str | Path, repository: str, *, private: bool = False) -> str:
         raise UserError(f"{repository}: not the name of a repository; give owner/name")
     with tempfile.TemporaryDirectory() as temporary:
         if path.is_dir():
-            read_config(path)
-            files = {name: (path / name).read_bytes() for name in HYPERNETWORK}
+            files = {name: (path / name).read_bytes() for name in (*read_config(path)["files"], CONFIG, CARD)}
         else:
             prefix = Prefix.load(path)
             files = {PREFIX: path.read_bytes(), CARD: prefix_card(prefix, repository)}
@@ -58,7 +56,7 @@ def fetch(name: str | Path, *, prefix: bool = False) -> Path:
     try:
         if prefix:
             return Path(hf_hub_download(str(name), PREFIX))
-        return Path(snapshot_download(str(name), allow_patterns=list(HYPERNETWORK)))
+        return Path(snapshot_download(str(name), allow_patterns=list(PARTS)))
     except Exception as error:  # as above
         raise UserError(f"{name}: neither here nor on the hub ({in_one_line(error)}); correct the name, or log in") from error
 

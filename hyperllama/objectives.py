@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import repeat
 from typing import NamedTuple
 
@@ -10,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from hyperllama.mix import ANSWERS, Mix
 
 # More logits than these are never there at once. At the peak there are three float32 copies of a chunk: its log-probabilities
 # and two gradients, 0.8 GB. With 128k words a chunk has 523 rows still, for which a product is bound by arithmetic and not by
@@ -28,27 +29,6 @@ class TokenLoss(NamedTuple):
         return self.sum / self.count
 
 
-@dataclass(frozen=True)
-class Mix:
-    """How much of each objective a loss has: every one is a mean over its own tokens.
-
-    answer: cross entropy of what queries are answered with, or of text's continuation. distillation: divergence of the answers
-    behind a prefix from those of the frozen model behind the whole context. reconstruction: cross entropy of the context's own
-    tokens, said again from its prefix alone.
-    """
-
-    answer: float = 1.0
-    distillation: float = 0.0
-    reconstruction: float = 0.0
-
-    def problems(self) -> list[str]:
-        """What is wrong with the weights, a sentence each."""
-        weights = (self.answer, self.distillation, self.reconstruction)
-        if min(weights) < 0:
-            return ["weights are not negative"]
-        return [] if self.answer or self.distillation else ["answer or distillation must weigh something: queries are read"]
-
-
 def head_chunks(rows: int, vocabulary: int) -> int:
     """Into how many chunks `rows` rows are cut, so that a chunk has at most `LOGITS` logits, or a single row."""
     return max(1, -(-rows // max(1, LOGITS // vocabulary)))
@@ -63,7 +43,7 @@ class HeadCrossEntropy(nn.Module):
     """
 
     def forward(
-        self, hidden: Tensor, targets: Tensor, *, weight: Tensor, teacher: Tensor | None = None, mix: Mix = Mix()
+        self, hidden: Tensor, targets: Tensor, *, weight: Tensor, teacher: Tensor | None = None, mix: Mix = ANSWERS
     ) -> Tensor:
         """The summed loss of targets (n,) under the logits hidden (n, hidden size) @ weight (V, hidden size).T.
 

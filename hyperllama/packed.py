@@ -11,7 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from hyperllama.backbone import packed_arguments
 from hyperllama.data.packing import GistBatch
 from hyperllama.distributed import gather_with
-from hyperllama.objectives import HeadCrossEntropy, Mix, TokenLoss, answer_cross_entropy, counted
+from hyperllama.mix import ANSWERS, Mix
+from hyperllama.objectives import HeadCrossEntropy, TokenLoss, answer_cross_entropy, counted
 
 # Models whose logits are what their head returns and nothing else: no scale, no soft cap.
 PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
@@ -37,7 +38,7 @@ class PackedModel(nn.Module):
         batch: GistBatch,
         states: Sequence[tuple[Tensor, Tensor]] | None = None,
         *,
-        mix: Mix = Mix(),
+        mix: Mix = ANSWERS,
         teacher: Tensor | None = None,
         **inputs,
     ) -> TokenLoss:

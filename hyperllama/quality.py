@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
+from hyperllama.compressor import Hypernetwork
 from hyperllama.data.episode import Example
 from hyperllama.data.text import Encoder
 from hyperllama.errors import UserError
-from hyperllama.hypernetwork import GistHypernetwork
 from hyperllama.reader import Reader
 from hyperllama.scoring import Question, answer_distributions
 
@@ -16,7 +16,7 @@ MOST_CHOICES = 20  # more different outputs than that are not a choice among lab
 
 
 def leave_one_out(
-    hypernetwork: GistHypernetwork,
+    hypernetwork: Hypernetwork,
     reader: Reader,
     encoder: Encoder,
     instruction: str,

@@ -15,12 +15,14 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from hyperllama.data.p3 import P3Settings
+from hyperllama.data.reading import Reading
 from hyperllama.data.symbols import SymbolSettings
 from hyperllama.data.synthetic import SyntheticLanguage
 from hyperllama.data.templates import TemplateSettings
 from hyperllama.data.text import Limits, TextFormat
 from hyperllama.data.windows import WindowSettings
 from hyperllama.errors import UserError, in_one_line
+from hyperllama.mix import Mix
 from hyperllama.recipe_checks import recipe_problems
 
 
@@ -44,9 +46,17 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class GistRecipe:
-    """`tokens`: G, how many gists stand for a context. `backend`: the attention kernel; `hyperllama env` lists them."""
+    """What becomes of a context: `tokens`, G, is how many rows a prefix has, or each chunk of a context cut by `reading`.
+
+    kind: "lora" (Phang 2024), "full" (a tuned copy of the base compresses), "gisting" (one model, all weights tuned: Mu et al.
+    2023) or "pooling" (cross-attention over the base's keys and values). `elastic` trains for 1, 2, 4, ... up to G gists at
+    once. `backend`: the attention kernel; `hyperllama env` lists them.
+    """
 
     tokens: int = 16
+    kind: Literal["lora", "full", "gisting", "pooling"] = "lora"
+    reading: Reading = field(default_factory=Reading)
+    elastic: bool = False
     backend: Literal["auto", "dense", "sdpa", "flash", "varlen", "flex"] = "auto"
 
 
@@ -123,6 +133,9 @@ class Recipe:
 
     `deepspeed` is the name of a file of recipes/deepspeed without .json, such as zero3, or a path to one of DeepSpeed's own.
 
+    `start_from` is the run of a hypernetwork of the same base and kind whose weights training starts from, as after pretraining
+    on text. `objectives` weigh what a hypernetwork is trained for.
+
     method "hypernetwork" freezes the base and trains gists and LoRA; "full_attention" trains all weights of the base with
     demonstrations in plain sight: the multi-task baseline, or the base of a toy.
     """
@@ -133,6 +146,8 @@ class Recipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     gist: GistRecipe = field(default_factory=GistRecipe)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
+    objectives: Mix = field(default_factory=Mix)
+    start_from: str | None = None
     data: DataRecipe = field(default_factory=DataRecipe)
     format: TextFormat = field(default_factory=TextFormat)
     limits: Limits = field(default_factory=Limits)

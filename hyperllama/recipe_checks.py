@@ -103,6 +103,7 @@ def _training(recipe: Any, check: _Checks) -> None:
         fits = model.tokenizer == "bytes" or all(part.source == "synthetic" for part in data.parts)
         check(fits, "model.tokenizer: words knows the synthetic language only; choose bytes")
     check(recipe.gist.tokens >= 1, f"gist.tokens: at least 1, not {recipe.gist.tokens}")
+    _hypernetwork(recipe, check)
     check(recipe.lora.rank >= 1, f"lora.rank: at least 1, not {recipe.lora.rank}")
     check(0 <= recipe.lora.dropout < 1, f"lora.dropout: a share below 1, not {recipe.lora.dropout}")
     _format(recipe, check)
@@ -112,14 +113,31 @@ def _training(recipe: Any, check: _Checks) -> None:
     if endless:
         check(training.get("max_steps", -1) > 0, "training.max_steps: the synthetic language is endless, so say how many steps")
     positions = _positions(model)
+    cut = recipe.gist.reading.graph != "single"  # positions begin anew with each chunk
     gists = recipe.gist.tokens if recipe.method == "hypernetwork" else 0
     needed = limits.context_tokens + limits.query_tokens + gists
-    if positions is not None and needed > positions:
+    if positions is not None and needed > positions and not cut:
         check(False, f"limits: context_tokens, query_tokens and gists need {needed} positions, but the model has {positions}")
     for part in data.parts:
         window = part.text.context_tokens + part.text.continuation_tokens + gists + 1
-        if part.source == "text" and positions is not None and window > positions:
+        if part.source == "text" and positions is not None and window > positions and not cut:
             check(False, f"data.text: context, continuation and gists need {window} positions, but the model has {positions}")
+
+
+def _hypernetwork(recipe: Any, check: _Checks) -> None:
+    gist, start = recipe.gist, recipe.start_from
+    check(gist.reading.chunk_tokens >= 1, f"gist.reading.chunk_tokens: at least 1, not {gist.reading.chunk_tokens}")
+    check.extend(f"objectives: {problem}" for problem in recipe.objectives.problems())
+    pooled = gist.kind == "pooling" and gist.reading.graph == "recurrent"
+    check(not pooled, "gist.reading.graph: pooling reads chunks one by one, so they cannot read each other; choose parallel")
+    taught = gist.kind == "gisting" and recipe.objectives.distillation > 0
+    check(not taught, "objectives.distillation: gisting changes the model that would teach; set it to 0")
+    apart = gist.kind in ("full", "pooling") and recipe.training.get("gradient_checkpointing")
+    check(
+        not apart, f"training.gradient_checkpointing: not with gist.kind={gist.kind}, whose keys and values it would not keep"
+    )
+    found = not start or (Path(start) / "hypernetwork.json").is_file()
+    check(found, f"start_from: {start} is not the folder of a trained hypernetwork; train it first")
 
 
 def _evaluation(recipe: Any, check: _Checks) -> None:

@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from hyperllama.backbone import load_base, load_tokenizer, rotary_settings
 from hyperllama.checkpoints import CHECKPOINTS, newest_checkpoint, settings_to_go_on
+from hyperllama.compressor import Hypernetwork
 from hyperllama.data.episode import Episode
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.stream import Collator
@@ -23,7 +24,6 @@ from hyperllama.distributed import processes
 from hyperllama.environment import versions
 from hyperllama.errors import UserError
 from hyperllama.files import plain_name, whole_json_lines, write_atomically
-from hyperllama.hypernetwork import GistHypernetwork
 from hyperllama.prefix import Manifest, Prefix
 from hyperllama.prefix_tuning import PrefixTuner, demonstrations_start, random_start, vocabulary_start
 from hyperllama.reader import Reader
@@ -90,7 +90,7 @@ class Setting:
     tasks: list[TuningTask]
     reader: Reader
     encoder: Encoder
-    hypernetwork: GistHypernetwork | None
+    hypernetwork: Hypernetwork | None
     seed: int
 
 

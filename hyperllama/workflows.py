@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 from transformers.trainer_utils import TrainOutput
 
 from hyperllama.backbone import (
+    BaseIdentity,
     check_backend,
     check_config,
     load_base,
@@ -25,10 +26,11 @@ from hyperllama.backbone import (
     random_config,
 )
 from hyperllama.checkpoints import CHECKPOINTS, newest_checkpoint, settings_to_go_on
+from hyperllama.compressor import CONFIG, Hypernetwork, read_config
 from hyperllama.contexts import Summary, compress_into, shown_of, task_files
 from hyperllama.data.dealing import Dealt
 from hyperllama.data.episode import Example, Source
-from hyperllama.data.packing import full_tokens, gist_tokens, pack_full, pack_gist
+from hyperllama.data.packing import Packing, full_tokens, gist_tokens, pack_full, pack_gist
 from hyperllama.data.sni import read_task
 from hyperllama.data.stream import Collator, EpisodeStream
 from hyperllama.data.text import Encoder, Limits, TextFormat
@@ -39,7 +41,7 @@ from hyperllama.errors import UserError
 from hyperllama.files import read_json, whole_json_lines, write_atomically
 from hyperllama.full_attention import FullAttention
 from hyperllama.hub import fetch
-from hyperllama.hypernetwork import CONFIG, GistHypernetwork, read_config
+from hyperllama.kinds import KINDS, load_hypernetwork_onto
 from hyperllama.prefix import Prefix
 from hyperllama.quality import leave_one_out
 from hyperllama.reader import Reader
@@ -121,19 +123,9 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
         model = FullAttention(base, tokenizer, recipe.gist.backend)
         collator, size = Collator(pack_full, recipe.full_attention.supervise_demonstrations), full_tokens
     else:
-        lora = recipe.lora
-        model = GistHypernetwork(
-            base,
-            gists=recipe.gist.tokens,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            targets=lora.targets or "all-linear",
-            backend=recipe.gist.backend,
-            tokenizer=tokenizer,
-        )
+        model, packing = make_hypernetwork(recipe, base, tokenizer), packing_of(recipe)
         _ = model.identity  # taken while all ranks are here: under ZeRO-3 none has the weights alone
-        collator, size = Collator(pack_gist, recipe.gist.tokens), partial(gist_tokens, gists=recipe.gist.tokens)
+        collator, size = Collator(pack_gist, packing), partial(gist_tokens, packing=packing)
     if arguments.world_size > 1:
         batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
         stream = Dealt(stream, size, ranks=arguments.world_size, batch=batch, accumulation=accumulation)
@@ -157,9 +149,30 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
     return result
 
 
-def load_hypernetwork(
-    run: str | Path, base_path: str | None = None, *, dtype: str = "float32"
-) -> tuple[GistHypernetwork, Encoder]:
+def packing_of(recipe: Recipe) -> Packing:
+    """What of an episode a recipe's hypernetwork is trained on."""
+    again, taught = recipe.objectives.reconstruction > 0, recipe.objectives.distillation > 0
+    return Packing(recipe.gist.tokens, recipe.gist.reading, recipe.gist.elastic, reconstruct=again, teach=taught)
+
+
+def make_hypernetwork(recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Hypernetwork:
+    """The hypernetwork that a recipe describes, new or with the weights of `start_from`."""
+    gist = recipe.gist
+    settings = {"gists": gist.tokens, "reading": gist.reading, "mix": recipe.objectives}
+    if gist.kind == "lora":
+        lora = recipe.lora
+        settings |= {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout}
+        settings |= {"targets": list(lora.targets) or "all-linear"}
+    made = KINDS[gist.kind](base, **settings, backend=gist.backend, tokenizer=tokenizer)
+    if recipe.start_from:
+        before = BaseIdentity(**read_config(recipe.start_from)["base"])
+        if gist.kind != "gisting" and before.weights != made.identity.weights:
+            raise UserError(f"start_from: {recipe.start_from} was trained for {before.name}, not for {made.identity.name}")
+        made.load_weights(recipe.start_from)
+    return made
+
+
+def load_hypernetwork(run: str | Path, base_path: str | None = None, *, dtype: str = "float32") -> tuple[Hypernetwork, Encoder]:
     """A trained hypernetwork with its base, and the encoder of its text format; `base_path` where the base has moved."""
     run = fetch(run)
     config = read_config(run)
@@ -167,7 +180,7 @@ def load_hypernetwork(
     base, tokenizer = load_base(name, dtype=dtype, quantize=config["base"].get("quantize")), load_tokenizer(name)
     notes = config["notes"]
     encoder = Encoder(tokenizer, TextFormat(**notes.get("format", {})), Limits(**notes.get("limits", {})))
-    return GistHypernetwork.from_pretrained(run, base, tokenizer=tokenizer), encoder
+    return load_hypernetwork_onto(run, base, tokenizer=tokenizer), encoder
 
 
 def compress(

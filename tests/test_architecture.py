@@ -21,6 +21,8 @@ LAYERS = [
     {"hyperllama.tune"},
     {"hyperllama.workflows"},
     {"hyperllama.sources", "hyperllama.tuning", "hyperllama.quality", "hyperllama.hub", "hyperllama.contexts"},
+    {"hyperllama.kinds"},
+    {"hyperllama.two_pass"},
     {
         "hyperllama.recipe",
         "hyperllama.training",
@@ -29,6 +31,7 @@ LAYERS = [
         "hyperllama.full_attention",
         "hyperllama.prefix_tuning",
     },
+    {"hyperllama.compressor"},
     {
         "hyperllama.packed",
         "hyperllama.encoding",
@@ -43,6 +46,7 @@ LAYERS = [
     {"hyperllama.last_layer", "hyperllama.chunks"},
     {"hyperllama.data.stream", "hyperllama.data.mixture", "hyperllama.data.dealing"},
     {"hyperllama.backbone", "hyperllama.data.packing", "hyperllama.objectives"},
+    {"hyperllama.mix", "hyperllama.data.reading"},
     {"hyperllama.data.text", "hyperllama.data.sni", "hyperllama.data.synthetic", "hyperllama.data.symbols"},
     {"hyperllama.data.templates", "hyperllama.data.windows", "hyperllama.data.p3", "hyperllama.data.vocabulary"},
     {"hyperllama.data.files", "hyperllama.data.labelled", "hyperllama.data.leaks", "hyperllama.data.prompts"},

@@ -9,8 +9,8 @@ from conftest import tiny_base, trained_hypernetwork
 from test_prefix import random_prefix
 
 from hyperllama import hub, workflows
+from hyperllama.compressor import read_config
 from hyperllama.errors import UserError
-from hyperllama.hypernetwork import read_config
 from hyperllama.prefix import Prefix
 
 
@@ -47,7 +47,13 @@ def test_a_hypernetwork_goes_there_and_comes_back(stand_in, tmp_path):
     hypernetwork.save_pretrained(tmp_path / "run", {"data": "some"})
     (tmp_path / "run" / "checkpoints").mkdir()
     assert hub.push(tmp_path / "run", "me/hyper") == "https://hub/me/hyper"
-    assert {path.name for path in (stand_in / "me/hyper").iterdir()} == set(hub.HYPERNETWORK)
+    assert {path.name for path in (stand_in / "me/hyper").iterdir()} == {
+        "README.md",
+        "hypernetwork.json",
+        "gists.safetensors",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     assert "base_model: a-base" in (stand_in / "me/hyper/README.md").read_text()
     folder = hub.fetch("me/hyper")
     assert read_config(folder)["gists"] == 3

@@ -67,7 +67,7 @@ def test_a_holds_for_every_reading_graph(base, name):
     hypernetwork.gists = torch.nn.Parameter(gists)
     ids = torch.randint(3, VOCABULARY, (1, layout.tokens))
     packed = base(
-        inputs_embeds=hypernetwork._embed(ids, layout),
+        inputs_embeds=hypernetwork.embed(ids, layout),
         use_cache=False,
         gist_lora=hypernetwork.lora,
         **packed_arguments(base, layout),
@@ -171,7 +171,7 @@ def test_read_rows_are_the_base_model_bit_for_bit(base):
     hypernetwork = trained_hypernetwork(base)
     layout = GistLayout([Segment(9, gists=3), Segment(6, gists=3), Segment(5), Segment(7)])
     ids = torch.randint(3, VOCABULARY, (1, layout.tokens))
-    embeds = hypernetwork._embed(ids, layout)
+    embeds = hypernetwork.embed(ids, layout)
     arguments = {"inputs_embeds": embeds, "use_cache": False, **packed_arguments(base, layout)}
     without = base(**arguments).logits
     skipping = base(gist_lora=hypernetwork.lora, **arguments).logits
@@ -289,7 +289,7 @@ def test_hypernetwork_refuses_another_base(tmp_path):
 
 
 def test_a_folder_without_a_hypernetwork_is_named(tmp_path):
-    with pytest.raises(UserError, match="not a hypernetwork, it has no hypernetwork.json, gists.safetensors"):
+    with pytest.raises(UserError, match="not a hypernetwork, it has no hypernetwork.json;"):
         GistHypernetwork.from_pretrained(tmp_path, tiny_base())
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attention_masks import GistLayout, Segment
+from hyperllama.data.reading import SINGLE, Reading
 from hyperllama.data.text import EncodedEpisode
 
 PLACEHOLDER = 0  # the id in gist rows and of markers; their embedding is replaced
@@ -73,33 +74,6 @@ class GistBatch:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a context is cut into segments with gists, and who reads them.
-
-    graph: "single", the context as one segment; "recurrent", chunks of at most `chunk_tokens` of which each reads the gists of
-    all before it (AutoCompressors, Chevalier et al. 2023, arXiv 2305.14788); "parallel", chunks that know nothing of each
-    other. Demonstrations are cut only if they are longer than a chunk. Queries read the gists of all chunks.
-    """
-
-    graph: str = "single"
-    chunk_tokens: int = 256
-
-    def chunks(self, context: Sequence[int], ends: Sequence[int] = ()) -> list[tuple[int, ...]]:
-        """Pieces of a context; `ends` are the places in it after which a demonstration ends."""
-        pieces, start = [], 0
-        while self.graph != "single" and len(context) - start > self.chunk_tokens:
-            stop = max((e for e in ends if start < e <= start + self.chunk_tokens), default=start + self.chunk_tokens)
-            pieces.append(tuple(context[start:stop]))
-            start = stop
-        return [*pieces, tuple(context[start:])]
-
-    def segments(self, chunks: Sequence[Sequence[int]], gists: int, first: int) -> list[Segment]:
-        """A segment for each chunk, which ends in its gists; the first of them is segment `first` of its layout."""
-        before = [tuple(range(first, first + i)) if self.graph == "recurrent" else () for i in range(len(chunks))]
-        return [Segment(len(chunk) + gists, gists=gists, reads=reads) for chunk, reads in zip(chunks, before, strict=True)]
-
-
-@dataclass(frozen=True)
 class Packing:
     """What of an episode is packed, beside its context and its queries.
 
@@ -109,7 +83,7 @@ class Packing:
     """
 
     gists: int
-    reading: Reading = Reading()
+    reading: Reading = SINGLE
     elastic: bool = False
     reconstruct: bool = False
     teach: bool = False
@@ -119,6 +93,12 @@ class Packing:
         if not self.elastic:
             return self.gists
         return Random(f"gists/{episodes[0].index}").choice(nested_gists(self.gists))
+
+
+def chunk_segments(reading: Reading, chunks: Sequence[Sequence[int]], gists: int, first: int) -> list[Segment]:
+    """A segment for each chunk of a context, which ends in its gists; the first of them is segment `first` of its layout."""
+    earlier = [range(first, first + i) if reading.graph == "recurrent" else () for i in range(len(chunks))]
+    return [Segment(len(chunk) + gists, gists=gists, reads=reads) for chunk, reads in zip(chunks, earlier, strict=True)]
 
 
 def nested_gists(gists: int) -> list[int]:
@@ -154,7 +134,7 @@ def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> Gis
     pieces, segments, own = [], [], []
     for episode in contexts:
         chunks = packing.reading.chunks(episode.context, [end for _, end in episode.answers])
-        made = packing.reading.segments(chunks, gists, len(segments))
+        made = chunk_segments(packing.reading, chunks, gists, len(segments))
         own.append(tuple(range(len(segments), len(segments) + len(made))))
         segments += made
         pieces += [(*chunk, *[PLACEHOLDER] * gists) for chunk in chunks]

@@ -1,0 +1,308 @@
+"""What every hypernetwork has in common: a context in, the keys and values of gist rows at every layer out.
+
+A kind of hypernetwork is one class with one method, `gist_states`, and what it keeps on disk. It trains, compresses, is tuned
+from, exported and evaluated through what is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from attention_masks import GistLayout, rotate
+from hyperllama import __version__
+from hyperllama.backbone import BaseIdentity, identify, inverse_frequencies, rotary_settings
+from hyperllama.chunks import CHUNK_ROWS
+from hyperllama.data.packing import PLACEHOLDER, GistBatch, chunk_segments
+from hyperllama.data.reading import SINGLE, Reading
+from hyperllama.distributed import gathered
+from hyperllama.encoding import prefixes_of
+from hyperllama.errors import UserError
+from hyperllama.files import canonical_json, read_json, sha256, write_atomically
+from hyperllama.mix import ANSWERS, Mix
+from hyperllama.objectives import TokenLoss
+from hyperllama.packed import PackedModel
+from hyperllama.prefix import Manifest, Prefix
+
+CONFIG, CARD = "hypernetwork.json", "README.md"
+States = list[tuple[Tensor, Tensor]]  # of each layer: keys and values (N, S, D)
+
+
+class Hypernetwork(PackedModel):
+    """Turns contexts into prefixes for a frozen `base`, which comes from `hyperllama.backbone`.
+
+    `gists` is how many rows a context (or each chunk of it, see `Reading`) becomes at most, `mix` what it is trained for.
+    Subclasses give `gist_states`, `save_weights`, `load_weights` and the names of their settings.
+    """
+
+    kind: ClassVar[str]
+    own_settings: ClassVar[tuple[str, ...]] = ("gists",)
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        backend: str,
+        *,
+        gists: int,
+        reading: Reading = SINGLE,
+        mix: Mix = ANSWERS,
+    ):
+        super().__init__(base, tokenizer, backend)
+        if gists < 1:
+            raise UserError(f"gist.tokens: a hypernetwork needs at least one gist token, not {gists}")
+        if mix.distillation and self.head_loss is None:
+            raise UserError(f"objectives.distillation: the head of a {base.config.model_type} model is not a plain product")
+        self.num_gists, self.reading, self.mix = gists, reading, mix
+        # What a context is said again after: trained with the rest, and of no use afterwards.
+        self.marker = nn.Parameter(likely_words(base, 1)[0]) if mix.reconstruction else None
+        self._hashed: tuple[tuple[str, ...], Tensor, str] | None = None  # names and bits of the weights that had this hash
+
+    def gist_states(self, ids: Tensor, layout: GistLayout, *, chunk_rows: int | None = None) -> States:
+        """Keys and values (N, S, D) of the rows `layout.gist_rows` at each layer, keys rotated to where these rows stand.
+
+        ids (1, T), anything in gist rows; every segment has gists. Without gradients a layer's MLP may run in chunks of
+        `chunk_rows` rows.
+        """
+        raise NotImplementedError
+
+    def settings(self) -> dict:
+        """What the class is to be called with, beside a base, to load what was saved: `own_settings` and how it reads."""
+        return {"gists": self.num_gists, "reading": dataclasses.asdict(self.reading)}
+
+    def save_weights(self, folder: Path) -> list[str]:
+        """Write the trained weights into a folder; returns the names of the files."""
+        raise NotImplementedError
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Read what `save_weights` wrote."""
+        raise NotImplementedError
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    @cached_property
+    def identity(self) -> BaseIdentity:
+        """The fingerprints of the model that reads; it is frozen, so they are taken once."""
+        return identify(self.base, self.tokenizer)
+
+    def forward(self, batch: GistBatch) -> TokenLoss:
+        """Compress, and read what comes out: two passes, because they are not computed with the same weights."""
+        ids, layout, reading = batch.halves()
+        states = self.gist_states(ids, layout)
+        shifts = reading.layout.positions[: len(layout.gist_rows)] - layout.positions[layout.gist_rows]
+        inv_freq = inverse_frequencies(self.base)
+        moved = [(rotate(keys, shifts, inv_freq), values) for keys, values in states]
+        embeds = self.base.get_input_embeddings()(reading.ids)
+        return self.mixed_loss(reading, moved, inputs_embeds=self.with_markers(embeds, reading))
+
+    def mixed_loss(self, batch: GistBatch, states: States | None = None, **inputs) -> TokenLoss:
+        """The loss of a batch under `mix`; what the frozen model says with the whole context is computed where it is asked."""
+        teacher = self.taught(batch.teacher) if self.mix.distillation and batch.teacher is not None else None
+        return self.answer_loss(batch, states, mix=self.mix, teacher=teacher, **inputs)
+
+    def with_markers(self, embeds: Tensor, batch: GistBatch) -> Tensor:
+        """embeds (1, T, hidden) with the marker in the rows from which contexts are said again."""
+        if self.marker is None or batch.marker_rows is None:
+            return embeds
+        rows = self.marker.to(embeds.dtype).expand(1, len(batch.marker_rows), -1)
+        return embeds.index_copy(1, batch.marker_rows, rows)
+
+    @torch.no_grad()
+    def compress(
+        self,
+        contexts: Sequence[Sequence[int] | Tensor],
+        manifests: Sequence[Manifest] | None = None,
+        *,
+        gists: int | None = None,
+        ends: Sequence[Sequence[int]] | None = None,
+        chunk_rows: int = CHUNK_ROWS,
+    ) -> list[Prefix]:
+        """Turn contexts into prefixes: one task or many, of any lengths, in one packed pass.
+
+        `contexts` are token ids, without gists; `ends` where their demonstrations end, for `reading` in chunks. `manifests` say
+        where each comes from; base, rotary settings, hypernetwork and a hash of the context are filled in here. `gists`: fewer
+        than all of them, which an elastic hypernetwork has learned to make do with. `chunk_rows`: see `encode_gists`. Raises
+        UserError for a context longer than the model, or more gists than there are.
+        """
+        if not len(contexts) or not all(len(context) for context in contexts):
+            raise UserError("there is nothing to compress: every context needs at least one token")
+        gists = self.num_gists if gists is None else gists
+        if not 1 <= gists <= self.num_gists:
+            raise UserError(f"this hypernetwork makes prefixes of 1 to {self.num_gists} gists, not of {gists}")
+        contexts = [torch.as_tensor(context, dtype=torch.long).tolist() for context in contexts]
+        pieces, segments, readers = [], [], []
+        for context, own in zip(contexts, ends or [()] * len(contexts), strict=True):
+            chunks = self.reading.chunks(context, own)
+            readers.append(range(len(segments), len(segments) + len(chunks)))
+            segments += chunk_segments(self.reading, chunks, gists, len(segments))
+            pieces += [(*chunk, *[PLACEHOLDER] * gists) for chunk in chunks]
+        ids = torch.tensor([[token for piece in pieces for token in piece]])
+        manifests = manifests or [Manifest(base=self.identity) for _ in contexts]
+        prefixes = self.encode(ids, GistLayout(segments), readers, chunk_rows=chunk_rows)
+        fingerprint = self.fingerprint()  # of all trained weights: once, not once a prefix
+        for prefix, context, manifest in zip(prefixes, contexts, manifests, strict=True):
+            prefix.manifest = self._sign(manifest, context, fingerprint)
+        return prefixes
+
+    @torch.no_grad()
+    def encode(
+        self, ids: Tensor, layout: GistLayout, readers: Sequence[Sequence[int]], *, chunk_rows: int = CHUNK_ROWS
+    ) -> list[Prefix]:
+        """Run the compress region of any reading graph; a prefix for each reader.
+
+        ids (1, T), anything in gist rows; `layout` has gists in every segment; a reader is the list of segments that it
+        reads, in order, and its prefix holds their gists one after the other at positions 0, 1, 2, ...
+        """
+        layout = layout.to(self.base.device)
+        states = self.gist_states(ids.to(self.base.device), layout, chunk_rows=chunk_rows)
+        return prefixes_of(states, layout, readers, inverse_frequencies(self.base))
+
+    def _sign(self, manifest: Manifest, context: list[int], fingerprint: str) -> Manifest:
+        return dataclasses.replace(
+            manifest,
+            base=self.identity,
+            rotary=rotary_settings(self.base),
+            hypernetwork_sha256=fingerprint,
+            context_tokens=len(context),
+            context_sha256=context_sha256(context),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            made_with={"hyperllama": __version__, "torch": torch.__version__},
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the trained weights.
+
+        It is taken anew when a bit of them has changed since the last call. Of a hypernetwork for 7 billion weights it takes as
+        long as compressing some contexts on a GPU; comparing with a copy that stays there takes a thousandth of that.
+        """
+        names, weights = zip(*sorted(self.trainable().items()))
+        bits = parameters_to_vector([p.detach().float() for p in weights]).view(torch.int32)  # so that NaN equals itself
+        if self._hashed is None or self._hashed[0] != names or not _equal(self._hashed[1], bits):
+            parts = [(name, p.detach().float().cpu().numpy().tobytes()) for name, p in zip(names, weights)]
+            self._hashed = names, bits, sha256(*(part for pair in parts for part in pair))
+        return self._hashed[2]
+
+    def save_pretrained(self, folder: str | Path, notes: dict | None = None) -> None:
+        """Write the trained weights and what is needed to use them: weights, a manifest and a model card.
+
+        `notes` are kept in hypernetwork.json: the text format, limits and data that it was trained with.
+        """
+        folder = Path(folder)
+        config = {
+            "format_version": 2,
+            "kind": self.kind,
+            "files": self.save_weights(folder),
+            **self.settings(),
+            "base": self.identity.as_dict(),
+            "notes": notes or {},
+            "made_with": {"hyperllama": __version__, "torch": torch.__version__},
+        }
+        write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        write_atomically(folder / CARD, _card(config, sum(p.numel() for p in self.trainable().values())))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        base: PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        backend: str = "auto",
+        mix: Mix = ANSWERS,
+    ) -> Self:
+        """Read a folder that `save_pretrained` wrote onto the base that it was trained for; UserError for any other.
+
+        `mix` is what it is trained for from here on. Folders of all kinds: `hyperllama.kinds.load_hypernetwork_onto`.
+        """
+        config = read_config(folder)
+        if config.get("kind", "lora") != cls.kind:
+            raise UserError(f"{folder}: a hypernetwork of kind {config['kind']}, not {cls.kind}")
+        settings = {key: config[key] for key in cls.own_settings if key in config}
+        reading = Reading(**config.get("reading", {}))
+        made_for = BaseIdentity(**config["base"])
+        hypernetwork = cls(base, **settings, reading=reading, mix=mix, backend=backend, tokenizer=tokenizer)
+        here = hypernetwork.identity
+        if (made_for.weights, made_for.config) != (here.weights, here.config):
+            hypernetwork.remove()
+            raise UserError(
+                f"{folder} was trained for {made_for.name} ({made_for.weights[:8]}), not for {here.name} ({here.weights[:8]})"
+            )
+        hypernetwork.load_weights(folder)
+        return hypernetwork.eval()
+
+    def remove(self) -> None:
+        """Take what it put into the base out of it again."""
+
+
+def likely_words(base: PreTrainedModel, count: int) -> Tensor:
+    """Embeddings (count, hidden) drawn with the mean and spread of those that the model knows: new tokens start as words."""
+    words = base.get_input_embeddings().weight
+    with gathered([words]):
+        mean, spread = words.detach().float().mean(0), words.detach().float().std(0)
+    return mean + spread * torch.randn(count, len(mean), device=mean.device)
+
+
+def context_sha256(context: Sequence[int]) -> str:
+    """The hash by which a manifest knows the token ids of its context."""
+    return sha256(canonical_json(list(context)))
+
+
+def read_config(folder: str | Path) -> dict:
+    """The manifest of a saved hypernetwork; UserError if the folder is not one, or a file of it is missing."""
+    folder = Path(folder)
+    there = (folder / CONFIG).is_file()
+    config = read_json(folder / CONFIG, "a hypernetwork's manifest") if there else {"files": [CONFIG]}
+    missing = [name for name in config["files"] if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}: not a hypernetwork, it has no {', '.join(missing)}; give the folder of a finished training run"
+        )
+    return config
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and torch.equal(one, other)
+
+
+def _card(config: dict, parameters: int) -> str:
+    base = config["base"]
+    reading = Reading(**config["reading"])
+    cut = "" if reading.graph == "single" else f" for each chunk of {reading.chunk_tokens} tokens ({reading.graph})"
+    return f"""---
+base_model: {base["name"]}
+library_name: hyperllama
+tags: [gisting, hypernetwork, soft-prefix]
+---
+
+# A hypernetwork for {base["name"]}
+
+It reads the examples of a task and turns them into a soft prefix: {config["gists"]} keys and values at every layer{cut}. The
+base model, frozen, reads the prefix instead of the examples.
+
+| | |
+|---|---|
+| base model | `{base["name"]}`, weights {base["weights"][:16]} |
+| kind | {config["kind"]} |
+| rows of a prefix | {config["gists"]}{cut} |
+| trained parameters | {parameters:,} |
+| data | {config["notes"].get("data", "not recorded")} |
+
+```
+hyperllama compress THIS_FOLDER examples.jsonl --output task.safetensors
+hyperllama generate task.safetensors --input "a new input"
+```
+
+The weights are in {", ".join(f"`{name}`" for name in config["files"])}.
+"""

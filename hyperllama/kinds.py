@@ -1,0 +1,30 @@
+"""Every kind of hypernetwork by its name: a new one is a class in this table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hyperllama.compressor import Hypernetwork, read_config
+from hyperllama.errors import UserError
+from hyperllama.hypernetwork import GistHypernetwork, GistingHypernetwork
+from hyperllama.two_pass import FullHypernetwork, PoolingHypernetwork
+
+KINDS: dict[str, type[Hypernetwork]] = {
+    cls.kind: cls for cls in (GistHypernetwork, FullHypernetwork, GistingHypernetwork, PoolingHypernetwork)
+}
+
+
+def load_hypernetwork_onto(
+    folder: str | Path,
+    base: PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    backend: str = "auto",
+) -> Hypernetwork:
+    """Read a folder that a hypernetwork of any kind wrote onto the base that it was trained for; UserError for any other."""
+    kind = read_config(folder).get("kind", GistHypernetwork.kind)
+    if kind not in KINDS:
+        raise UserError(f"{folder}: a hypernetwork of kind {kind!r}, which is not one of {', '.join(KINDS)}; update hyperllama")
+    return KINDS[kind].from_pretrained(folder, base, tokenizer=tokenizer, backend=backend)

@@ -1,0 +1,189 @@
+"""Every kind of hypernetwork, every reading graph and every objective: one packed batch is compress, store, load, read."""
+
+import pytest
+import torch
+from conftest import tiny_base
+from torch.nn.functional import cross_entropy, kl_div
+
+from hyperllama.data.packing import Packing, nested_gists, pack_gist
+from hyperllama.data.reading import Reading
+from hyperllama.data.text import EncodedEpisode
+from hyperllama.errors import UserError
+from hyperllama.hypernetwork import GistHypernetwork
+from hyperllama.kinds import KINDS, load_hypernetwork_onto
+from hyperllama.mix import Mix
+from hyperllama.prefix import Prefix
+from hyperllama.reader import Reader
+from hyperllama.scoring import Question
+
+EPISODES = [
+    EncodedEpisode((5, 6, 7, 8, 9, 10, 11), (((12, 13), (14, 15)), ((16,), (17,))), answers=((1, 3), (4, 7)), index=3),
+    EncodedEpisode((20, 21, 22), (((23, 24, 25), (26, 27, 28)),), answers=((1, 3),), index=4),
+]
+GRAPHS = {name: Reading(name, 4) for name in ("single", "recurrent", "parallel")}
+
+
+def made(kind, base=None, gists=3, **settings):
+    """A hypernetwork whose weights all do something."""
+    torch.manual_seed(1)
+    settings |= {"rank": 4} if kind == "lora" else {}
+    hypernetwork = KINDS[kind](base if base is not None else tiny_base(), gists=gists, **settings)
+    with torch.no_grad():
+        for name, parameter in hypernetwork.trainable().items():
+            if "norm" not in name and kind != "gisting":
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return hypernetwork
+
+
+def answers_loss(reader, prefixes, contexts=EPISODES):
+    """Nats of all answers, each read behind its episode's prefix."""
+    questions = [Question(p, (a,), prefix) for e, prefix in zip(contexts, prefixes, strict=True) for p, a in e.queries]
+    return -sum(scores[0] for scores in reader.score(questions))
+
+
+def ends(episode):
+    return [end for _, end in episode.answers]
+
+
+CASES = [(kind, graph) for kind in KINDS for graph in GRAPHS if (kind, graph) != ("pooling", "recurrent")]
+
+
+@pytest.mark.parametrize("kind, graph", CASES)
+def test_a_packed_batch_is_compress_store_load_read(kind, graph, tmp_path):
+    hypernetwork = made(kind, reading=GRAPHS[graph])
+    loss = hypernetwork(pack_gist(EPISODES, Packing(3, GRAPHS[graph])))
+    contexts = [episode.context for episode in EPISODES]
+    prefixes = hypernetwork.compress(contexts, ends=[ends(e) for e in EPISODES])
+    for i, prefix in enumerate(prefixes):
+        prefix.save(tmp_path / f"{i}.safetensors")
+    reader = Reader(hypernetwork.base, None)
+    loaded = [Prefix.load(tmp_path / f"{i}.safetensors", reader.identity) for i in range(2)]
+    chunks = {"single": 1}.get(graph, 2)
+    assert [prefix.gists for prefix in loaded] == [3 * chunks, 3]
+    assert loss.count == 6 and loss.sum.item() == pytest.approx(answers_loss(reader, loaded), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_that_is_trained_has_a_gradient_and_nothing_else(kind):
+    hypernetwork = made(kind, mix=Mix(reconstruction=0.5))
+    hypernetwork(pack_gist(EPISODES, Packing(3, reconstruct=True))).mean.backward()
+    for name, parameter in hypernetwork.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.any()) == parameter.requires_grad, name
+    frozen = {name for name, p in hypernetwork.base.named_parameters() if not p.requires_grad}
+    assert (not frozen) == (kind == "gisting")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_comes_back(kind, tmp_path, saved_base):
+    from hyperllama.backbone import load_base, load_tokenizer
+
+    base, tokenizer = load_base(str(saved_base)), load_tokenizer(str(saved_base))
+    hypernetwork = made(kind, base, tokenizer=tokenizer, reading=Reading("parallel", 4))
+    if kind == "gisting":
+        with torch.no_grad():
+            hypernetwork.base.get_input_embeddings().weight.mul_(1.1)
+    hypernetwork.save_pretrained(tmp_path)
+    where = tmp_path if kind == "gisting" else saved_base
+    again = load_hypernetwork_onto(tmp_path, load_base(str(where)), tokenizer=tokenizer)
+    assert type(again) is KINDS[kind] and again.reading == Reading("parallel", 4)
+    for a, b in zip(hypernetwork.compress([range(3, 12)]), again.compress([range(3, 12)])):
+        assert a.gists == 9 and all(torch.equal(x, y) for x, y in zip((*a.keys, *a.values), (*b.keys, *b.values)))
+    with pytest.raises(UserError, match="was trained for"):
+        load_hypernetwork_onto(tmp_path, tiny_base(seed=5))
+    other = next(k for k in KINDS if k != kind)
+    with pytest.raises(UserError, match=f"a hypernetwork of kind {kind}, not {other}"):
+        KINDS[other].from_pretrained(tmp_path, base)
+
+
+def test_pooling_starts_as_means_of_neighbours():
+    hypernetwork = KINDS["pooling"](tiny_base(), gists=2)
+    with torch.no_grad():
+        hypernetwork.log_sharpness.fill_(5)
+    (prefix,) = hypernetwork.compress([range(3, 5)])  # two tokens, two rows: each is its own share
+    (whole,) = Reader(hypernetwork.base, None).encode([list(range(3, 5))])
+    for a, b in zip((*prefix.keys, *prefix.values), (*whole.keys, *whole.values)):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_the_first_gists_stand_alone():
+    hypernetwork = made("lora", gists=6)
+    contexts = [episode.context for episode in EPISODES]
+    whole = hypernetwork.compress(contexts)
+    for few in (1, 2, 4):
+        for a, b in zip(hypernetwork.compress(contexts, gists=few), whole):
+            first = b.truncate(few)
+            for x, y in zip((*a.keys, *a.values), (*first.keys, *first.values), strict=True):
+                torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="prefixes of 1 to 6 gists, not of 7"):
+        hypernetwork.compress(contexts, gists=7)
+
+
+def test_elastic_batches_have_any_number_of_nested_gists():
+    assert [nested_gists(g) for g in (1, 2, 3, 8)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8]]
+    drawn = []
+    for index in range(60):
+        episode = EncodedEpisode((5, 6), (((7,), (8,)),), index=index)
+        batches = [pack_gist([episode], Packing(8, elastic=True)) for _ in range(2)]
+        assert batches[0].layout == batches[1].layout, "the same episodes, the same gists: resuming changes nothing"
+        drawn.append(batches[0].layout.segments[0].gists)
+    assert set(drawn) == {1, 2, 4, 8}
+
+
+def test_distillation_is_the_divergence_from_the_base_with_the_whole_context():
+    hypernetwork = made("lora", mix=Mix(answer=0.3, distillation=0.7))
+    found = hypernetwork(pack_gist(EPISODES, Packing(3, teach=True)))
+    base, total = hypernetwork.base, 0.0
+    for episode, prefix in zip(EPISODES, hypernetwork.compress([e.context for e in EPISODES])):
+        for prompt, answer in episode.queries:
+            read = [*prompt, *answer[:-1]]
+            rows = slice(-len(answer), None)
+            own = base(torch.tensor([read]), past_key_values=prefix.to_cache()).logits[0, rows].log_softmax(-1)
+            taught = base(torch.tensor([[*episode.context, *read]])).logits[0, rows].log_softmax(-1)
+            total += 0.3 * cross_entropy(own, torch.tensor(answer), reduction="sum").item()
+            total += 0.7 * kl_div(own, taught, reduction="sum", log_target=True).item()
+    assert found.sum.item() == pytest.approx(total, rel=1e-4) and found.count == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reconstruction_is_the_context_said_again_behind_its_prefix(kind):
+    hypernetwork = made(kind, mix=Mix(reconstruction=0.5))
+    found = hypernetwork(pack_gist(EPISODES, Packing(3, reconstruct=True)))
+    prefixes = hypernetwork.compress([e.context for e in EPISODES])
+    reader, embed, again = Reader(hypernetwork.base, None), hypernetwork.base.get_input_embeddings(), 0.0
+    for episode, prefix in zip(EPISODES, prefixes):
+        rows = torch.cat([hypernetwork.marker[None], embed(torch.tensor(episode.context[:-1]))])[None]
+        logits = hypernetwork.base(inputs_embeds=rows, past_key_values=prefix.to_cache()).logits[0]
+        again += cross_entropy(logits, torch.tensor(episode.context), reduction="sum").item()
+    expected = answers_loss(reader, prefixes) + 0.5 * again * 6 / 10  # a mean over 10 tokens, for each of 6 answers' tokens
+    assert found.sum.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_objectives_do_not_change_each_other_where_the_head_is_cut_into_chunks(monkeypatch):
+    hypernetwork = made("lora", mix=Mix(1.0, 0.5, 0.5))
+    batch = pack_gist(EPISODES, Packing(3, reconstruct=True, teach=True))
+
+    def gradients():
+        loss = hypernetwork(batch)
+        return [loss.sum, *torch.autograd.grad(loss.sum, list(hypernetwork.trainable().values()))]
+
+    whole = gradients()
+    monkeypatch.setattr("hyperllama.objectives.LOGITS", 200)
+    for a, b in zip(whole, gradients(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_demonstrations_are_cut_only_if_they_are_longer_than_a_chunk():
+    reading = Reading("parallel", 5)
+    assert reading.chunks(range(12), ends=[3, 5, 9, 12]) == [tuple(range(5)), tuple(range(5, 9)), (9, 10, 11)]
+    assert reading.chunks(range(12), ends=[12]) == [tuple(range(5)), tuple(range(5, 10)), (10, 11)]
+    assert Reading().chunks(range(12), ends=[3]) == [tuple(range(12))]
+
+
+def test_a_context_in_chunks_may_be_longer_than_the_model():
+    base = tiny_base(max_position_embeddings=32)
+    hypernetwork = made("lora", base, gists=2, reading=Reading("recurrent", 8))
+    (prefix,) = hypernetwork.compress([range(3, 51)])
+    assert prefix.gists == 12
+    whole = GistHypernetwork(tiny_base(max_position_embeddings=32), gists=2)
+    with pytest.raises(UserError, match="50 positions, but the model has 32"):
+        whole.compress([range(3, 51)])
