@@ -30,9 +30,9 @@ GISTS = "gists.safetensors"
 class WithGistTokens(Hypernetwork):
     """A decoder reads the context and learned embeddings `gists` (G, hidden) after it."""
 
-    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, backend: str, **settings):
-        super().__init__(base, tokenizer, backend, **settings)
-        self.gists = nn.Parameter(likely_words(base, self.num_gists))
+    def new_gists(self) -> nn.Parameter:
+        """Gist embeddings to start from: random words."""
+        return nn.Parameter(likely_words(self.base, self.num_gists))
 
     def embed(self, ids: Tensor, layout: GistLayout, model: PreTrainedModel | None = None) -> Tensor:
         """Token embeddings (1, T, hidden) of the base, or of `model`, with gist embeddings in the gist rows."""
@@ -83,6 +83,7 @@ class GistHypernetwork(WithGistTokens):
     ):
         super().__init__(base, tokenizer, backend, gists=gists, reading=reading, mix=mix)
         self.lora = RowLora(base, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
+        self.gists = self.new_gists()
 
     def settings(self) -> dict:
         lora = self.lora
@@ -132,7 +133,7 @@ class GistingHypernetwork(WithGistTokens):
         if mix.distillation:
             raise UserError("objectives.distillation: gisting changes the model that would teach; set it to 0")
         super().__init__(base.requires_grad_(True), tokenizer, backend, gists=gists, reading=reading, mix=mix)
-        self.folder: Path | None = None
+        self.gists, self.folder = self.new_gists(), None
 
     @property
     def identity(self) -> BaseIdentity:

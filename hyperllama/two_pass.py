@@ -40,7 +40,7 @@ class FullHypernetwork(WithGistTokens):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__(base, tokenizer, backend, gists=gists, reading=reading, mix=mix)
-        self.compressor = copy.deepcopy(base)
+        self.gists, self.compressor = self.new_gists(), copy.deepcopy(base)
         self.compressor.get_decoder().requires_grad_(True)
         # What is behind the last keys and values is never read: gists by their own embeddings, words by those of the copy.
         decoder = self.compressor.get_decoder()
