@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from attention_masks import GistLayout
 from hyperllama.backbone import check_config, head_dim
 from hyperllama.errors import UserError
+from hyperllama.objectives import head_chunks
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # What `hyperllama.last_layer` leaves of the last layer for rows that are compressed.
@@ -29,7 +30,7 @@ KEPT_IN_LAST_LAYER = ("k_proj", "v_proj")
 
 @dataclass(frozen=True)
 class StepCost:
-    """FLOPs of one forward and backward pass; `again` is the forward pass of the layers that checkpointing runs again."""
+    """FLOPs of one forward and backward pass; `again` is what of the forward pass is computed once more on the way back."""
 
     forward: int
     backward: int
@@ -162,6 +163,7 @@ class ModelCost:
         A product with a frozen weight then has one gradient, that of its input, which costs as much as its forward pass; LoRA,
         attention, and every product without a `rank`, have two. Checkpointing runs each layer's forward pass once more, up to
         the last tensor that its backward pass needs: that is what `down_proj` reads, or what its LoRA's second matrix reads.
+        A loss that is computed in chunks of rows has the head's product once more, checkpointing or not.
         """
         context = 0 if rank is None else layout.compress_rows
         pairs = [run.count * run.tokens * (run.reads + run.tokens) for run in layout.runs]
@@ -182,7 +184,8 @@ class ModelCost:
                 spared += layout.tokens * (self.layers - 1) * down
         layers = linear + lora + attention
         backward = gradients * (linear + head) + 2 * (lora + attention)
-        return StepCost(layers + head, backward, layers - spared if checkpointing else 0)
+        again = layers - spared if checkpointing else 0
+        return StepCost(layers + head, backward, again + (head if head_chunks(head_rows, self.vocabulary) > 1 else 0))
 
     def targeted(self, targets: str | Sequence[str]) -> set[str]:
         """The names of linear layers that `targets` of a LoRA means; ValueError for one that the model does not have."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from attention_masks import GistLayout
 from eval.flops import KEPT_IN_LAST_LAYER, ModelCost
+from hyperllama.objectives import head_chunks
 
 # 4 bits; one 8-bit constant for 64 weights, and one of 32 bits for 256 such constants (arXiv 2305.14314, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -175,7 +176,7 @@ def model_states(count: Parameters, precise: Precision, zero: Zero, *, gpus: int
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes on one GPU: `kept` from forward to backward; `logits` with their gradients; `layer`, inside one layer's backward.
+    """Bytes on one GPU: `kept` from forward to backward; `logits` of a chunk with their gradients; `layer`, in its backward.
 
     Logits and their gradients are gone when the backward pass reaches the layers: the larger of `logits` and `layer` counts.
     `saved` is what autograd keeps when the forward pass ends: `kept` and the part of the logits that the loss needs.
@@ -207,14 +208,21 @@ def activations(
 
     Without checkpointing every layer keeps what `_layer` says; with it, its input only, and one layer at a time is run again.
     The norm before the head keeps its input and a scale a row; cosines and sines are shared by all layers. The loss keeps
-    log-probabilities in float32, and when the backward pass starts, two gradients of that size are beside them.
+    log-probabilities in float32, and when the backward pass starts, two gradients of that size are beside them. Where it is
+    computed in chunks (`hyperllama.objectives.LOGITS`), it keeps what the head reads instead, and these are of one chunk; a
+    trained head then has the gradient of a chunk beside the sum of those before it.
     While a layer's backward pass runs, gradients take the place of what has just been used, but for one of the stream; that of
     the context's rows of a LoRA's input is spread over all rows, which takes one more of the stream and one of the MLP's width.
     """
     rows, stream = layout.tokens, precise.stream
     shared, rotary = rows * (4 * cost.hidden + 4), 2 * rows * cost.head_dim * stream
+    chunks = head_chunks(head_rows, cost.vocabulary)
     if rank is None:  # a trained norm keeps what it scales, a trained head what it reads
-        shared += rows * cost.hidden * stream + head_rows * cost.hidden * precise.product
+        shared += rows * cost.hidden * stream
+    if chunks > 1:
+        shared += head_rows * cost.hidden * stream
+    elif rank is None:
+        shared += head_rows * cost.hidden * precise.product
     named = cost.targeted(targets) if rank is not None else None
     layers = [
         _layer(cost, layout, precise, rank=rank, named=named, dropout=dropout, last=last)
@@ -233,10 +241,11 @@ def activations(
     if precise.linear < 1:  # one weight at a time is unpacked from its 4 bits
         layer += max(i * o for i, o in cost.linears.values()) * precise.product
     head = 2 * cost.vocabulary * cost.hidden if precise.autocast and precise.base == 4 else 0
-    loss = 4 * head_rows * cost.vocabulary
+    loss = 4 * -(-head_rows // chunks) * cost.vocabulary
+    gradient = cost.vocabulary * cost.hidden * precise.trained if rank is None and chunks > 1 else 0
     # Checkpointing holds cosines and sines without saving them through autograd.
-    saved = kept + loss + head - (rotary if checkpointing else 0)
-    return Activations(int(kept), int(layer), 3 * loss + head, int(saved))
+    saved = kept - (rotary if checkpointing else 0) + (loss + head if chunks == 1 else 0)
+    return Activations(int(kept), int(layer), 3 * loss + head + gradient, int(saved))
 
 
 def _layer(

@@ -30,6 +30,14 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters(list(parameters))
 
 
+def gather_with(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Under ZeRO-3, make `parameter` whole whenever `module` runs, forward or backward, though it belongs to another."""
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        deepspeed.zero.register_external_parameter(module, parameter)
+
+
 def join_deepspeed() -> None:
     """Tell DeepSpeed of the process group: building a model for ZeRO-3 needs it before there is an engine."""
     import deepspeed

@@ -81,11 +81,13 @@ class PrefixTuner(PackedModel):
 
     def forward(self, batch: GistBatch) -> TokenLoss:
         """Cross entropy of a packed batch whose contexts are the G placeholder rows of its `tasks`, all named in this tuner."""
-        places = torch.tensor([self.names[name] for name in batch.tasks], device=self.keys.device)
-        keys, values = (x[:, places].movedim(2, 1).flatten(2, 3) for x in self._current())  # (L, N, p * G, D)
-        gists = torch.arange(self.gists, device=keys.device).repeat(len(batch.tasks))
-        shifts = batch.layout.positions[: len(gists)] - gists
-        if shifts.any():
+        # Indices are the host's, so nothing is copied to the device and nothing there has to be looked at.
+        places = [self.names[name] for name in batch.tasks]
+        each = (x.unbind(1) for x in self._current())  # P of (L, N, G, D)
+        keys, values = (torch.cat([one[i] for i in places], dim=2) for one in each)  # (L, N, p * G, D)
+        if any(batch.layout.starts[: len(places)]):
+            gists = torch.arange(self.gists, device=keys.device).repeat(len(places))
+            shifts = batch.layout.positions[: len(gists)] - gists
             keys = rotate(keys, shifts, inverse_frequencies(self.base))
         return self.answer_loss(batch, list(zip(keys, values)), input_ids=batch.ids)
 

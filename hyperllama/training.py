@@ -190,6 +190,10 @@ def training_arguments(settings: dict, *, run: str | Path, seed: int, deepspeed:
         "logging_steps": 10,
         "save_total_limit": 2,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Nothing in a step waits for the device. A batch is copied from pinned memory while the step before it runs, and
+        # losses that are not finite are found by us, when something is logged: the Trainer's filter asks in every step.
+        "accelerator_config": {"non_blocking": torch.cuda.is_available()},
+        "logging_nan_inf_filter": False,
         # Episodes are drawn by index: the order of indices is the order of training, and the checkpoint's step its position.
         "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,

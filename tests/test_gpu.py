@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from conftest import tiny_base, trained_hypernetwork
+from conftest import VOCABULARY, tiny_base, trained_hypernetwork
+from waiting import KINDS, model_and_batch, train_watched
 
+from hyperllama import objectives
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.stream import Collator
 from hyperllama.data.text import EncodedEpisode
@@ -12,7 +14,7 @@ from hyperllama.training import GistTrainer, training_arguments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-KINDS = ("llama", "qwen3")
+BASES = ("llama", "qwen3")
 EPISODES = [
     EncodedEpisode((5, 6, 7, 8, 9, 10, 11), (((12, 13), (14, 15)), ((16,), (17,)))),
     EncodedEpisode((20, 21, 22), (((23, 24, 25), (26, 27, 28)),)),
@@ -32,7 +34,7 @@ def loss_and_gradients(model):
     return loss.item(), {name: p.grad.cpu() for name, p in model.trainable().items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BASES)
 def test_a_step_is_that_of_a_cpu(kind):
     torch.backends.cuda.matmul.allow_tf32 = False
     here, there = on_both(kind)
@@ -43,7 +45,7 @@ def test_a_step_is_that_of_a_cpu(kind):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BASES)
 def test_prefixes_are_those_of_a_cpu(kind):
     here, there = on_both(kind)
     contexts = [list(episode.context) for episode in EPISODES]
@@ -68,3 +70,51 @@ def test_training_in_bf16_with_checkpointing_learns(tmp_path):
     GistTrainer(hypernetwork, arguments, Repeated(), Collator(pack_gist, hypernetwork.num_gists), tmp_path).train()
     losses = [line["loss"] for line in whole_json_lines(tmp_path / "metrics.jsonl") if "loss" in line]
     assert losses[-1] < losses[0] / 2
+
+
+class NeverWaits:
+    """The host is not to wait for the device, for whatever reason."""
+
+    def __enter__(self):
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *error):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_never_waits_for_the_device(kind, checkpointing, tmp_path):
+    """As the Trainer takes it: a pinned batch that is copied beside the step before, forward, backward, clipping, AdamW."""
+    model, batch = model_and_batch(kind, "cuda")
+    settings = {"bf16": True, "gradient_checkpointing": checkpointing, "gradient_accumulation_steps": 2}
+    try:
+        train_watched(model, batch, NeverWaits(), tmp_path, **settings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")  # for the tests that follow, also when this one fails
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+def test_forward_backward_and_optimiser_never_wait(checkpointing):
+    """Without the Trainer: what is ours."""
+    model, batch = model_and_batch("hypernetwork", "cuda")
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    optimiser, batch = torch.optim.AdamW(model.train().trainable().values(), fused=True), batch.pin_memory()
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            model(batch.to("cuda", non_blocking=True)).mean.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_loss_in_chunks_is_that_at_once(monkeypatch):
+    loss, expected = loss_and_gradients(trained_hypernetwork(tiny_base()).to("cuda"))
+    monkeypatch.setattr(objectives, "LOGITS", 2 * VOCABULARY)
+    chunked, found = loss_and_gradients(trained_hypernetwork(tiny_base()).to("cuda"))
+    assert chunked == pytest.approx(loss, rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, set_seed
 
 from eval.flops import ModelCost
 from eval.memory import NF4_BYTES, SETTINGS, Parameters, Precision, Zero, activations, model_states, precision
+from hyperllama import objectives
 from hyperllama.backbone import random_base
 from hyperllama.data.packing import pack_full, pack_gist
 from hyperllama.data.text import EncodedEpisode
@@ -35,9 +36,9 @@ def episodes(count, context, queries, prompt, answer, spread=0):
     ]
 
 
-def built(kind, size, *, full=False, dtype="float32", pure=False, checkpointing=False, lora=None):
+def built(kind, size, *, full=False, dtype="float32", pure=False, checkpointing=False, lora=None, vocabulary=VOCABULARY):
     set_seed(0)
-    base = random_base(tiny_architecture(kind, **size), vocab_size=VOCABULARY, dtype=dtype)
+    base = random_base(tiny_architecture(kind, **size), vocab_size=vocabulary, dtype=dtype)
     model = FullAttention(base, None) if full else GistHypernetwork(base, gists=8, **(lora or {"rank": 8}))
     if pure:
         model.to(torch.bfloat16)
@@ -155,6 +156,37 @@ def test_activations_agree_with_what_is_measured(shape, how, checkpointing):
         assert expected.peak == pytest.approx(living.peak - gradients, rel=0.15)
 
 
+@pytest.mark.parametrize("how", ["float32", "bfloat16 base, autocast", "autocast", "DeepSpeed bf16", "full", "full, autocast"])
+def test_a_loss_in_chunks_keeps_no_logits(monkeypatch, how):
+    """With many words and targets: what is saved, and the peak, which is that of one chunk."""
+    how, rows, words = HOW[how], 20, 3000
+    monkeypatch.setattr(objectives, "LOGITS", rows * words)
+    full, half, deepspeed = (how.get(name, False) for name in ("full", "half", "deepspeed"))
+    dtype, data = how.get("dtype", "float32"), episodes(2, 30, 4, 10, 20)
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    model = built("llama", size, full=full, dtype=dtype, pure=deepspeed, vocabulary=words)
+    batch = pack_full(data) if full else pack_gist(data, 8)
+    assert len(batch.targets) == 8 * rows
+    precise = precision(dtype=dtype, quantize=None, half=half, full=full, deepspeed=deepspeed)
+    rank = None if full else 8
+    expected = activations(ModelCost.of(model.base.config), batch.layout, len(batch.targets), precise, rank=rank)
+    casts = half and not deepspeed
+    with autocast(casts):
+        saved = saved_bytes(model, lambda: model(batch))
+    assert expected.saved == pytest.approx(saved, rel=0.06)
+    living = Living([*model.parameters(), *model.buffers()])
+    with living:
+        with autocast(casts):
+            loss = model(batch).sum
+        loss.backward()
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None) if full else 0
+    # The gradients of a trained base's layers come after the loss; those of its head are there by then.
+    assert expected.peak <= living.peak * 1.15 and living.peak <= 1.15 * (expected.peak + gradients)
+    monkeypatch.setattr(objectives, "LOGITS", len(batch.targets) * words)
+    whole = activations(ModelCost.of(model.base.config), batch.layout, len(batch.targets), precise, rank=rank)
+    assert whole.logits - expected.logits >= 2 * 7 * rows * words * 4 and whole.peak > 1.5 * living.peak
+
+
 def test_logits_are_the_peak_where_the_vocabulary_is_large():
     set_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -237,7 +269,10 @@ def test_model_states_by_hand():
 @pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "up_proj"]])
 @pytest.mark.parametrize("full", [False, True], ids=["hypernetwork", "full"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
-def test_flops_of_a_step_are_those_that_torch_counts(targets, full, checkpointing):
+@pytest.mark.parametrize("rows", [0, 3], ids=["at once", "in chunks"])
+def test_flops_of_a_step_are_those_that_torch_counts(monkeypatch, targets, full, checkpointing, rows):
+    if rows:
+        monkeypatch.setattr(objectives, "LOGITS", rows * VOCABULARY)
     lora = {"rank": 4, "targets": targets}
     model = built("qwen3", {"num_hidden_layers": 3}, full=full, checkpointing=checkpointing, lora=lora)
     data = episodes(2, 30, 2, 9, 4, 3)

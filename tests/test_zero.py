@@ -90,6 +90,24 @@ def test_ranks_train_what_one_process_trains(recipe, tmp_path, stage):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("full, checkpointing, stage", [(False, True, 3), (True, False, 3), (True, True, 0)])
+def test_the_loss_in_chunks_is_that_at_once(recipe, tmp_path, full, checkpointing, stage):
+    """Ranks have different numbers of chunks, and every chunk trains the head. Under ZeRO-3 nothing is kept gathered."""
+    if stage:
+        pytest.importorskip("deepspeed")
+    changes = ["training.max_steps=6", "training.learning_rate=1.0e-3", f"training.gradient_checkpointing={checkpointing}"]
+    if full:
+        recipe.write_text("method: full_attention\n" + recipe.read_text().replace("gist:", "#").replace("lora:", "#"))
+    workflows.train(recipe, [*changes, "training.gradient_accumulation_steps=2"])
+    keep = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    settings = [f"deepspeed={zero_settings(tmp_path, 3, **keep)}"] if stage else []
+    torchrun(Path(__file__).parent / "in_chunks.py", recipe, f"output={tmp_path}/chunks", *settings, *changes)
+    counts = [json.loads((tmp_path / "chunks" / f"chunks-{rank}.json").read_text()) for rank in range(2)]
+    assert counts[0] != counts[1] and min(max(counts[0]), max(counts[1])) > 2, "ranks differ in their number of chunks"
+    assert losses(tmp_path / "chunks") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.slow
 def test_one_process_is_followed_by_two(recipe, tmp_path):
     workflows.train(recipe, ["training.gradient_accumulation_steps=2"])
     one, run = losses(tmp_path / "one"), tmp_path / "one"
