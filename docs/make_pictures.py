@@ -61,7 +61,7 @@ def draw_serving(figures: dict, path: str | Path) -> None:
         axis.set_xlim(0, top * 1.18)
         axis.tick_params(labelsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    where = figures["machine"]["gpu"] or f"a CPU, {figures['machine']['threads']} thread(s)"
+    where = figures["machine"]["gpu"] or f"a CPU (threads: {figures['machine']['threads']})"
     figure.suptitle(
         f"{sizes['rows']} queries about one task of {sizes['context']:,} tokens, {sizes['new']} new tokens each: "
         f"a Llama of {sizes['layers']} layers, {figures['dtype']}, on {where}",
