@@ -24,6 +24,8 @@ benchmarks: .venv/.installed
 	$(BIN)/python -m benchmarks.scoring --json benchmarks/results/scoring.json
 	$(BIN)/python -m benchmarks.data --json benchmarks/results/data.json
 	$(BIN)/python -m benchmarks.compress --json benchmarks/results/compress.json
+	$(BIN)/python -m benchmarks.serving --json benchmarks/results/serving.json
+	$(BIN)/python -m benchmarks.serving --dtype float32 --json benchmarks/results/serving_float32.json
 
 # On a machine with a CUDA GPU, whose own torch is used: OUT is where figures go.
 OUT ?= benchmarks/results
@@ -31,6 +33,7 @@ gpu:
 	$(PYTHON) -m pytest -q -m gpu
 	$(PYTHON) -m benchmarks.training_step --json $(OUT)/gpu_training_step.json
 	$(PYTHON) -m benchmarks.training_run --json $(OUT)/gpu_training_run.json
+	$(PYTHON) -m benchmarks.serving --layers 24 --hidden 2048 --new 64 --rounds 10 --json $(OUT)/gpu_serving.json
 
 clean:
 	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis *.egg-info

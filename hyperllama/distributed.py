@@ -21,9 +21,14 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def sharded() -> bool:
+    """Whether a parameter may be in parts: under ZeRO-3 only the module that owns it gathers it."""
+    return is_deepspeed_zero3_enabled()
+
+
 def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     """A context in which these parameters are whole on every rank, to be read. Under ZeRO-3 all ranks must enter it."""
-    if not is_deepspeed_zero3_enabled():
+    if not sharded():
         return nullcontext()
     import deepspeed
 

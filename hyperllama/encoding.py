@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
 from hyperllama.backbone import inverse_frequencies, packed_arguments
+from hyperllama.chunks import CHUNK_ROWS, chunked_mlps
 from hyperllama.prefix import Prefix
 
 
@@ -20,15 +22,20 @@ def encode_gists(
     readers: Sequence[Sequence[int]],
     *,
     backend: str = "auto",
+    chunk_rows: int = CHUNK_ROWS,
     **inputs,
 ) -> list[Prefix]:
     """A prefix for each reader: the gists of the segments that it reads, one after the other at positions 0, 1, 2, ...
 
-    `inputs` go to the decoder: input_ids (1, T) or inputs_embeds (1, T, hidden), and perhaps `gist_lora`.
+    `inputs` go to the decoder: input_ids (1, T) or inputs_embeds (1, T, hidden), and perhaps `gist_lora`. Beyond
+    `chunk_rows` rows a layer's MLP runs in chunks of as many, so that its inner states do not grow with the context.
     """
     layout = layout.to(model.device)
     cache = _GistRows(layout.gist_rows)
-    model.get_decoder()(past_key_values=cache, use_cache=True, **inputs, **packed_arguments(model, layout, backend))
+    arguments = packed_arguments(model, layout, backend)
+    long = layout.tokens > chunk_rows
+    with chunked_mlps(model, chunk_rows, inputs.get("gist_lora")) if long else nullcontext():
+        model.get_decoder()(past_key_values=cache, use_cache=True, **inputs, **arguments)
     column = {row: i for i, row in enumerate(layout.gist_rows.tolist())}
     prefixes = []
     for reads in readers:
@@ -40,11 +47,17 @@ def encode_gists(
     return prefixes
 
 
-def encode_whole(model: PreTrainedModel, contexts: Sequence[Sequence[int]], *, backend: str = "auto") -> list[Prefix]:
-    """Prefixes that keep every token of their contexts: full attention, encoded once. Contexts may have any lengths."""
+def encode_whole(
+    model: PreTrainedModel, contexts: Sequence[Sequence[int]], *, backend: str = "auto", chunk_rows: int = CHUNK_ROWS
+) -> list[Prefix]:
+    """Prefixes that keep every token of their contexts: full attention, encoded once. Contexts may have any lengths.
+
+    `chunk_rows` as in `encode_gists`.
+    """
     layout = GistLayout([Segment(len(context), gists=len(context)) for context in contexts])
     ids = torch.tensor([[token for context in contexts for token in context]], device=model.device)
-    return encode_gists(model, layout, [(i,) for i in range(len(contexts))], backend=backend, input_ids=ids)
+    readers = [(i,) for i in range(len(contexts))]
+    return encode_gists(model, layout, readers, backend=backend, chunk_rows=chunk_rows, input_ids=ids)
 
 
 def last_rows(prefix: Prefix, rows: int, inv_freq: Tensor) -> Prefix:

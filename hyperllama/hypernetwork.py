@@ -12,11 +12,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attention_masks import GistLayout, Segment
 from hyperllama import __version__
 from hyperllama.backbone import BaseIdentity, identify, rotary_settings
+from hyperllama.chunks import CHUNK_ROWS
 from hyperllama.data.packing import GistBatch
 from hyperllama.distributed import gathered
 from hyperllama.encoding import encode_gists
@@ -59,6 +61,8 @@ class GistHypernetwork(PackedModel):
             mean, spread = words.detach().float().mean(0), words.detach().float().std(0)
         self.gists = nn.Parameter(mean + spread * torch.randn(gists, len(mean), device=mean.device))
 
+        self._hashed: tuple[tuple[str, ...], Tensor, str] | None = None  # names and bits of the weights that had this hash
+
     @property
     def num_gists(self) -> int:
         return self.gists.shape[0]
@@ -84,11 +88,18 @@ class GistHypernetwork(PackedModel):
         return embeds.index_copy(1, layout.gist_rows, self.gists.to(embeds.dtype)[layout.gist_slots][None])
 
     @torch.no_grad()
-    def compress(self, contexts: Sequence[Sequence[int] | Tensor], manifests: Sequence[Manifest] | None = None) -> list[Prefix]:
+    def compress(
+        self,
+        contexts: Sequence[Sequence[int] | Tensor],
+        manifests: Sequence[Manifest] | None = None,
+        *,
+        chunk_rows: int = CHUNK_ROWS,
+    ) -> list[Prefix]:
         """Turn contexts into prefixes: one task or many, of any lengths, in one packed pass.
 
         `contexts` are token ids, without gists. `manifests` say where each comes from; base, rotary settings, hypernetwork
-        and a hash of the context are filled in here. Raises UserError for a context longer than the model.
+        and a hash of the context are filled in here. `chunk_rows`: see `encode_gists`. Raises UserError for a context
+        longer than the model.
         """
         if not len(contexts) or not all(len(context) for context in contexts):
             raise UserError("there is nothing to compress: every context needs at least one token")
@@ -97,14 +108,16 @@ class GistHypernetwork(PackedModel):
         gaps = torch.zeros(self.num_gists, dtype=torch.long)
         ids = torch.cat([part for context in contexts for part in (context, gaps)])[None]
         manifests = manifests or [Manifest(base=self.identity) for _ in contexts]
-        prefixes = self.encode(ids, layout, [(i,) for i in range(len(contexts))])
+        prefixes = self.encode(ids, layout, [(i,) for i in range(len(contexts))], chunk_rows=chunk_rows)
         fingerprint = self.fingerprint()  # of all trained weights: once, not once a prefix
         for prefix, context, manifest in zip(prefixes, contexts, manifests, strict=True):
             prefix.manifest = self._sign(manifest, context.tolist(), fingerprint)
         return prefixes
 
     @torch.no_grad()
-    def encode(self, ids: Tensor, layout: GistLayout, readers: Sequence[Sequence[int]]) -> list[Prefix]:
+    def encode(
+        self, ids: Tensor, layout: GistLayout, readers: Sequence[Sequence[int]], *, chunk_rows: int = CHUNK_ROWS
+    ) -> list[Prefix]:
         """Run the compress region of any reading graph; a prefix for each reader.
 
         ids (1, T), anything in gist rows; `layout` has gists in every segment; a reader is the list of segments that it
@@ -112,7 +125,8 @@ class GistHypernetwork(PackedModel):
         """
         layout = layout.to(self.gists.device)
         embeds = self._embed(ids.to(self.gists.device), layout)
-        return encode_gists(self.base, layout, readers, backend=self.backend, inputs_embeds=embeds, gist_lora=self.lora)
+        inputs = {"inputs_embeds": embeds, "gist_lora": self.lora}
+        return encode_gists(self.base, layout, readers, backend=self.backend, chunk_rows=chunk_rows, **inputs)
 
     def _sign(self, manifest: Manifest, context: list[int], fingerprint: str) -> Manifest:
         return dataclasses.replace(
@@ -127,9 +141,17 @@ class GistHypernetwork(PackedModel):
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 of the trained weights."""
-        parts = [(name, p.detach().float().cpu().numpy().tobytes()) for name, p in sorted(self.trainable().items())]
-        return sha256(*(part for pair in parts for part in pair))
+        """SHA-256 of the trained weights.
+
+        It is taken anew when a bit of them has changed since the last call. Of a hypernetwork for 7 billion weights it takes as
+        long as compressing some contexts on a GPU; comparing with a copy that stays there takes a thousandth of that.
+        """
+        names, weights = zip(*sorted(self.trainable().items()))
+        bits = parameters_to_vector([p.detach().float() for p in weights]).view(torch.int32)  # so that NaN equals itself
+        if self._hashed is None or self._hashed[0] != names or not _equal(self._hashed[1], bits):
+            parts = [(name, p.detach().float().cpu().numpy().tobytes()) for name, p in zip(names, weights)]
+            self._hashed = names, bits, sha256(*(part for pair in parts for part in pair))
+        return self._hashed[2]
 
     def save_pretrained(self, folder: str | Path, notes: dict | None = None) -> None:
         """Write the trained weights and what is needed to use them: a PEFT adapter, gists, a manifest and a model card.
@@ -197,6 +219,10 @@ def read_config(folder: str | Path) -> dict:
             f"{folder}: not a hypernetwork, it has no {', '.join(missing)}; give the folder of a finished training run"
         )
     return read_json(folder / CONFIG, "a hypernetwork's manifest")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and torch.equal(one, other)
 
 
 def _card(config: dict, parameters: int) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from peft import LoraConfig, TaskType
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from hyperllama.distributed import sharded
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
 from hyperllama.last_layer import LastLayerSkip
@@ -84,6 +87,16 @@ class RowLora(nn.Module):
         for hook in self._hooks:
             hook.remove()
 
+    @contextmanager
+    def from_row(self, start: int) -> Iterator[None]:
+        """A context in which a layer's modules are given its rows from `start` on, not all of them."""
+        rows = self.rows
+        self.rows = max(rows - start, 0)
+        try:
+            yield
+        finally:
+            self.rows = rows
+
     def _choose_rows(self, attention, args, kwargs):
         layout = kwargs.get("gist_layout")
         self.rows = layout.compress_rows if kwargs.get("gist_lora") is self else 0
@@ -93,13 +106,20 @@ class RowLora(nn.Module):
     def _update(self, key: str):
         scaling = self.alpha / self.rank
 
-        def add(linear: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if self.rows:
-                x = args[0][:, : self.rows]
+        def add(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not self.rows:
+                return
+            x = args[0][:, : self.rows]
+            if torch.is_grad_enabled() or sharded():
                 if not torch.is_autocast_enabled(x.device.type):
                     x = x.to(self.A[key].weight.dtype)
                 x = self.dropout(x)
                 output[:, : self.rows].add_(self.B[key](self.A[key](x)).to(output.dtype), alpha=scaling)
+            else:
+                # In the base's dtype, as autocast would, and the second product goes into the output without a copy.
+                a, b = (side[key].weight.to(output.dtype) for side in (self.A, self.B))
+                low = linear(self.dropout(x).to(output.dtype), a)
+                output[0, : self.rows].addmm_(low[0], b.T, alpha=scaling)
 
         return add
 

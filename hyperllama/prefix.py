@@ -170,15 +170,16 @@ class Prefix:
         longest = max(p.gists for p in prefixes)
         first = prefixes[0].keys[0]
         place = {"device": device or first.device, "dtype": dtype or first.dtype}
-        pairs = []
-        for layer in range(prefixes[0].layers):
-            pair = []
-            for side in ("keys", "values"):
-                batch = torch.zeros(len(prefixes), first.shape[0], longest, first.shape[2], **place)
-                for row, prefix in zip(batch, prefixes):
-                    row[:, longest - prefix.gists :] = getattr(prefix, side)[layer]
-                pair.append(batch)
-            pairs.append(tuple(pair))
+        # A task's prefix is moved once, however many rows read it, and in one piece: a copy for every row, layer and side
+        # would take longer than a step of the model on a GPU.
+        distinct = {id(prefix): prefix for prefix in prefixes}
+        layers, (heads, _, dim) = prefixes[0].layers, first.shape
+        states = torch.zeros(2 * layers, len(distinct), heads, longest, dim, **place)
+        for i, prefix in enumerate(distinct.values()):
+            states[:, i, :, longest - prefix.gists :] = torch.stack((*prefix.keys, *prefix.values))
+        column = {key: i for i, key in enumerate(distinct)}
+        rows = torch.tensor([column[id(prefix)] for prefix in prefixes], device=states.device)
+        pairs = [(states[i].index_select(0, rows), states[layers + i].index_select(0, rows)) for i in range(layers)]
         gists = torch.tensor([p.gists for p in prefixes], device=place["device"])
         mask = torch.arange(longest, device=place["device"])[None] >= longest - gists[:, None]
         return DynamicCache(pairs), mask

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,11 +81,12 @@ class Reader:
         if not all(len(prompt) for prompt in prompts):
             raise UserError("a prompt is empty after tokenisation: give an input, or a query template with text of its own")
         longest = max(map(len, prompts))
-        ids = torch.full((len(prompts), longest), pad, device=device)
+        ids = torch.full((len(prompts), longest), pad)
         mask = torch.zeros_like(ids)
         for i, prompt in enumerate(prompts):
-            ids[i, longest - len(prompt) :] = torch.as_tensor(prompt, device=device)
+            ids[i, longest - len(prompt) :] = torch.as_tensor(prompt)
             mask[i, longest - len(prompt) :] = 1
+        ids, mask = ids.to(device), mask.to(device)  # two transfers, not two a row
         cache = {}
         if prefixes is not None:
             # Beam search repeats each prompt, but not a cache that it is given.
@@ -98,9 +100,24 @@ class Reader:
                 f"prefix, prompt and {longest_answer} new tokens take {mask.shape[1] + longest_answer} positions, "
                 f"but the model has {self.model.config.max_position_embeddings}; shorten the input or lower --max-new-tokens"
             )
-        output = self.model.generate(ids, attention_mask=mask, **cache, **settings)[:, longest:].tolist()
+        with one_product_head(self.model):
+            output = self.model.generate(ids, attention_mask=mask, **cache, **settings)[:, longest:].tolist()
         ends = settings["eos_token_id"]  # one, several or none; what follows is padding
         return [_until(row, set(ends) if isinstance(ends, list) else {ends}) for row in output]
+
+
+@contextmanager
+def one_product_head(model: PreTrainedModel) -> Iterator[None]:
+    """A context in which the output head multiplies the last rows of a batch in one product.
+
+    `generate` hands the head a view of one row of each sequence of the prompt. torch takes such a view sequence by sequence,
+    and on a CPU in bf16 copies the head's whole weight for each of them first: for 32 rows longer than the rest of a batch.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _batches(order: list[int], gists: list[int], prompts: list[int], most_rows: int, most_tokens: int | None):

@@ -40,7 +40,7 @@ LAYERS = [
         "hyperllama.checkpoints",
     },
     {"hyperllama.prefix", "hyperllama.environment"},
-    {"hyperllama.last_layer"},
+    {"hyperllama.last_layer", "hyperllama.chunks"},
     {"hyperllama.data.stream", "hyperllama.data.mixture", "hyperllama.data.dealing"},
     {"hyperllama.backbone", "hyperllama.data.packing", "hyperllama.objectives"},
     {"hyperllama.data.text", "hyperllama.data.sni", "hyperllama.data.synthetic", "hyperllama.data.symbols"},

@@ -183,6 +183,24 @@ def test_read_rows_are_the_base_model_bit_for_bit(base):
     assert not torch.allclose(with_lora[:, :15], without[:, :15])
 
 
+def test_a_base_in_bf16_makes_the_prefix_of_float32_but_for_rounding():
+    """Without gradients the update is in the base's dtype: hardly further off than with a LoRA that does nothing."""
+
+    def error(strength: float) -> float:
+        hypernetwork = trained_hypernetwork(tiny_base().to(torch.bfloat16))
+        with torch.no_grad():
+            for matrix in hypernetwork.lora.B.values():
+                matrix.weight.mul_(strength)
+        (rounded,) = hypernetwork.compress([tokens(60, 4)])
+        assert rounded.dtype == torch.bfloat16
+        hypernetwork.base.float()
+        (exact,) = hypernetwork.compress([tokens(60, 4)])
+        a, b = (torch.stack((*prefix.keys, *prefix.values)).float() for prefix in (rounded, exact))
+        return ((a - b).norm() / b.norm()).item()
+
+    assert error(1.0) < 2 * error(0.0) < 0.1
+
+
 def test_training_leaves_every_bit_of_the_base(base):
     before = copy.deepcopy(base.state_dict())
     hypernetwork = trained_hypernetwork(base).train()
@@ -240,6 +258,19 @@ def test_the_last_layer_computes_only_keys_and_values_for_context_rows(base):
     assert not any("layers-1-mlp" in name for name in hypernetwork.trainable()), "no weights without an effect"
     for handle in watch:
         handle.remove()
+
+
+def test_a_fingerprint_follows_every_change_of_the_weights():
+    hypernetwork = trained_hypernetwork(tiny_base())
+    weight, found = hypernetwork.lora.A[next(iter(hypernetwork.lora.A))].weight, [hypernetwork.fingerprint()]
+    assert hypernetwork.fingerprint() == found[0] == copy.deepcopy(hypernetwork).fingerprint()
+    for value in (1.0, 0.0, -0.0, float("nan")):
+        weight.data[0, 0] = value  # which no version counter sees
+        found.append(hypernetwork.fingerprint())
+        assert hypernetwork.fingerprint() == found[-1]
+    assert len(set(found)) == 5
+    hypernetwork._hashed = None
+    assert hypernetwork.fingerprint() == found[-1], "a hash that was kept is the hash that would be taken"
 
 
 def test_hypernetwork_survives_its_files(base, tmp_path):

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
 from hyperllama.prefix import Prefix
-from hyperllama.reader import Reader
+from hyperllama.reader import Reader, one_product_head
 
 
 @pytest.fixture
@@ -85,6 +85,22 @@ def test_without_prefixes_it_is_stock_generate(setting):
     stock = reader.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, min_new_tokens=6,
                                   pad_token_id=0, eos_token_id=reader.tokenizer.eos_token_id)  # fmt: skip
     assert found == stock[0, 7:].tolist()
+
+
+def test_the_head_takes_the_rows_of_a_batch_in_one_product(setting):
+    """It sees rows without gaps, and the model has no hook left, also after an exception."""
+    reader, prefixes = setting
+    head, gapless = reader.model.get_output_embeddings(), []
+    watch = head.register_forward_hook(lambda _, args, output: gapless.append(args[0].is_contiguous()))
+    reader.generate(PROMPTS, prefixes, max_new_tokens=3)
+    assert gapless and all(gapless)
+    watch.remove()
+    with pytest.raises(ValueError, match="inside"), one_product_head(reader.model):
+        raise ValueError("inside")
+    gapless.clear()
+    watch = head.register_forward_hook(lambda _, args, output: gapless.append(args[0].is_contiguous()))
+    reader.model(input_ids=torch.tensor(PROMPTS[2:3] * 2), logits_to_keep=1)
+    assert gapless == [False], "stock again: if it hands over rows without gaps one day, one_product_head can go"
 
 
 def test_what_a_reader_refuses(setting, tokenizer):

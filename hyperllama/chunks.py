@@ -1,0 +1,53 @@
+"""Long contexts: the MLP of a layer runs over some rows at a time, and holds what is between its products for those only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# Measured: with so many rows attention holds more than the MLP, and products are as fast as on all rows.
+CHUNK_ROWS = 2048
+
+
+@contextmanager
+def chunked_mlps(model: PreTrainedModel, rows: int = CHUNK_ROWS, lora=None) -> Iterator[None]:
+    """A context in which the `mlp` of each decoder layer takes at most `rows` rows of (1, T, hidden) at a time.
+
+    Rows do not see each other there, so the result is the same. `lora` is the `RowLora` that may act inside, or None. The
+    model is as it was when the context ends, also by an exception. For calls without gradients: a backward pass would keep
+    every chunk.
+    """
+    with ExitStack() as undo:
+        for layer in model.get_decoder().layers:
+            mlp = getattr(layer, "mlp", None)
+            if mlp is not None:
+                undo.callback(_restore, mlp, vars(mlp).get("forward"))
+                # Forward alone: hooks on the whole module, such as those of LastLayerSkip, still see all rows.
+                mlp.forward = partial(_by_chunks, mlp.forward, rows, lora)
+        yield
+
+
+def _restore(module: torch.nn.Module, own_forward) -> None:
+    del module.forward
+    if own_forward is not None:  # such as accelerate sets
+        module.forward = own_forward
+
+
+def _by_chunks(forward, rows: int, lora, hidden: Tensor) -> Tensor:
+    if hidden.shape[1] <= rows:
+        return forward(hidden)
+    output = None
+    for start in range(0, hidden.shape[1], rows):
+        with ExitStack() as shifted:
+            if lora is not None:
+                shifted.enter_context(lora.from_row(start))
+            part = forward(hidden[:, start : start + rows])
+        if output is None:
+            output = part.new_empty(*hidden.shape[:2], part.shape[2])
+        output[:, start : start + rows] = part
+    return output
