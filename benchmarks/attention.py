@@ -14,6 +14,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -165,6 +166,34 @@ def report(context: int, found: dict, sizes: dict) -> None:
             f"{name:14} {1e3 * first:9.2f} {ratios[0]:6.2f} {1e3 * both:11.2f} {ratios[1]:6.2f} {pairs:12,} "
             f"{1e9 * both / pairs:8.2f} {flops / both / 1e9:9.1f} {'' if error is None else f'{error:.1e}':>8}"
         )
+
+
+def draw(figures: dict, path: Path) -> None:
+    """Time forward and backward over context lengths, and time per visible pair, from the figures of a JSON file."""
+    from matplotlib.figure import Figure
+
+    contexts = sorted(map(int, figures["contexts"]))
+    names = list(dict.fromkeys(name for c in contexts for name in figures["contexts"][str(c)]["visible_pairs"]))
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    time, rate = figure.subplots(1, 2)
+    for name in names:
+        points = [(c, found) for c in contexts if name in (found := figures["contexts"][str(c)])["visible_pairs"]]
+        seconds = [statistics.median(found["seconds"]["forward_and_backward"][name]) for _, found in points]
+        pairs = [found["visible_pairs"][name] for _, found in points]
+        style = {"linewidth": 2.5, "zorder": 3} if name.startswith("gist") else {"linewidth": 1.2, "linestyle": "--"}
+        label = name.replace("causal", "no gist mask: causal,")
+        time.plot([c for c, _ in points], [1e3 * s for s in seconds], marker="o", markersize=4, label=label, **style)
+        rate.plot([c for c, _ in points], [1e9 * s / n for s, n in zip(seconds, pairs)], marker="o", markersize=4, **style)
+    time.set(ylabel="milliseconds, forward and backward", title="one layer's attention")
+    rate.set(ylabel="nanoseconds per visible pair", title="cost of what a row really sees")
+    for axis in (time, rate):
+        axis.set(xscale="log", yscale="log", xlabel="tokens of context")
+        axis.set_xticks(contexts, [f"{c:,}" for c in contexts])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    time.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

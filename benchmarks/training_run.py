@@ -3,8 +3,11 @@
     python -m benchmarks.training_run [--recipe FILE] [--steps 20] [--tiny] [--json FILE] [KEY=VALUE ...]
 
 The base has the recipe's shape and random weights, the episodes random tokens in ragged lengths up to the recipe's limits; all
-else is the run's own code. One process. Utilisation is the FLOPs of all that is computed, by formula, against the GPU's
-dense bf16 peak. `--tiny` shrinks the base to what a CPU trains in seconds: it shows that the benchmark runs, and nothing else.
+else is the run's own code. One process. FLOPs are by formula: *model* FLOPs are those of one forward and backward pass, *all*
+are also what is computed again. They are held against the rate that the device reaches in large products, measured here (the
+target on an H200 is 45 % of it, in model FLOPs), and on a GPU against its dense bf16 peak (`utilisation`, of all). Then comes
+the peak memory of a step on once, twice and four times as many episodes: `memory_growth` is 1 where it is linear in tokens.
+`--tiny` shrinks the base to what a CPU trains in seconds: it shows that the benchmark runs, and nothing else.
 """
 
 from __future__ import annotations
@@ -12,17 +15,18 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from functools import partial
 from random import Random
 
 import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 
-from benchmarks.measure import machine, parser, write_json
+from benchmarks.measure import machine, matmul_rate, parser, peak_bytes, write_json
 from eval.flops import ModelCost
-from eval.sizing import GPUS, Hardware, base_config, checkpointing, memory, parameters
+from eval.sizing import GPUS, Hardware, base_config, checkpointing, memory, parameters, whole
 from hyperllama.backbone import default_device, random_base
-from hyperllama.data.packing import pack_gist
+from hyperllama.data.packing import GistBatch, pack_gist
 from hyperllama.data.stream import Collator
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.hypernetwork import GistHypernetwork
@@ -73,7 +77,7 @@ def main() -> None:
     options.add_argument("--tiny", action="store_true", help="a tiny base, for a CPU")
     options.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the recipe")
     chosen = options.parse_args()
-    changes = ["deepspeed=null", "training.dataloader_num_workers=0", f"training.max_steps={chosen.steps}"]
+    changes = ["deepspeed=null", f"training.max_steps={chosen.steps}"]
     recipe = load_recipe(chosen.recipe, [*changes, *chosen.overrides], data=False)
     config = base_config(recipe).to_dict()
     if chosen.tiny:
@@ -84,6 +88,7 @@ def main() -> None:
         base = random_base(config, vocab_size=vocabulary, dtype=recipe.model.dtype)
     model = GistHypernetwork(base, gists=recipe.gist.tokens, rank=recipe.lora.rank, alpha=recipe.lora.alpha)
     figures = run(recipe, model, vocabulary, chosen.steps, chosen.gpu)
+    figures |= memory_by_tokens(recipe, model, vocabulary)
     for name, value in figures.items():
         print(f"{name:24} {value:,.4g}" if isinstance(value, float) else f"{name:24} {value}")
     print(f"\n{machine()}")
@@ -112,16 +117,21 @@ def run(recipe: Recipe, model: GistHypernetwork, vocabulary: int, steps: int, gp
         for first in range(WARMUP * size, steps * size, batch)
     ]
     kept = {"checkpointing": checkpointing(recipe.training), "rank": model.lora.rank, "targets": "all-linear"}
-    flops = sum(cost.train(b.layout, len(b.targets), **kept).total for b in batches)
+    costs = [cost.train(b.layout, len(b.targets), **kept) for b in batches]
+    flops, of_model = sum(c.total for c in costs), sum(c.forward + c.backward for c in costs)
     seconds = clock.times[-1] - clock.times[WARMUP - 1]
     each = [later - earlier for earlier, later in zip(clock.times[WARMUP - 1 :], clock.times[WARMUP:])]
     hardware = Hardware.of(gpus=1, gpu=gpu)
+    rate = matmul_rate(default_device(), _dtype(recipe))
     found = {
         "parameters": sum(p.numel() for p in model.base.parameters()),
         "steps": steps - WARMUP,
         "median_step_seconds": statistics.median(each),
         "tokens_per_second": sum(b.tokens for b in batches) / seconds,
         "flops_per_step": flops / (steps - WARMUP),
+        "matmul_rate": rate,
+        "share_of_matmul_rate": of_model / seconds / rate,
+        "share_of_matmul_rate_all": flops / seconds / rate,
         "loss_first": losses[0],
         "loss_last": losses[-1],
     }
@@ -133,6 +143,36 @@ def run(recipe: Recipe, model: GistHypernetwork, vocabulary: int, steps: int, gp
             "predicted_peak_memory": predicted,
         }
     return found
+
+
+def memory_by_tokens(recipe: Recipe, model: GistHypernetwork, vocabulary: int) -> dict:
+    """Peaks of a forward and backward pass, above what is held, on batches of 1, 2 and 4 times the recipe's episodes.
+
+    `memory_growth` is what a token adds from the second batch to the third, over what it adds from the first to the second.
+    """
+    size = whole(recipe, "per_device_train_batch_size", 8)
+    episodes, device = RandomEpisodes(recipe, vocabulary, 4 * size), default_device()
+    tokens, peaks = [], []
+    for times in (1, 2, 4):
+        batch = pack_gist([episodes[i] for i in range(times * size)], model.num_gists).to(device)
+        step = partial(_pass, model, batch, half=_dtype(recipe) == torch.bfloat16)
+        step()  # what is made once is not a step's
+        tokens.append(batch.tokens)
+        peaks.append(peak_bytes(step))
+    (a, b, c), (first, second, third) = tokens, peaks
+    growth = (third - second) / (c - b) / ((second - first) / (b - a))
+    return {"memory_tokens": tokens, "memory_peaks": peaks, "memory_growth": growth}
+
+
+def _pass(model: GistHypernetwork, batch: GistBatch, half: bool) -> None:
+    with torch.autocast(batch.ids.device.type, dtype=torch.bfloat16, enabled=half):
+        loss = model(batch)
+    loss.mean.backward()
+    model.zero_grad()
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.training.get("bf16") else torch.float32
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m benchmarks.training_step [--json FILE]
 
 A ragged batch: 4 contexts of 200 to 1,024 tokens, 4 queries each of 20 to 80 tokens; a Llama of 6 layers and hidden size 512,
-16 gists, LoRA of rank 16; forward and backward under bf16 autocast. Tokens are real tokens: padding does not count.
+16 gists, LoRA of rank 16; forward and backward under bf16 autocast. Tokens are real tokens: padding does not count. "of
+products" is the share of the rate of large matrix products that the packed step's FLOPs, whoever computes them, come to.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from random import Random
 import torch
 from transformers import set_seed
 
-from benchmarks.measure import machine, median_ratio, paired, parser, peak_bytes, write_json
+from benchmarks.measure import machine, matmul_rate, median_ratio, paired, parser, peak_bytes, write_json
 from benchmarks.peers import row_per_episode, row_per_query, two_pass
+from eval.flops import ModelCost
 from hyperllama.backbone import random_base
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.text import EncodedEpisode
@@ -78,24 +80,32 @@ def main() -> None:
     steps = {name: partial(step, loss) for name, loss in losses.items()}
     memory = {name: peak_bytes(run) for name, run in steps.items()}
     seconds = paired(steps, options.rounds, warmup=0)  # taking the memory was the warm-up
-    tokens = pack_gist(episodes, GISTS).tokens
+    batch = pack_gist(episodes, GISTS)
+    tokens, rank = batch.tokens, hypernetwork.lora.rank
+    flops = ModelCost.of(hypernetwork.base.config).train(batch.layout, len(batch.targets), rank=rank).total
+    rate = matmul_rate(device, torch.float32 if options.float32 else torch.bfloat16)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     figures = {
         "tokens": tokens,
         "seconds": medians,
         "tokens_per_second": {name: tokens / median for name, median in medians.items()},
         "peak_bytes": memory,
+        "flops": flops,
+        "matmul_rate": rate,
+        "share_of_matmul_rate": {name: flops / median / rate for name, median in medians.items()},
         "ratios": {name: median_ratio(seconds[name], seconds["packed"]) for name in PEERS},
         "losses": values,
         "rounds": options.rounds,
         "autocast": None if options.float32 else "bfloat16",
     }
     print(f"{tokens:,} real tokens a step; median of {options.rounds} paired rounds; {machine()}")
-    print(f"{'':16} {'tokens/s':>9} {'peak MiB':>9} {'packed is':>10} {'loss (fp32)':>12}")
+    print(f"{flops / 1e9:.0f} GFLOP, of which {rate / 1e9:,.0f} a second are reached in large products")
+    print(f"{'':16} {'tokens/s':>9} {'of products':>12} {'peak MiB':>9} {'packed is':>10} {'loss (fp32)':>12}")
     for name in losses:
         ratio = f"{figures['ratios'][name]:.2f}x" if name in PEERS else ""
         speed, peak = figures["tokens_per_second"][name], memory[name] / 2**20
-        print(f"{name:16} {speed:9,.0f} {peak:9,.0f} {ratio:>10} {values[name]:12.7f}")
+        share = figures["share_of_matmul_rate"][name]
+        print(f"{name:16} {speed:9,.0f} {share:12.0%} {peak:9,.0f} {ratio:>10} {values[name]:12.7f}")
     write_json(options.json, figures)
 
 

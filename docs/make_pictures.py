@@ -1,4 +1,4 @@
-"""The pictures of README: reading graphs, and what runs of the quickstart and the tuning study left in runs/.
+"""The pictures of README and docs: reading graphs, benchmarks, and what runs of quickstart and tuning study left in runs/.
 
 python docs/make_pictures.py
 """
@@ -6,6 +6,8 @@ python docs/make_pictures.py
 import json
 import shutil
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from attention_masks import GistLayout, Segment, picture
 from eval.quickstart import draw_results
@@ -24,12 +26,58 @@ DRAWN = {
     "runs/tuning/study/starts.png": "starts.png",
 }
 
+SERVING = Path("benchmarks/results/serving.json")
+COLOURS = {"prefix": "#2a7f62", "floor + head": "#bbbbbb", "floor": "#bbbbbb"}  # everything else stands for the examples
+
+
+def draw_serving(figures: dict, path: str | Path) -> None:
+    """What `benchmarks.serving` found: new tokens a second of each way, and what each keeps of a task."""
+    sizes = figures["sizes"]
+    labels = {
+        "prefix": f"soft prefix of {sizes['gists']} gists (ours)",
+        "floor + head": f"a text of {sizes['gists']} tokens, cached,\nour output head: the least work",
+        "cached prompt + head": f"all {sizes['context']:,} tokens cached,\nour output head",
+        "floor": f"a text of {sizes['gists']} tokens, cached,\nstock transformers",
+        "cached prompt": f"all {sizes['context']:,} tokens cached,\nstock transformers",
+        "whole prompt": f"all {sizes['context']:,} tokens in every prompt,\nstock transformers",
+    }
+    names, states = list(reversed(labels)), figures["state_bytes_a_task"]
+    panels = {
+        "New tokens per second (higher is better)": [figures["tokens_per_second"][name] for name in names],
+        "Kept of the task, KiB (lower is better)": [states[name] / 2**10 if name in states else None for name in names],
+    }
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for axis, (title, values) in zip(axes, panels.items()):
+        axis.barh(
+            [labels[name] for name in names],
+            [value or 0 for value in values],
+            color=[COLOURS.get(name, "#c8703a") for name in names],
+        )
+        top = max(value or 0 for value in values)
+        for i, value in enumerate(values):
+            axis.text((value or 0) + top * 0.015, i, "nothing" if value is None else f"{value:,.0f}", va="center", fontsize=9)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlim(0, top * 1.18)
+        axis.tick_params(labelsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    where = figures["machine"]["gpu"] or f"a CPU (threads: {figures['machine']['threads']})"
+    figure.suptitle(
+        f"{sizes['rows']} queries about one task of {sizes['context']:,} tokens, {sizes['new']} new tokens each: "
+        f"a Llama of {sizes['layers']} layers, {figures['dtype']}, on {where}",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=130)
+
+
 if __name__ == "__main__":
     ASSETS.mkdir(exist_ok=True)
     picture(GRAPHS, ASSETS / "masks.png")
     results = Path("runs/quickstart/results.json")
     if results.is_file():
         draw_results(json.loads(results.read_text()), ASSETS / "quickstart.png")
+    if SERVING.is_file():
+        draw_serving(json.loads(SERVING.read_text()), ASSETS / "serving.png")
     for source, name in DRAWN.items():
         if Path(source).is_file():
             shutil.copy(source, ASSETS / name)

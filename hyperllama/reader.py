@@ -111,7 +111,7 @@ def one_product_head(model: PreTrainedModel) -> Iterator[None]:
     """A context in which the output head multiplies the last rows of a batch in one product.
 
     `generate` hands the head a view of one row of each sequence of the prompt. torch takes such a view sequence by sequence,
-    and on a CPU copies the head's whole weight for each of them first: for 32 rows longer than all the rest of a short batch.
+    and on a CPU in bf16 copies the head's whole weight for each of them first: for 32 rows longer than the rest of a batch.
     """
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     try:

@@ -99,7 +99,7 @@ def test_forward_backward_and_optimiser_never_wait(checkpointing):
     """Without the Trainer: what is ours."""
     model, batch = model_and_batch("hypernetwork", "cuda")
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     optimiser, batch = torch.optim.AdamW(model.train().trainable().values(), fused=True), batch.pin_memory()
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)

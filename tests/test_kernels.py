@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import MANY, layouts
 from test_attention import INV_FREQ, random_qkv, with_gradients
+from torch.nn.attention.flex_attention import flex_attention
 
 from attention_masks import BACKENDS, GistLayout, Segment, choose, dense_mask, gist_attention, why_not
 from attention_masks import attention as attention_module
@@ -239,3 +240,19 @@ def test_what_a_kernel_needs_is_built_once_a_batch():
     assert layout.once(block_mask) is layout.once(block_mask)
     assert GistLayout(layout.segments).once(block_mask) is not layout.once(block_mask)
     assert layout.to("meta").once(lambda x: x.device.type) == "meta"
+
+
+def test_one_compilation_of_flex_serves_changing_shapes():
+    """Without its kernels, which a CPU's compiler cannot make for changing shapes: what is asked is whether guards hold."""
+    attention = torch.compile(flex_attention, dynamic=True, backend="eager")
+
+    def run(layout):
+        q, k = torch.randn(1, 4, layout.tokens, 16), torch.randn(1, 2, layout.tokens + len(layout.copies), 16)
+        with torch.no_grad():
+            attention(q, k, k, block_mask=layout.once(block_mask), enable_gqa=True)
+
+    for rows in (600, 700, 350):
+        run(GistLayout([Segment(rows, gists=16), Segment(50, reads=(0,))]))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for rows in (801, 333, 1500):
+            run(GistLayout([Segment(rows, gists=16), *[Segment(37, reads=(0,))] * 3]))

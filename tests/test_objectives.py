@@ -80,7 +80,7 @@ def test_chunks_are_the_whole(base, monkeypatch, kind, checkpointing):
     model, batch = kind(base)
     model.train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     (loss, gradients, rows), (chunked, found, fewer) = both(monkeypatch, model, batch)
     torch.testing.assert_close(chunked.sum, loss.sum, rtol=1e-6, atol=0)
     assert chunked.count == loss.count == len(batch.targets)

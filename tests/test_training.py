@@ -163,6 +163,21 @@ def test_workers_and_bf16_and_tensorboard(recipe, tmp_path):
     assert list((tmp_path / "bf16").rglob("events.out.tfevents*"))
 
 
+def test_one_worker_gives_the_losses_of_none(recipe, tmp_path, monkeypatch):
+    """Pinned as on a GPU too: a CPU cannot, so memory is copied where it would be pinned."""
+    workflows.train(recipe)
+    expected = losses(tmp_path / "run")
+    workflows.train(recipe, [f"output={tmp_path}/one", "training.dataloader_num_workers=1"])
+    assert losses(tmp_path / "one") == expected
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x.clone())
+    collate = Collator.__call__
+    monkeypatch.setattr(Collator, "__call__", lambda *args: {**(found := collate(*args)), "batch": found["batch"].pin_memory()})
+    workflows.train(recipe, [f"output={tmp_path}/pinned", "training.accelerator_config={non_blocking: true}"])
+    assert losses(tmp_path / "pinned") == expected
+    assert len(pinned) == 6 * 2 * 4, "ids, target rows, targets, and a layout as one buffer"
+
+
 def test_what_the_limits_leave_out_is_counted_and_said(recipe, tmp_path, capsys):
     workflows.train(recipe, ["limits.context_tokens=60"])
     lines = whole_json_lines(tmp_path / "run" / "metrics.jsonl")
