@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eval.flops import ModelCost
+from attention_masks import GistLayout
+from eval.flops import ModelCost, rectangle
 from eval.methods import Bench, Method, State
 from eval.metrics import score_choices, score_text
+from hyperllama.compressor import Hypernetwork
 from hyperllama.data.episode import Episode
 from hyperllama.errors import UserError
 from hyperllama.reader import Reader
@@ -150,9 +152,18 @@ def _cost(bench: Bench, reader: Reader, state: State, query: Query, kind: Kind) 
     if not state.tokens:
         encode = 0
     elif state.gists and bench.hypernetwork is not None:
-        lora = bench.hypernetwork.lora
-        encode = cost.compress(state.tokens, state.gists, lora.rank, lora.targets)
+        encode = _compressing(cost, bench.hypernetwork, state)
     else:
         encode = cost.encode(state.tokens + state.gists)
     facts |= {"encode_flops": encode, "query_flops": ask(len(query.prompt), rows)}
     return facts | {"reread_flops": ask(state.tokens + len(query.prompt), 0)}
+
+
+def _compressing(cost: ModelCost, hypernetwork: Hypernetwork, state: State) -> int:
+    """FLOPs of making a prefix, by what kind of hypernetwork made it."""
+    layout = GistLayout(hypernetwork.cut(range(state.tokens))[1])
+    if hypernetwork.kind == "lora":
+        return cost.compress_packed(layout, hypernetwork.lora.rank, hypernetwork.lora.targets)
+    if hypernetwork.kind == "pooling":
+        return sum(cost.pool(s.tokens - s.gists, s.gists) for s in layout.segments)
+    return layout.tokens * cost.per_row + cost.per_pair * rectangle(layout)

@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attention_masks import GistLayout
+from attention_masks import GistLayout, Segment
 from hyperllama.backbone import check_config, head_dim
 from hyperllama.errors import UserError
 from hyperllama.objectives import head_chunks
@@ -144,9 +144,18 @@ class ModelCost:
         """
         if context < 1 or gists < 1:
             raise ValueError(f"compressing needs at least one token and one gist, not {context} and {gists}")
-        rows = context + gists
-        attention = self._per_pair_and_layer * (self.layers - 1) * rows * rows
-        return rows * (self._context_row() + self._lora_row(rank, targets)) + attention
+        return self.compress_packed(GistLayout([Segment(context + gists, gists=gists)]), rank, targets)
+
+    def compress_packed(self, layout: GistLayout, rank: int, targets: str | Sequence[str] = "all-linear") -> int:
+        """As `compress`, for a packed row of segments that all have gists, such as the chunks of a context."""
+        rows = layout.tokens * (self._context_row() + self._lora_row(rank, targets))
+        return rows + self._per_pair_and_layer * (self.layers - 1) * rectangle(layout)
+
+    def pool(self, context: int, gists: int) -> int:
+        """FLOPs of pooling a context's keys and values: the decoder over it, then scores, means and maps in each layer."""
+        scores_and_means = 3 * 2 * gists * context * self.kv_heads * self.head_dim
+        maps = 2 * 2 * gists * self.kv_heads * self.head_dim**2
+        return self.encode(context) + self.layers * (scores_and_means + maps)
 
     def train(
         self,
@@ -208,6 +217,11 @@ class ModelCost:
     def state_bytes(self, rows: int, bytes_per_element: int = 2) -> int:
         """Bytes of the keys and values of `rows` rows (gists of a prefix, or tokens of a cached context) in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * rows * bytes_per_element
+
+
+def rectangle(layout: GistLayout) -> int:
+    """Pairs of a query row and a key row that attention is computed over, those that a mask hides included."""
+    return sum(run.count * run.tokens * (run.reads + run.tokens) for run in layout.runs)
 
 
 def amortised(encode: float, per_query: float, n: int) -> float:

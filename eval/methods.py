@@ -42,7 +42,7 @@ class State:
 class Bench:
     """The models, the episodes of an evaluation, and what methods share about them.
 
-    `budget` is the number of key-value rows that a compressed context may have.
+    `gists` is how many the hypernetwork makes, `budget` the number of key-value rows that a compressed context may have.
     """
 
     episodes: Sequence[Episode]
@@ -51,6 +51,7 @@ class Bench:
     hypernetwork: Hypernetwork | None = None
     multi_task: Reader | None = None
     prefixes: Path | None = None
+    gists: int | None = None
     budget: int | None = None
     seed: int = 0
     batch_tokens: int = 8192
@@ -88,12 +89,11 @@ class Bench:
         batch: list[list[int]] = []
         for context in contexts:
             if batch and sum(len(c) + self.budget for c in batch) + len(context) > self.batch_tokens:
-                prefixes += self.hypernetwork.compress(batch)
+                prefixes += self.hypernetwork.compress(batch, gists=self.gists)
                 batch = []
             batch.append(context)
-        prefixes += self.hypernetwork.compress(batch)
-        gists = self.hypernetwork.num_gists
-        return [State(prefix, len(context), gists) for prefix, context in zip(prefixes, contexts, strict=True)]
+        prefixes += self.hypernetwork.compress(batch, gists=self.gists)
+        return [State(prefix, len(context), prefix.gists) for prefix, context in zip(prefixes, contexts, strict=True)]
 
     def forget(self) -> None:
         """Let go of the states that are kept: the next episodes are others."""

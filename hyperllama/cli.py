@@ -185,11 +185,14 @@ def study(
     recipe: Annotated[Path, typer.Argument(help="A study recipe, such as recipes/tuning/study.yaml.")],
     overrides: Overrides = None,
 ) -> None:
-    """Compare where prefix tuning starts from, over tasks, seeds and numbers of examples; run it again to go on."""
+    """Compare starts of prefix tuning, or hypernetworks, over seeds, in a table; run it again to go on."""
     _workflows()
-    from eval.starts import study as run
+    from eval.starts import study as compare_starts
+    from eval.tables import table
+    from hyperllama.recipe import TableRecipe, load_any_recipe
 
-    typer.echo(run(recipe, overrides or ()))
+    is_table = isinstance(load_any_recipe(recipe, overrides or ()), TableRecipe)
+    typer.echo((table if is_table else compare_starts)(recipe, overrides or ()))
 
 
 @app.command()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attention_masks import GistLayout, rotate
+from attention_masks import GistLayout, Segment, rotate
 from hyperllama import __version__
 from hyperllama.backbone import BaseIdentity, identify, inverse_frequencies, rotary_settings
 from hyperllama.chunks import CHUNK_ROWS
@@ -126,35 +126,45 @@ class Hypernetwork(PackedModel):
         manifests: Sequence[Manifest] | None = None,
         *,
         gists: int | None = None,
-        ends: Sequence[Sequence[int]] | None = None,
         chunk_rows: int = CHUNK_ROWS,
     ) -> list[Prefix]:
         """Turn contexts into prefixes: one task or many, of any lengths, in one packed pass.
 
-        `contexts` are token ids, without gists; `ends` where their demonstrations end, for `reading` in chunks. `manifests` say
-        where each comes from; base, rotary settings, hypernetwork and a hash of the context are filled in here. `gists`: fewer
-        than all of them, which an elastic hypernetwork has learned to make do with. `chunk_rows`: see `encode_gists`. Raises
-        UserError for a context longer than the model, or more gists than there are.
+        `contexts` are token ids, without gists; those of an `Encoder` know where demonstrations end, for `reading` in chunks.
+        `manifests` say where each comes from; base, rotary settings, hypernetwork and a hash of the context are filled in here.
+        `gists`: fewer than all of them, which an elastic hypernetwork has learned to make do with. `chunk_rows`: see
+        `hyperllama.encoding.gist_rows`. Raises UserError for a context longer than the model, or more gists than there are.
         """
         if not len(contexts) or not all(len(context) for context in contexts):
             raise UserError("there is nothing to compress: every context needs at least one token")
         gists = self.num_gists if gists is None else gists
         if not 1 <= gists <= self.num_gists:
             raise UserError(f"this hypernetwork makes prefixes of 1 to {self.num_gists} gists, not of {gists}")
-        contexts = [torch.as_tensor(context, dtype=torch.long).tolist() for context in contexts]
         pieces, segments, readers = [], [], []
-        for context, own in zip(contexts, ends or [()] * len(contexts), strict=True):
-            chunks = self.reading.chunks(context, own)
-            readers.append(range(len(segments), len(segments) + len(chunks)))
-            segments += chunk_segments(self.reading, chunks, gists, len(segments))
-            pieces += [(*chunk, *[PLACEHOLDER] * gists) for chunk in chunks]
+        for context in contexts:
+            own, made = self.cut(context, gists, len(segments))
+            readers.append(range(len(segments), len(segments) + len(made)))
+            segments += made
+            pieces += own
         ids = torch.tensor([[token for piece in pieces for token in piece]])
         manifests = manifests or [Manifest(base=self.identity) for _ in contexts]
         prefixes = self.encode(ids, GistLayout(segments), readers, chunk_rows=chunk_rows)
         fingerprint = self.fingerprint()  # of all trained weights: once, not once a prefix
         for prefix, context, manifest in zip(prefixes, contexts, manifests, strict=True):
-            prefix.manifest = self._sign(manifest, context, fingerprint)
+            prefix.manifest = self._sign(manifest, torch.as_tensor(context).tolist(), fingerprint)
         return prefixes
+
+    def cut(
+        self, context: Sequence[int] | Tensor, gists: int | None = None, first: int = 0
+    ) -> tuple[list[tuple[int, ...]], list[Segment]]:
+        """A context as `reading` cuts it, with room for gists: token ids of its segments, and the segments.
+
+        The first of them will be segment `first` of its layout.
+        """
+        gists = self.num_gists if gists is None else gists
+        chunks = self.reading.chunks(torch.as_tensor(context).tolist(), getattr(context, "ends", ()))
+        pieces = [(*chunk, *[PLACEHOLDER] * gists) for chunk in chunks]
+        return pieces, chunk_segments(self.reading, chunks, gists, first)
 
     @torch.no_grad()
     def encode(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from attention_masks import GistLayout
 from hyperllama.backbone import BaseIdentity
 from hyperllama.compressor import Hypernetwork, context_sha256
 from hyperllama.data.episode import Example, Task
@@ -186,11 +187,11 @@ def compress_into(
 def _fitting(shown: Shown, hypernetwork: Hypernetwork, encoder: Encoder, run: str | Path) -> Context:
     """A context that the model has positions for: one that is too long would refuse all others of its pass."""
     context, manifest = shown.encode(encoder, hypernetwork.identity, run)
-    gists, positions = hypernetwork.num_gists, hypernetwork.base.config.max_position_embeddings
-    if len(context) + gists > positions:
+    layout, positions = GistLayout(hypernetwork.cut(context)[1]), hypernetwork.base.config.max_position_embeddings
+    if layout.last_position >= positions:
         raise UserError(
-            f"{shown.where}: takes {len(context)} tokens and {gists} gists, but the model has {positions} positions; "
-            "show fewer or shorter examples"
+            f"{shown.where}: takes {len(context)} tokens and {hypernetwork.num_gists} gists, but the model has {positions} "
+            "positions; show fewer or shorter examples"
         )
     return context, manifest
 

@@ -162,7 +162,8 @@ class EvaluationRecipe:
 
     `hypernetwork` is the folder of a run, whose base is read from there, or from `model` if it has moved; without one, `model`
     alone is evaluated. `multi_task` is the run of a full-attention model, `prefixes` a folder of prefix files named by task.
-    `budget` is the number of key-value rows of the methods that have one, the hypernetwork's gists unless given. `methods` are
+    `gists` asks an elastic hypernetwork for fewer than it has. `budget` is the number of key-value rows of the methods that have
+    one, as many as a prefix of a short context unless given. `methods` are
     names of `eval.methods.METHODS`; empty for all that apply. `metric`: "text" generates and scores ROUGE-L and exact match,
     "choices" ranks the choices of a query by likelihood, "loss" is that of the continuation; "auto" goes by the data. `format`
     and `limits` are those of the hypernetwork unless given. At most `episodes` episodes of a source that could go on for ever.
@@ -179,6 +180,7 @@ class EvaluationRecipe:
     prefixes: str | None = None
     data: DataRecipe = field(default_factory=DataRecipe)
     episodes: int = 100
+    gists: int | None = None
     budget: int | None = None
     methods: list[str] = field(default_factory=list)
     metric: Literal["auto", "text", "choices", "loss"] = "auto"
@@ -256,16 +258,35 @@ class StudyRecipe:
     resamples: int = 1000
 
 
+@dataclass(frozen=True)
+class TableRecipe:
+    """One question of a study as a table: the recipe `train` with the overrides of each row, for each seed, evaluated alike.
+
+    `rows` are names and overrides. A row whose only override is "run=FOLDER" is not trained: it is that run, for all seeds.
+    `evaluations` are names and overrides of the recipe `evaluate`; one, without overrides, unless given.
+    """
+
+    method: Literal["table"] = "table"
+    output: str | None = None
+    question: str = ""
+    train: str | None = None
+    evaluate: str | None = None
+    rows: dict[str, list[str]] = field(default_factory=dict)
+    evaluations: dict[str, list[str]] = field(default_factory=lambda: {"": []})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+
+
 SCHEMAS = {
     "hypernetwork": Recipe,
     "full_attention": Recipe,
     "evaluate": EvaluationRecipe,
     "tune": TuneRecipe,
     "study": StudyRecipe,
+    "table": TableRecipe,
 }
-VERBS = {Recipe: "train", EvaluationRecipe: "evaluate", TuneRecipe: "tune", StudyRecipe: "study"}
-OPEN = ("training", "model.architecture", "generation")  # keys below these are not ours to know
-AnyRecipe = Recipe | EvaluationRecipe | TuneRecipe
+VERBS = {Recipe: "train", EvaluationRecipe: "evaluate", TuneRecipe: "tune", StudyRecipe: "study", TableRecipe: "study"}
+OPEN = ("training", "model.architecture", "generation", "rows", "evaluations")  # keys below these are not ours to know
+AnyRecipe = Recipe | EvaluationRecipe | TuneRecipe | StudyRecipe | TableRecipe
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, schema: type = Recipe, data: bool = True) -> Any:

@@ -21,6 +21,12 @@ def recipe_problems(recipe: Any, *, data: bool = True) -> list[str]:
         check(bool(recipe.tune) and Path(recipe.tune).is_file(), f"tune: {recipe.tune} is not a recipe file; give one to vary")
         check(bool(recipe.starts and recipe.sizes and recipe.seeds), "starts, sizes, seeds: at least one of each")
         return list(check)
+    if recipe.method == "table":
+        for key in ("train", "evaluate"):
+            file = getattr(recipe, key)
+            check(bool(file) and Path(file).is_file(), f"{key}: {file} is not a recipe file; give one to vary")
+        check(bool(recipe.rows and recipe.seeds), "rows, seeds: at least one of each")
+        return list(check)
     _data(recipe.data, check, there=data)
     {"evaluate": _evaluation, "tune": _tuning}.get(recipe.method, _training)(recipe, check)
     return list(check)
@@ -119,7 +125,7 @@ def _training(recipe: Any, check: _Checks) -> None:
     if positions is not None and needed > positions and not cut:
         check(False, f"limits: context_tokens, query_tokens and gists need {needed} positions, but the model has {positions}")
     for part in data.parts:
-        window = part.text.context_tokens + part.text.continuation_tokens + gists + 1
+        window = part.text.most_tokens + gists + 1
         if part.source == "text" and positions is not None and window > positions and not cut:
             check(False, f"data.text: context, continuation and gists need {window} positions, but the model has {positions}")
 
@@ -142,6 +148,7 @@ def _hypernetwork(recipe: Any, check: _Checks) -> None:
 
 def _evaluation(recipe: Any, check: _Checks) -> None:
     check(recipe.episodes >= 1, f"episodes: at least 1, not {recipe.episodes}")
+    check(recipe.gists is None or recipe.gists >= 1, f"gists: at least 1, or null for all, not {recipe.gists}")
     check(recipe.batch_tokens >= 1, f"batch_tokens: at least 1, not {recipe.batch_tokens}")
     check(recipe.resamples >= 100, f"resamples: at least 100 for an interval, not {recipe.resamples}")
     for key in ("hypernetwork", "prefixes"):

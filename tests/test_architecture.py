@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"hyperllama.__main__"},
     {"hyperllama.cli"},
-    {"eval.quickstart", "eval.check", "eval.starts"},
+    {"eval.quickstart", "eval.check", "eval.starts", "eval.tables"},
     {"eval.run", "eval.plan"},
     {"eval.sizing"},
     {"eval.memory"},

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from hyperllama.data.packing import Packing, nested_gists, pack_gist
 from hyperllama.data.reading import Reading
-from hyperllama.data.text import EncodedEpisode
+from hyperllama.data.text import ContextIds, EncodedEpisode
 from hyperllama.errors import UserError
 from hyperllama.hypernetwork import GistHypernetwork
 from hyperllama.kinds import KINDS, load_hypernetwork_onto
@@ -41,8 +41,10 @@ def answers_loss(reader, prefixes, contexts=EPISODES):
     return -sum(scores[0] for scores in reader.score(questions))
 
 
-def ends(episode):
-    return [end for _, end in episode.answers]
+def context_of(episode):
+    ids = ContextIds(episode.context)
+    ids.ends = tuple(end for _, end in episode.answers)
+    return ids
 
 
 CASES = [(kind, graph) for kind in KINDS for graph in GRAPHS if (kind, graph) != ("pooling", "recurrent")]
@@ -52,8 +54,7 @@ CASES = [(kind, graph) for kind in KINDS for graph in GRAPHS if (kind, graph) !=
 def test_a_packed_batch_is_compress_store_load_read(kind, graph, tmp_path):
     hypernetwork = made(kind, reading=GRAPHS[graph])
     loss = hypernetwork(pack_gist(EPISODES, Packing(3, GRAPHS[graph])))
-    contexts = [episode.context for episode in EPISODES]
-    prefixes = hypernetwork.compress(contexts, ends=[ends(e) for e in EPISODES])
+    prefixes = hypernetwork.compress([context_of(episode) for episode in EPISODES])
     for i, prefix in enumerate(prefixes):
         prefix.save(tmp_path / f"{i}.safetensors")
     reader = Reader(hypernetwork.base, None)

@@ -34,15 +34,23 @@ class Example:
 
 @dataclass(frozen=True)
 class TextWindow:
-    """Plain text: the first `context_tokens` tokens are context, the next `continuation_tokens` are to be predicted.
+    """Plain text in four pieces of so many tokens: context, prompt, continuation, and what comes after.
 
-    With a `period` the first so many tokens are said again and again.
+    The continuation is to be predicted after the prompt; context and what comes after are what is compressed. With a `period`
+    the first so many tokens are said again and again.
     """
 
     text: str
     context_tokens: int
     continuation_tokens: int
+    prompt_tokens: int = 1
+    after_tokens: int = 0
     period: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole window."""
+        return self.context_tokens + self.prompt_tokens + self.continuation_tokens + self.after_tokens
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Literal
 
 from hyperllama.data.episode import Episode, Example
@@ -76,6 +77,12 @@ class EncodedEpisode:
     index: int = -1
 
 
+class ContextIds(list):
+    """Token ids of a context; its demonstrations end at the places `ends` in it."""
+
+    ends: tuple[int, ...] = ()
+
+
 class Encoder:
     """Turns text into token ids under one format and its limits."""
 
@@ -106,12 +113,12 @@ class Encoder:
         """Token ids of an answer with its end token."""
         return self._ids(self.format.answer.format(output=text)) + self.end
 
-    def context(self, instruction: str, demonstrations: Sequence[Example]) -> tuple[list[int], list[tuple[int, int]]]:
+    def context(self, instruction: str, demonstrations: Sequence[Example]) -> tuple[ContextIds, list[tuple[int, int]]]:
         """Token ids of an instruction and as many whole demonstrations as fit, in order, and the spans of their answers.
 
         A demonstration that does not fit is left out whole. UserError if the instruction alone is too long.
         """
-        ids = list(self.start)
+        ids = ContextIds(self.start)
         if instruction:
             ids += self._ids(self.format.instruction.format(instruction=instruction))
         if len(ids) > self.limits.context_tokens:
@@ -126,6 +133,7 @@ class Encoder:
             if len(ids) + len(prompt) + len(answer) <= self.limits.context_tokens:
                 spans.append((len(ids) + len(prompt), len(ids) + len(prompt) + len(answer)))
                 ids += prompt + answer
+        ids.ends = tuple(end for _, end in spans)
         return ids, spans
 
     def encode(self, episode: Episode) -> EncodedEpisode:
@@ -168,13 +176,14 @@ class Encoder:
         )
 
     def _window(self, episode: Episode) -> EncodedEpisode:
-        """Context and continuation of plain text, without templates: the first token is read, the others are predicted."""
+        """Plain text, without templates; a window that turns out too short has no queries, and counts as skipped."""
         window = episode.window
         ids = self.tokenizer(window.text, add_special_tokens=False)["input_ids"]  # too many to be worth keeping
-        cut = window.context_tokens
         if window.period:
-            ids = ids[: window.period] * -(-(cut + window.continuation_tokens) // window.period)
-        continuation = tuple(ids[cut : cut + window.continuation_tokens])
-        whole = len(continuation) == window.continuation_tokens
-        queries = (((continuation[0],), continuation[1:]),) if whole else ()
-        return EncodedEpisode((*self.start, *ids[:cut]), queries, task=episode.task, skipped_queries=0 if whole else 1)
+            ids = ids[: window.period] * -(-window.tokens // window.period)
+        ends = accumulate((window.context_tokens, window.prompt_tokens, window.continuation_tokens, window.after_tokens))
+        before, prompt, continuation, after = (tuple(ids[a:b]) for a, b in pairwise((0, *ends)))
+        whole = len(ids) >= window.tokens
+        queries = ((prompt, continuation),) if whole else ()
+        context = (*self.start, *before, *after)
+        return EncodedEpisode(context, queries, task=episode.task, skipped_queries=0 if whole else 1)

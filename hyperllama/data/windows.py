@@ -19,21 +19,31 @@ CHARACTERS_PER_TOKEN = 12
 
 @dataclass(frozen=True)
 class WindowSettings:
-    """A window is `min_context_tokens` to `context_tokens` tokens of context, then `continuation_tokens` to be predicted.
+    """A window is `min_context_tokens` to `context_tokens` tokens of context, then `prompt_tokens` that are read and as many as
+    make up `continuation_tokens` with them that are predicted, then `after_tokens`, which join the context.
 
-    Of each document the last twentieth is held out: `part` "test" reads only that, "train" the rest, "all" everything.
-    A share `repeats` of training windows says the same again and again, with a period of an eighth to a half of the window:
-    copying is what induction heads are made of (Olsson et al. 2022, arXiv 2209.11895), and text alone teaches it late.
-    `column` is the text of a data set of the `datasets` library, of which the first `rows` rows are read; files need neither.
+    With a prompt of some length and tokens after it, it is HyperTuning's context-augmented language modelling (Phang et al.
+    2022, arXiv 2211.12485, section 4): pieces A and D are compressed, C is predicted after B. Of each document the last
+    twentieth is held out: `part` "test" reads only that, "train" the rest, "all" everything. A share `repeats` of training
+    windows says the same again and again, with a period of an eighth to a half of the window: copying is what induction heads
+    are made of (Olsson et al. 2022, arXiv 2209.11895), and text alone teaches it late. `column` is the text of a data set of
+    the `datasets` library, of which the first `rows` rows are read; files need neither.
     """
 
     context_tokens: int = 256
     min_context_tokens: int | None = None
     continuation_tokens: int = 128
+    prompt_tokens: int = 1
+    after_tokens: int = 0
     repeats: float = 0.0
     column: str = "text"
     rows: int = 10_000
     part: Literal["train", "test", "all"] = "all"
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a window at most."""
+        return self.context_tokens + self.continuation_tokens + self.after_tokens
 
     def problems(self) -> list[str]:
         """What is wrong with the sizes, a sentence each."""
@@ -43,6 +53,10 @@ class WindowSettings:
             found.append("min_context_tokens must be between 1 and context_tokens")
         if self.continuation_tokens < 2:
             found.append("continuation_tokens must be at least 2: one to read, one to predict")
+        if not 1 <= self.prompt_tokens < max(2, self.continuation_tokens):
+            found.append("prompt_tokens must be at least 1, and fewer than continuation_tokens")
+        if self.after_tokens < 0:
+            found.append("after_tokens must be 0 or more")
         if not 0 <= self.repeats <= 1:
             found.append("repeats is a share of the windows, between 0 and 1")
         return found
@@ -55,7 +69,7 @@ class WindowSource:
         if settings.problems():
             raise UserError(f"data.text: {'; '.join(settings.problems())}")
         self.settings = settings
-        self._span = CHARACTERS_PER_TOKEN * (settings.context_tokens + settings.continuation_tokens)
+        self._span = CHARACTERS_PER_TOKEN * settings.most_tokens
         parts = [(name, _part(text, settings.part)) for name, text in documents]
         self.documents = [(name, text) for name, text in parts if text.strip()]
         if not self.documents:
@@ -68,7 +82,7 @@ class WindowSource:
         context_tokens = most if fewest is None else rng.randint(fewest, most)
         # A window that starts in the last stretch may come out short; the encoder says so, and another is drawn.
         start = rng.randrange(max(1, len(text) - self._span // 4))
-        total = context_tokens + self.settings.continuation_tokens
+        total = self.settings.most_tokens
         period = rng.randint(max(1, total // 8), max(1, total // 2)) if rng.random() < self.settings.repeats else None
         return self._window(name, text, start, context_tokens, period)
 
@@ -89,7 +103,9 @@ class WindowSource:
         if start:  # from the next word on, so that no token is half a word
             end_of_word = text.find(" ", start, start + 200)
             start = end_of_word + 1 if end_of_word >= 0 else start
-        window = TextWindow(text[start : start + self._span], context_tokens, self.settings.continuation_tokens, period)
+        settings = self.settings
+        sizes = (context_tokens, settings.continuation_tokens - settings.prompt_tokens, settings.prompt_tokens)
+        window = TextWindow(text[start : start + self._span], *sizes, settings.after_tokens, period)
         return Episode("", (), (), f"{name}:{start}", name, window)
 
     def __len__(self) -> int:

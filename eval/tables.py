@@ -1,0 +1,107 @@
+"""`hyperllama study` of a question: hypernetworks that differ in some keys of their recipes, over seeds, in one table.
+
+Leaves in `output`: a run and its evaluations for each row and seed (so it goes on where it stopped), results.json, table.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.methods import METHODS
+from eval.metrics import METRICS
+from eval.run import evaluate
+from eval.summary import OURS
+from hyperllama.files import read_json, write_atomically
+from hyperllama.recipe import EvaluationRecipe, Recipe, TableRecipe, load_recipe
+from hyperllama.workflows import RESULT, train
+
+RESULTS, TABLE = "results.json", "table.md"
+
+
+def table(recipe_path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Run what is left of a table and write it; returns it as markdown."""
+    recipe = load_recipe(recipe_path, overrides, schema=TableRecipe)
+    planned = [(row, seed, *_run(recipe, row, seed)) for seed in recipe.seeds for row in recipe.rows]
+    for _, _, _, changes in planned:
+        if changes is not None:  # a wrong row is told of now, not hours later
+            load_recipe(recipe.train, changes, schema=Recipe)
+    load_recipe(recipe.evaluate, [], schema=EvaluationRecipe)
+    cells = []
+    for row, seed, run, changes in planned:
+        if changes is not None:
+            train(recipe.train, changes)
+        for name, more in recipe.evaluations.items():
+            place = Path(recipe.output) / "evaluations" / _slug(f"{row} {seed} {name}")
+            summary = evaluate(recipe.evaluate, [*more, f"hypernetwork={run}", f"output={place}", f"seed={seed}"])
+            cells.append({"row": row, "seed": seed, "evaluation": name, **_kept(summary, run)})
+        # Written as it grows: what there is can be looked at, and an interruption loses nothing.
+        results = {"question": recipe.question, "rows": recipe.rows, "evaluations": recipe.evaluations, "cells": cells}
+        write_atomically(Path(recipe.output) / RESULTS, json.dumps(results, indent=1) + "\n")
+    text = markdown(results)
+    write_atomically(Path(recipe.output) / TABLE, text)
+    return text
+
+
+def _run(recipe: TableRecipe, row: str, seed: int) -> tuple[Path, list[str] | None]:
+    """Where a row's run is, and the overrides to train it with; None if it is there already."""
+    changes = recipe.rows[row]
+    if len(changes) == 1 and changes[0].startswith("run="):
+        return Path(changes[0].removeprefix("run=")), None
+    run = Path(recipe.output) / "runs" / _slug(f"{row} {seed}")
+    return run, [*changes, f"seed={seed}", f"output={run}"]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "-", name).strip("-")
+
+
+def _kept(summary: dict[str, Any], run: Path) -> dict[str, Any]:
+    """What a table needs of an evaluation's summary: means of the headline metric, and what the run cost."""
+    head = summary["headline"]
+    methods = {name: entry["metrics"][head] for name, entry in summary["methods"].items()}
+    result = read_json(run / RESULT, "a run's result") if (run / RESULT).is_file() else {}
+    kept = {"metric": head, "queries": summary["queries"], "budget": summary["budget"], "methods": methods}
+    kept["share_of_gain"] = (summary.get("share_of_gain") or {}).get("mean")
+    kept["context_tokens"] = summary["methods"].get("prefix", {}).get("context_tokens")
+    return kept | {"steps": result.get("steps"), "minutes": result.get("train_runtime", 0) / 60}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The tables of a question, one for each evaluation; a cell is the mean over seeds, and their lowest and highest."""
+    lines = []
+    for name in results["evaluations"]:
+        cells = [cell for cell in results["cells"] if cell["evaluation"] == name]
+        if not cells:
+            continue
+        metric = METRICS[cells[0]["metric"]]
+        methods = [method for method in METHODS if method in cells[0]["methods"]]
+        methods.sort(key=lambda method: method not in OURS)  # ours first
+        shares = any(cell["share_of_gain"] is not None for cell in cells)
+        seeds = sorted({cell["seed"] for cell in cells})
+        told = f"{metric.label}, {cells[0]['queries']:,} queries, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+        lines += [f"{name + ': ' if name else ''}{told}; in brackets the lowest and highest seed", ""]
+        heads = ["", *(["share of the context's gain"] if shares else []), *(METHODS[m].label for m in methods)]
+        lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for row in results["rows"]:
+            own = [cell for cell in cells if cell["row"] == row]
+            if not own:
+                continue
+            entries = (
+                [_entry([c["share_of_gain"] for c in own if c["share_of_gain"] is not None], share=True)] if shares else []
+            )
+            entries += [_entry([c["methods"][m]["mean"] for c in own], metric.share) for m in methods]
+            lines.append(f"| {row} | {' | '.join(entries)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _entry(values: Sequence[float], share: bool) -> str:
+    if not values:
+        return ""
+    mean, low, high = (f"{100 * x:.1f}" if share else f"{x:.3f}" for x in (statistics.mean(values), min(values), max(values)))
+    return f"{mean}{' %' if share else ''}" + (f" [{low}, {high}]" if len(values) > 1 else "")
