@@ -162,12 +162,12 @@ class EvaluationRecipe:
 
     `hypernetwork` is the folder of a run, whose base is read from there, or from `model` if it has moved; without one, `model`
     alone is evaluated. `multi_task` is the run of a full-attention model, `prefixes` a folder of prefix files named by task.
-    `gists` asks an elastic hypernetwork for fewer than it has. `budget` is the number of key-value rows of the methods that have
-    one, as many as a prefix of a short context unless given. `methods` are
-    names of `eval.methods.METHODS`; empty for all that apply. `metric`: "text" generates and scores ROUGE-L and exact match,
-    "choices" ranks the choices of a query by likelihood, "loss" is that of the continuation; "auto" goes by the data. `format`
-    and `limits` are those of the hypernetwork unless given. At most `episodes` episodes of a source that could go on for ever.
-    A batch has at most `batch_tokens` tokens. `leaks`: whether data shared with the training refuses or warns.
+    `gists` asks an elastic hypernetwork for fewer than it has. `budget` is the number of key-value rows of the methods that
+    have one, the gists unless given: for contexts cut in chunks, give it. `methods` are names of `eval.methods.METHODS`; empty
+    for all that apply. `metric`: "text" generates and scores ROUGE-L and exact match, "choices" ranks the choices of a query by
+    likelihood, "loss" is that of the continuation; "auto" goes by the data. `format` and `limits` are those of the hypernetwork
+    unless given. At most `episodes` episodes of a source that could go on for ever. A batch has at most `batch_tokens` tokens.
+    `leaks`: whether data shared with the training refuses or warns.
     """
 
     method: Literal["evaluate"] = "evaluate"

@@ -46,7 +46,11 @@ def places(value):
         return [place for part in value for place in places(part)]
     if not isinstance(value, dict):
         return []
-    own = [value[key] for key in ("root", "hypernetwork", "prefixes", "prefix", "tune") if isinstance(value.get(key), str)]
+    own = [
+        value[key]
+        for key in ("root", "hypernetwork", "prefixes", "prefix", "tune", "train", "evaluate")
+        if isinstance(value.get(key), str)
+    ]
     return own + [place for part in value.values() for place in places(part)]
 
 
@@ -66,6 +70,12 @@ def test_every_recipe_is_whole(path, tmp_path, monkeypatch):
         assert set(recipe.methods) <= set(METHODS)
     elif recipe.method == "study":
         assert (ROOT / recipe.tune).is_file()
+    elif recipe.method == "table":
+        monkeypatch.chdir(ROOT)
+        for changes in recipe.rows.values():
+            load_recipe(recipe.train, changes)
+        for changes in recipe.evaluations.values():
+            load_recipe(recipe.evaluate, changes, schema=EvaluationRecipe, data=False)
     else:
         training_arguments({**recipe.training, "use_cpu": True}, run=tmp_path / "run", seed=recipe.seed)
 

@@ -220,6 +220,37 @@ class TestWindows:
             assert (len(encoded.context), len(prompt), len(answer)) == (1 + 40, 1, 19)
             assert tokenizer.decode([*encoded.context[1:], *prompt, *answer]) in WORDS
 
+    def test_pieces_around_what_is_predicted_are_compressed(self, tokenizer):
+        """A and D are context, C is predicted after B; together they are a stretch of the text."""
+        encoder = Encoder(tokenizer, TextFormat(), Limits())
+        encoded = encoder.encode(self.source(prompt_tokens=6, after_tokens=10).draw(Random(3), 0, 0, 0))
+        ((prompt, answer),) = encoded.queries
+        assert (len(encoded.context), len(prompt), len(answer)) == (1 + 40 + 10, 6, 14)
+        before, after = encoded.context[1:41], encoded.context[41:]
+        assert tokenizer.decode([*before, *prompt, *answer, *after]) in WORDS
+
+    def test_repeated_windows_say_their_beginning_again(self, tokenizer):
+        encoder, source = Encoder(tokenizer, TextFormat(), Limits()), self.source(repeats=1.0)
+        for seed in range(20):
+            episode = source.draw(Random(seed), 0, 0, 0)
+            encoded, period = encoder.encode(episode), episode.window.period
+            ids = [*encoded.context[1:], *encoded.queries[0][0], *encoded.queries[0][1]]
+            assert len(ids) == 60 and 60 // 8 <= period <= 30 and ids[period:] == ids[:-period]
+        assert source.evaluation(shots=0, queries=0, episodes=1, seed=0)[0].window.period is None
+        assert {self.source(repeats=0.5).draw(Random(i), 0, 0, 0).window.period is None for i in range(20)} == {True, False}
+
+    @pytest.mark.parametrize(
+        "settings_, problem",
+        [
+            ({"repeats": 1.5}, "repeats is a share"),
+            ({"prompt_tokens": 20}, "prompt_tokens must be at least 1, and fewer"),
+            ({"after_tokens": -1}, "after_tokens must be 0 or more"),
+        ],
+    )
+    def test_impossible_windows_are_refused(self, settings_, problem):
+        with pytest.raises(UserError, match=problem):
+            self.source(**settings_)
+
     def test_context_lengths_vary_in_training_and_not_in_evaluation(self):
         source = self.source(min_context_tokens=10)
         drawn = {source.draw(Random(i), 0, 0, 0).window.context_tokens for i in range(80)}

@@ -1,0 +1,107 @@
+"""Tables of a study: small ones from recipes to markdown, which go on where they stopped."""
+
+import json
+
+import pytest
+from data_files import write
+
+from eval.tables import markdown, table
+from hyperllama.errors import UserError
+from hyperllama.recipe import StudyRecipe, load_any_recipe
+from hyperllama.workflows import train
+
+LANGUAGE = "{source: synthetic, shots: 4, queries: 2, synthetic: {categories: 8, task_categories: 4, symbols: 8}}"
+FORMAT = """
+format: {query: "{input}", answer: "{output}", separator: "", end_token: false, answer_tokens: 1}
+limits: {context_tokens: 32, query_tokens: 8}
+"""
+SIZES = "{model_type: llama, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A table of two trained rows and one that was trained before."""
+    base = write(
+        tmp_path / "base.yaml",
+        f"method: full_attention\noutput: {tmp_path}/base\nmodel: {{architecture: {SIZES}, tokenizer: words}}\n"
+        f"data: {LANGUAGE}\n{FORMAT}\ntraining: {{max_steps: 1, use_cpu: true}}\n",
+    )
+    train(base)
+    hyper = write(
+        tmp_path / "hyper.yaml",
+        f"output: {tmp_path}/hyper\nmodel: {{name_or_path: {tmp_path}/base}}\ngist: {{tokens: 4}}\n"
+        f"data: {LANGUAGE}\n{FORMAT}\ntraining: {{max_steps: 2, use_cpu: true}}\n",
+    )
+    train(hyper)
+    write(
+        tmp_path / "evaluate.yaml",
+        f"method: evaluate\noutput: {tmp_path}/evaluation\ndata: {LANGUAGE}\nepisodes: 3\nmetric: choices\n"
+        "methods: [no_context, full_context, prefix, swapped_prefix]\nleaks: warn\nresamples: 100\n",
+    )
+    return write(
+        tmp_path / "table.yaml",
+        f"""
+method: table
+output: {tmp_path}/table
+question: Which?
+train: {tmp_path}/hyper.yaml
+evaluate: {tmp_path}/evaluate.yaml
+rows:
+  plain: []
+  taught: [objectives.distillation=1.0]
+  there already: ["run={tmp_path}/hyper"]
+evaluations:
+  all gists: []
+  two gists: [gists=2]
+seeds: [0, 1]
+""",
+    )
+
+
+def test_a_table_goes_on_where_it_stopped(recipe, tmp_path):
+    text = table(recipe, ["seeds=[0]"])
+    again = table(recipe)
+    assert text.count("1 seed;") == again.count("2 seeds;") == 2
+    results = json.loads((tmp_path / "table" / "results.json").read_text())
+    assert len(results["cells"]) == 3 * 2 * 2 and (tmp_path / "table" / "table.md").read_text() == again
+    assert {cell["steps"] for cell in results["cells"]} == {2}
+    lines = again.splitlines()
+    assert lines[0].startswith("all gists: accuracy, 6 queries")
+    assert [line.split("|")[1].strip() for line in lines[4:7]] == ["plain", "taught", "there already"]
+    # Both seeds of a row that was there already are the same run on other episodes; the file says which budget each had.
+    assert {(c["evaluation"], c["budget"]) for c in results["cells"]} == {("all gists", 4), ("two gists", 2)}
+    before = {path: path.stat().st_mtime for path in (tmp_path / "table" / "runs").rglob("*.safetensors")}
+    assert table(recipe) == again and before
+    assert {path: path.stat().st_mtime for path in before} == before, "nothing was trained again"
+
+
+def test_cells_are_means_over_seeds_with_the_lowest_and_the_highest():
+    def cell(row, seed, prefix, share):
+        means = {"prefix": {"mean": prefix}, "no_context": {"mean": 2.5}}
+        return {
+            "row": row,
+            "seed": seed,
+            "evaluation": "",
+            "metric": "loss",
+            "queries": 9,
+            "methods": means,
+            "share_of_gain": share,
+        }
+
+    cells = [cell("a", 0, 1.0, 0.5), cell("a", 1, 2.0, 0.7), cell("b", 0, 3.0, None)]
+    text = markdown({"rows": {"a": [], "b": [], "not run": []}, "evaluations": {"": []}, "cells": cells})
+    assert text.splitlines()[2:] == [
+        "|  | share of the context's gain | the prefix | no context |",
+        "|---|---|---|---|",
+        "| a | 60.0 % [50.0, 70.0] | 1.500 [1.000, 2.000] | 2.500 [2.500, 2.500] |",
+        "| b |  | 3.000 | 2.500 |",
+    ]
+
+
+def test_a_wrong_row_is_told_of_before_anything_is_trained(recipe, tmp_path):
+    with pytest.raises(UserError, match="objectives.distilation: unknown key"):
+        table(recipe, ["rows.wrong=[objectives.distilation=1]"])
+    assert not (tmp_path / "table").exists()
+    with pytest.raises(UserError, match="train: nowhere.yaml is not a recipe file"):
+        load_any_recipe(recipe, ["train=nowhere.yaml"])
+    assert not isinstance(load_any_recipe(recipe), StudyRecipe)
