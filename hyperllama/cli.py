@@ -60,12 +60,17 @@ def compress(
     report: Annotated[bool, typer.Option("--report", help="Measure each prefix on held-back examples.")] = False,
     instruction: Annotated[str | None, typer.Option(help="Instruction of the task, instead of the file's.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Show only the first K examples.")] = None,
+    gists: Annotated[int | None, typer.Option(min=1, help="Of an elastic hypernetwork: how many gists.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0, help="Or the fewest that cost so many nats a token, on held-back examples.")
+    ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="With --store: at most so many tokens a pass.")] = 16384,
     base: Base = None,
 ) -> None:
     """Turn the examples of a task into a prefix file."""
-    if (output is None) == (store is None) or (store is not None and report):
-        raise UserError("compress: give either --output or --store; --report goes with --output")
+    fewer = gists is not None or budget is not None
+    if (output is None) == (store is None) or (store is not None and (report or fewer)) or None not in (gists, budget):
+        raise UserError("compress: give either --output or --store; --report, and either --gists or --budget, go with --output")
     workflows = _workflows()
     settings = {"instruction": instruction, "shots": shots, "base_path": base}
     if store is not None:
@@ -74,7 +79,7 @@ def compress(
         if summary.failed:
             raise UserError("\n".join(summary.failed))
         return
-    made = workflows.compress(run, examples, output, report=report, **settings)
+    made = workflows.compress(run, examples, output, report=report, gists=gists, budget=budget, **settings)
     for path, prefix in made:
         manifest = prefix.manifest
         dropped = f" ({manifest.dropped_examples} more did not fit)" if manifest.dropped_examples else ""

@@ -41,12 +41,13 @@ States = list[tuple[Tensor, Tensor]]  # of each layer: keys and values (N, S, D)
 class Hypernetwork(PackedModel):
     """Turns contexts into prefixes for a frozen `base`, which comes from `hyperllama.backbone`.
 
-    `gists` is how many rows a context (or each chunk of it, see `Reading`) becomes at most, `mix` what it is trained for.
+    `gists` is how many rows a context (or each chunk of it, see `Reading`) becomes, at most if it is `elastic`: then it was
+    trained for any number up to that. `mix` is what it is trained for.
     Subclasses give `gist_states`, `save_weights`, `load_weights` and the names of their settings.
     """
 
     kind: ClassVar[str]
-    own_settings: ClassVar[tuple[str, ...]] = ("gists",)
+    own_settings: ClassVar[tuple[str, ...]] = ("gists", "elastic")
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Hypernetwork(PackedModel):
         *,
         gists: int,
         reading: Reading = SINGLE,
+        elastic: bool = False,
         mix: Mix = ANSWERS,
     ):
         super().__init__(base, tokenizer, backend)
@@ -63,7 +65,7 @@ class Hypernetwork(PackedModel):
             raise UserError(f"gist.tokens: a hypernetwork needs at least one gist token, not {gists}")
         if mix.distillation and self.head_loss is None:
             raise UserError(f"objectives.distillation: the head of a {base.config.model_type} model is not a plain product")
-        self.num_gists, self.reading, self.mix = gists, reading, mix
+        self.num_gists, self.reading, self.elastic, self.mix = gists, reading, elastic, mix
         # What a context is said again after: trained with the rest, and of no use afterwards.
         self.marker = nn.Parameter(likely_words(base, 1)[0]) if mix.reconstruction else None
         self._hashed: tuple[tuple[str, ...], Tensor, str] | None = None  # names and bits of the weights that had this hash
@@ -78,7 +80,7 @@ class Hypernetwork(PackedModel):
 
     def settings(self) -> dict:
         """What the class is to be called with, beside a base, to load what was saved: `own_settings` and how it reads."""
-        return {"gists": self.num_gists, "reading": dataclasses.asdict(self.reading)}
+        return {"gists": self.num_gists, "elastic": self.elastic, "reading": dataclasses.asdict(self.reading)}
 
     def save_weights(self, folder: Path) -> list[str]:
         """Write the trained weights into a folder; returns the names of the files."""

@@ -65,7 +65,7 @@ class GistHypernetwork(WithGistTokens):
     """
 
     kind = "lora"
-    own_settings = ("gists", "rank", "alpha", "dropout", "targets")
+    own_settings = ("gists", "elastic", "rank", "alpha", "dropout", "targets")
 
     def __init__(
         self,
@@ -77,11 +77,12 @@ class GistHypernetwork(WithGistTokens):
         dropout: float = 0.0,
         targets: str | Sequence[str] = "all-linear",
         reading: Reading = SINGLE,
+        elastic: bool = False,
         mix: Mix = ANSWERS,
         backend: str = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
-        super().__init__(base, tokenizer, backend, gists=gists, reading=reading, mix=mix)
+        super().__init__(base, tokenizer, backend, gists=gists, reading=reading, elastic=elastic, mix=mix)
         self.lora = RowLora(base, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
         self.gists = self.new_gists()
 
@@ -126,13 +127,14 @@ class GistingHypernetwork(WithGistTokens):
         *,
         gists: int = 16,
         reading: Reading = SINGLE,
+        elastic: bool = False,
         mix: Mix = ANSWERS,
         backend: str = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         if mix.distillation:
             raise UserError("objectives.distillation: gisting changes the model that would teach; set it to 0")
-        super().__init__(base.requires_grad_(True), tokenizer, backend, gists=gists, reading=reading, mix=mix)
+        super().__init__(base.requires_grad_(True), tokenizer, backend, gists=gists, reading=reading, elastic=elastic, mix=mix)
         self.gists, self.folder = self.new_gists(), None
 
     @property

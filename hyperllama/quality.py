@@ -7,6 +7,7 @@ from random import Random
 
 from hyperllama.compressor import Hypernetwork
 from hyperllama.data.episode import Example
+from hyperllama.data.packing import nested_gists
 from hyperllama.data.text import Encoder
 from hyperllama.errors import UserError
 from hyperllama.reader import Reader
@@ -23,8 +24,11 @@ def leave_one_out(
     demonstrations: Sequence[Example],
     *,
     most: int = 16,
+    gists: int | None = None,
 ) -> dict[str, float]:
     """What a prefix of these demonstrations is worth, by the answers to at most `most` of them that it has not seen.
+
+    The prefix has `gists` gists, all that the hypernetwork makes unless given.
 
     loss_prefix, loss_full_context and loss_no_context are nats per token of the answers, kl_prefix and kl_no_context nats per
     token by which the model's answers differ from those with the full context. Where outputs are few and recur, they are taken
@@ -39,7 +43,7 @@ def leave_one_out(
     (nothing,) = reader.encode([encoder.start]) if encoder.start else (None,)
     states = {
         "full_context": reader.encode(contexts),
-        "prefix": hypernetwork.compress(contexts),
+        "prefix": hypernetwork.compress(contexts, gists=gists),
         "no_context": [nothing] * len(contexts),
     }
     asked = {}
@@ -62,6 +66,25 @@ def leave_one_out(
             pairs = zip(full, answer_distributions(reader.model, questions), strict=True)
             found[f"kl_{name}"] = sum((p.exp() * (p - q)).sum().item() for p, q in pairs) / tokens
     return found
+
+
+def fewest_gists(
+    hypernetwork: Hypernetwork,
+    reader: Reader,
+    encoder: Encoder,
+    instruction: str,
+    demonstrations: Sequence[Example],
+    *,
+    budget: float,
+) -> int:
+    """The fewest gists, of 1, 2, 4, ... up to all, with which held-back answers cost at most `budget` nats a token more.
+
+    More than with all gists, that is; measured by `leave_one_out`, so UserError for fewer than two demonstrations.
+    """
+    *fewer, most = nested_gists(hypernetwork.num_gists)
+    shown = (hypernetwork, reader, encoder, instruction, demonstrations)
+    bound = leave_one_out(*shown, gists=most)["loss_prefix"] + budget
+    return next((gists for gists in fewer if leave_one_out(*shown, gists=gists)["loss_prefix"] <= bound), most)
 
 
 def verdict(quality: dict[str, float]) -> str | None:

@@ -35,11 +35,12 @@ class FullHypernetwork(WithGistTokens):
         *,
         gists: int = 16,
         reading: Reading = SINGLE,
+        elastic: bool = False,
         mix: Mix = ANSWERS,
         backend: str = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
-        super().__init__(base, tokenizer, backend, gists=gists, reading=reading, mix=mix)
+        super().__init__(base, tokenizer, backend, gists=gists, reading=reading, elastic=elastic, mix=mix)
         self.gists, self.compressor = self.new_gists(), copy.deepcopy(base)
         self.compressor.get_decoder().requires_grad_(True)
         # What is behind the last keys and values is never read: gists by their own embeddings, words by those of the copy.
@@ -79,13 +80,14 @@ class PoolingHypernetwork(Hypernetwork):
         *,
         gists: int = 16,
         reading: Reading = SINGLE,
+        elastic: bool = False,
         mix: Mix = ANSWERS,
         backend: str = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         if reading.graph == "recurrent":
             raise UserError("gist.graph: pooling reads chunks one by one, so they cannot read each other; choose parallel")
-        super().__init__(base, tokenizer, backend, gists=gists, reading=reading, mix=mix)
+        super().__init__(base, tokenizer, backend, gists=gists, reading=reading, elastic=elastic, mix=mix)
         config = base.config
         layers, heads = config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = head_dim(config)

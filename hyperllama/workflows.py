@@ -43,7 +43,7 @@ from hyperllama.full_attention import FullAttention
 from hyperllama.hub import fetch
 from hyperllama.kinds import KINDS, load_hypernetwork_onto
 from hyperllama.prefix import Prefix
-from hyperllama.quality import leave_one_out
+from hyperllama.quality import fewest_gists, leave_one_out
 from hyperllama.reader import Reader
 from hyperllama.recipe import Recipe, differences, load_recipe, save_recipe
 from hyperllama.sources import make_source
@@ -158,7 +158,7 @@ def packing_of(recipe: Recipe) -> Packing:
 def make_hypernetwork(recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Hypernetwork:
     """The hypernetwork that a recipe describes, new or with the weights of `start_from`."""
     gist = recipe.gist
-    settings = {"gists": gist.tokens, "reading": gist.reading, "mix": recipe.objectives}
+    settings = {"gists": gist.tokens, "reading": gist.reading, "elastic": gist.elastic, "mix": recipe.objectives}
     if gist.kind == "lora":
         lora = recipe.lora
         settings |= {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout}
@@ -192,12 +192,15 @@ def compress(
     shots: int | None = None,
     base_path: str | None = None,
     report: bool = False,
+    gists: int | None = None,
+    budget: float | None = None,
 ) -> list[tuple[Path, Prefix]]:
     """Compress files of examples, each one task, into prefix files. Returns their paths and prefixes.
 
     Of JSON lines all examples are shown, of an S-NI task its positive examples; `shots` keeps the first K. `instruction`
     replaces that of the file. `output` is a folder if there are several files, if it exists as one, or ends in a slash.
     `report` measures each prefix on held-back examples (see `hyperllama.quality`) and keeps the figures in its manifest.
+    An elastic hypernetwork makes prefixes of `gists` gists, or of the fewest that cost at most `budget` nats a token.
     """
     shown = [shown_of(file, shots=shots, instruction=instruction) for file in task_files(files)]
     paths = _output_paths(output, [one.task for one in shown])
@@ -205,15 +208,27 @@ def compress(
     if taken:
         raise UserError(f"{output}: is a file of examples itself, which the prefix would overwrite; choose another output")
     hypernetwork, encoder = load_hypernetwork(run, base_path)
+    if not hypernetwork.elastic and (gists is not None or budget is not None):
+        raise UserError(
+            f"{run}: was trained for all of its {hypernetwork.num_gists} gists only; leave --gists and --budget out, or train "
+            "with gist.elastic=true"
+        )
     contexts, manifests = zip(*(one.encode(encoder, hypernetwork.identity, run) for one in shown))
+    reader = Reader(hypernetwork.base, encoder.tokenizer)
+    asked = [(hypernetwork, reader, encoder, one.instruction, one.demonstrations) for one in shown]
+    counts = [gists if budget is None else fewest_gists(*one, budget=budget) for one in asked]
     if report:
-        reader = Reader(hypernetwork.base, encoder.tokenizer)
-        measured = [leave_one_out(hypernetwork, reader, encoder, one.instruction, one.demonstrations) for one in shown]
+        measured = [leave_one_out(*one, gists=count) for one, count in zip(asked, counts, strict=True)]
         manifests = [dataclasses.replace(manifest, metrics=quality) for manifest, quality in zip(manifests, measured)]
-    prefixes = hypernetwork.compress(contexts, manifests)
-    for path, prefix in zip(paths, prefixes, strict=True):
+    prefixes: dict[int, Prefix] = {}
+    for count in dict.fromkeys(counts):  # a pass for each number of gists
+        own = [i for i, n in enumerate(counts) if n == count]
+        made = hypernetwork.compress([contexts[i] for i in own], [manifests[i] for i in own], gists=count)
+        prefixes |= dict(zip(own, made, strict=True))
+    found = [(path, prefixes[i]) for i, path in enumerate(paths)]
+    for path, prefix in found:
         prefix.save(path)
-    return list(zip(paths, prefixes, strict=True))
+    return found
 
 
 def compress_to_store(

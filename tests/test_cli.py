@@ -324,6 +324,21 @@ def test_a_store_by_the_command_line(call, trained, examples, task_file, tmp_pat
     assert code == 2 and "give either --output or --store" in err
 
 
+def test_an_elastic_hypernetwork_is_asked_for_fewer_gists(call, trained, examples, tmp_path):
+    run = tmp_path / "elastic"
+    shutil.copytree(trained, run)
+    config = json.loads((run / "hypernetwork.json").read_text())
+    (run / "hypernetwork.json").write_text(json.dumps({**config, "elastic": True}))
+    path = tmp_path / "p.safetensors"
+    for asked, gists in ((["--gists", 2], 2), (["--budget", 100, "--report"], 1), ([], 3)):
+        assert call("compress", run, examples, "--output", path, *asked)[0] == 0
+        assert Prefix.load(path).gists == gists
+    code, _, err = call("compress", trained, examples, "--output", path, "--gists", 2)
+    assert code == 2 and "was trained for all of its 3 gists only" in err
+    assert call("compress", run, examples, "--output", path, "--gists", 9)[2].endswith("prefixes of 1 to 3 gists, not of 9\n")
+    assert "either --gists or --budget" in call("compress", run, examples, "--output", path, "--gists", 1, "--budget", 1)[2]
+
+
 def test_a_prefix_reports_on_itself(call, trained, examples, tmp_path):
     code, out, err = call("compress", trained, examples, "--output", tmp_path / "p.safetensors", "--report")
     assert code == 0 and "loss_prefix" in out and "kl_prefix" in out

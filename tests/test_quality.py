@@ -8,7 +8,7 @@ from hyperllama.data.episode import Example
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
-from hyperllama.quality import leave_one_out, verdict
+from hyperllama.quality import fewest_gists, leave_one_out, verdict
 from hyperllama.reader import Reader
 
 
@@ -68,3 +68,13 @@ def test_a_prefix_that_does_not_help_says_so():
     losses = {"loss_prefix": 2.0, "loss_no_context": 1.5, "loss_full_context": 1.0}
     assert verdict(losses).startswith("this prefix does not help: 2.000 nats per token on held-back examples, 1.500 without")
     assert verdict({**losses, "loss_prefix": 1.2}) is None
+
+
+def test_the_fewest_gists_within_a_budget(setting):
+    hypernetwork, reader, encoder = setting
+    losses = [leave_one_out(*setting, "", DEMONSTRATIONS, gists=g)["loss_prefix"] for g in (1, 2, 3)]
+    for i, (gists, loss) in enumerate(zip((1, 2, 3), losses)):
+        found = fewest_gists(*setting, "", DEMONSTRATIONS, budget=max(0.0, loss - losses[2]) + 1e-6)
+        first = next(g for g, other in zip((1, 2, 3), losses) if other <= max(losses[2], loss) + 1e-6)
+        assert found == first <= gists, i
+    assert fewest_gists(*setting, "", DEMONSTRATIONS, budget=100) == 1
