@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from attention_masks import GistLayout, Segment, picture
+from benchmarks.attention import draw as draw_attention
 from eval.quickstart import draw_results
 
 ASSETS = Path(__file__).parent / "assets"
@@ -26,7 +27,7 @@ DRAWN = {
     "runs/tuning/study/starts.png": "starts.png",
 }
 
-SERVING = Path("benchmarks/results/serving.json")
+ATTENTION, SERVING = (Path(f"benchmarks/results/{name}.json") for name in ("attention", "serving"))
 COLOURS = {"prefix": "#2a7f62", "floor + head": "#bbbbbb", "floor": "#bbbbbb"}  # everything else stands for the examples
 
 
@@ -76,6 +77,8 @@ if __name__ == "__main__":
     results = Path("runs/quickstart/results.json")
     if results.is_file():
         draw_results(json.loads(results.read_text()), ASSETS / "quickstart.png")
+    if ATTENTION.is_file():
+        draw_attention(json.loads(ATTENTION.read_text()), ASSETS / "attention.png")
     if SERVING.is_file():
         draw_serving(json.loads(SERVING.read_text()), ASSETS / "serving.png")
     for source, name in DRAWN.items():
