@@ -1,6 +1,6 @@
 """The pictures of README and docs: reading graphs, benchmarks, and what runs of quickstart and tuning study left in runs/.
 
-python docs/make_pictures.py
+    python -m docs.make_pictures
 """
 
 import json
