@@ -1,6 +1,6 @@
 """The pictures of README and docs: reading graphs, benchmarks, and what runs of quickstart and tuning study left in runs/.
 
-    python -m docs.make_pictures
+python -m docs.make_pictures
 """
 
 import json
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from attention_masks import GistLayout, Segment, picture
 from benchmarks.attention import draw as draw_attention
+from benchmarks.training_step import draw as draw_step
 from eval.quickstart import draw_results
 
 ASSETS = Path(__file__).parent / "assets"
@@ -28,6 +29,7 @@ DRAWN = {
 }
 
 ATTENTION, SERVING = (Path(f"benchmarks/results/{name}.json") for name in ("attention", "serving"))
+STEPS = {name: Path(f"benchmarks/results/training_step{end}.json") for name, end in (("bf16", ""), ("float32", "_float32"))}
 COLOURS = {"prefix": "#2a7f62", "floor + head": "#bbbbbb", "floor": "#bbbbbb"}  # everything else stands for the examples
 
 
@@ -79,6 +81,9 @@ if __name__ == "__main__":
         draw_results(json.loads(results.read_text()), ASSETS / "quickstart.png")
     if ATTENTION.is_file():
         draw_attention(json.loads(ATTENTION.read_text()), ASSETS / "attention.png")
+    steps = {name: file for name, file in STEPS.items() if file.is_file()}
+    if steps:
+        draw_step({name: json.loads(file.read_text()) for name, file in steps.items()}, ASSETS / "training_step.png")
     if SERVING.is_file():
         draw_serving(json.loads(SERVING.read_text()), ASSETS / "serving.png")
     for source, name in DRAWN.items():
