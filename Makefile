@@ -21,6 +21,7 @@ format: .venv/.installed-test
 benchmarks: .venv/.installed
 	$(BIN)/python -m benchmarks.training_step --json benchmarks/results/training_step.json
 	$(BIN)/python -m benchmarks.training_step --float32 --json benchmarks/results/training_step_float32.json
+	$(BIN)/python -m benchmarks.attention --json benchmarks/results/attention.json
 	$(BIN)/python -m benchmarks.scoring --json benchmarks/results/scoring.json
 	$(BIN)/python -m benchmarks.data --json benchmarks/results/data.json
 	$(BIN)/python -m benchmarks.compress --json benchmarks/results/compress.json
@@ -31,6 +32,7 @@ benchmarks: .venv/.installed
 OUT ?= benchmarks/results
 gpu:
 	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) -m benchmarks.attention --json $(OUT)/gpu_attention.json
 	$(PYTHON) -m benchmarks.training_step --json $(OUT)/gpu_training_step.json
 	$(PYTHON) -m benchmarks.training_run --json $(OUT)/gpu_training_run.json
 	$(PYTHON) -m benchmarks.serving --layers 24 --hidden 2048 --new 64 --rounds 10 --json $(OUT)/gpu_serving.json

@@ -53,7 +53,7 @@ class Segment:
 
 # Short readers of the same gists share an attention call, up to so many rows: they compute scores between each other for
 # nothing, which costs less than another call and another copy of what they read.
-MERGED_ROWS = 32
+MERGED_ROWS = 64
 
 
 @dataclass(frozen=True)

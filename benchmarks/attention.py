@@ -25,6 +25,8 @@ from benchmarks.measure import machine, median_ratio, paired, parser, write_json
 
 GISTS, QUERIES, QUERY = 16, 4, 64
 CPU, GPU = {"heads": 8, "kv_heads": 4, "dim": 64}, {"heads": 32, "kv_heads": 8, "dim": 128}
+LABELS = {"gist": "gist mask, ours", "causal": "no gist mask, plain causal", "dense": "dense gist mask, SDPA"}
+LABELS |= {"eager": "dense gist mask, softmax written out", "padded": "a padded row per query, dense mask"}
 EAGER_BYTES = 4 * 2**30  # scores in float32 of more than that are not computed
 
 
@@ -139,7 +141,7 @@ def main() -> None:
     device, sizes = torch.device("cuda" if on_gpu else "cpu"), GPU if on_gpu else CPU
     dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
     contexts = arguments.contexts or ("2048,8192,32768" if on_gpu else "512,2048,8192")
-    figures: dict = {"dtype": dtype, "sizes": sizes, "rounds": arguments.rounds, "contexts": {}}
+    figures: dict = {"dtype": dtype, "sizes": sizes, "contexts": {}}
     print(
         f"{QUERIES} queries of {QUERY} tokens read {GISTS} gists; {sizes}; {dtype}; medians of {arguments.rounds}; {machine()}"
     )
@@ -171,6 +173,7 @@ def report(context: int, found: dict, sizes: dict) -> None:
 def draw(figures: dict, path: Path) -> None:
     """Time forward and backward over context lengths, and time per visible pair, from the figures of a JSON file."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     contexts = sorted(map(int, figures["contexts"]))
     names = list(dict.fromkeys(name for c in contexts for name in figures["contexts"][str(c)]["visible_pairs"]))
@@ -181,7 +184,7 @@ def draw(figures: dict, path: Path) -> None:
         seconds = [statistics.median(found["seconds"]["forward_and_backward"][name]) for _, found in points]
         pairs = [found["visible_pairs"][name] for _, found in points]
         style = {"linewidth": 2.5, "zorder": 3} if name.startswith("gist") else {"linewidth": 1.2, "linestyle": "--"}
-        label = name.replace("causal", "no gist mask: causal,")
+        label = LABELS.get(name.split()[0], name) + (f" ({name.split()[1]})" if name.split()[0] in ("gist", "causal") else "")
         time.plot([c for c, _ in points], [1e3 * s for s in seconds], marker="o", markersize=4, label=label, **style)
         rate.plot([c for c, _ in points], [1e9 * s / n for s, n in zip(seconds, pairs)], marker="o", markersize=4, **style)
     time.set(ylabel="milliseconds, forward and backward", title="one layer's attention")
@@ -192,6 +195,15 @@ def draw(figures: dict, path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+    rate.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    rate.yaxis.set_major_formatter(ScalarFormatter())
+    where = figures["machine"]["gpu"] or f"a CPU ({figures['machine']['threads']} threads)"
+    sizes = figures["sizes"]
+    heads = f"{sizes['heads']} heads, {sizes['kv_heads']} of keys and values, of {sizes['dim']}"
+    figure.suptitle(
+        f"A context, its {GISTS} gists, {QUERIES} queries of {QUERY} tokens; {heads}; {figures['dtype']} on {where}",
+        fontsize=10,
+    )
     time.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 from functools import partial
+from pathlib import Path
 from random import Random
 
 import torch
@@ -107,6 +108,39 @@ def main() -> None:
         share = figures["share_of_matmul_rate"][name]
         print(f"{name:16} {speed:9,.0f} {share:12.0%} {peak:9,.0f} {ratio:>10} {values[name]:12.7f}")
     write_json(options.json, figures)
+
+
+def draw(runs: dict[str, dict], path: Path) -> None:
+    """Tokens per second and peak memory of each way, from the figures of runs by the name of their precision."""
+    from matplotlib.figure import Figure
+
+    labels = {
+        "packed": "packed: one row, one pass (ours)",
+        "two_pass": "two padded passes",
+        "row_per_episode": "a padded row per episode,\ndense mask",
+        "row_per_query": "a padded row per query,\ndense mask",
+    }
+    names = list(reversed(labels))
+    figure = Figure(figsize=(9, 2 + 1.2 * len(runs)), layout="constrained")
+    axes = figure.subplots(len(runs), 2, sharey=True, squeeze=False)
+    for (precision, figures), (speed, memory) in zip(runs.items(), axes):
+        for axis, values, unit in (
+            (speed, figures["tokens_per_second"], 1),
+            (memory, figures["peak_bytes"], 2**20),
+        ):
+            found = [values[name] / unit for name in names]
+            axis.barh([labels[n] for n in names], found, color=["#2a7f62" if n == "packed" else "#c8703a" for n in names])
+            for i, value in enumerate(found):
+                axis.text(value + max(found) * 0.015, i, f"{value:,.0f}", va="center", fontsize=8)
+            axis.set_xlim(0, max(found) * 1.15)
+            axis.tick_params(labelsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
+        speed.set_title(f"{precision}: tokens per second (higher is better)", fontsize=9)
+        memory.set_title("peak memory of a step, MiB (lower is better)", fontsize=9)
+    threads = next(iter(runs.values()))["machine"]["threads"]
+    where = next(iter(runs.values()))["machine"]["gpu"] or f"a CPU ({threads} threads)"
+    figure.suptitle(f"One training step, forward and backward, of the same batch and weights, on {where}", fontsize=10)
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The pictures of README and docs: reading graphs, benchmarks, and what runs of quickstart and tuning study left in runs/.
 
-python docs/make_pictures.py
+python -m docs.make_pictures
 """
 
 import json
@@ -10,6 +10,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from attention_masks import GistLayout, Segment, picture
+from benchmarks.attention import draw as draw_attention
+from benchmarks.training_step import draw as draw_step
 from eval.quickstart import draw_results
 
 ASSETS = Path(__file__).parent / "assets"
@@ -26,7 +28,8 @@ DRAWN = {
     "runs/tuning/study/starts.png": "starts.png",
 }
 
-SERVING = Path("benchmarks/results/serving.json")
+ATTENTION, SERVING = (Path(f"benchmarks/results/{name}.json") for name in ("attention", "serving"))
+STEPS = {name: Path(f"benchmarks/results/training_step{end}.json") for name, end in (("bf16", ""), ("float32", "_float32"))}
 COLOURS = {"prefix": "#2a7f62", "floor + head": "#bbbbbb", "floor": "#bbbbbb"}  # everything else stands for the examples
 
 
@@ -76,6 +79,11 @@ if __name__ == "__main__":
     results = Path("runs/quickstart/results.json")
     if results.is_file():
         draw_results(json.loads(results.read_text()), ASSETS / "quickstart.png")
+    if ATTENTION.is_file():
+        draw_attention(json.loads(ATTENTION.read_text()), ASSETS / "attention.png")
+    steps = {name: file for name, file in STEPS.items() if file.is_file()}
+    if steps:
+        draw_step({name: json.loads(file.read_text()) for name, file in steps.items()}, ASSETS / "training_step.png")
     if SERVING.is_file():
         draw_serving(json.loads(SERVING.read_text()), ASSETS / "serving.png")
     for source, name in DRAWN.items():
