@@ -1,0 +1,56 @@
+"""The study's page: docs/study.md, from result files in docs/study and the words beside them. No figure is typed by hand.
+
+python -m docs.make_study      takes over what runs/study holds, and writes the page
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from eval.tables import RESULTS, markdown
+
+HERE = Path(__file__).parent
+FOLDER, PAGE = HERE / "study", HERE / "study.md"
+# The order of the page: what a reader asks first.
+TABLES = (
+    "text-gists",
+    "text-objectives",
+    "text-kinds",
+    "text-recurrent",
+    "hard-gists",
+    "hard-elastic",
+    "hard-objectives",
+    "hard-kinds",
+    "hard-graphs",
+)
+
+
+def page() -> str:
+    """The page as it should be, from the files in docs/study: NAME.json are results, NAME.md what they say."""
+    parts = [(FOLDER / "intro.md").read_text(encoding="utf-8").rstrip()]
+    for name in TABLES:
+        file, words = FOLDER / f"{name}.json", FOLDER / f"{name}.md"
+        if not file.is_file():
+            continue
+        results = json.loads(file.read_text(encoding="utf-8"))
+        parts += [f"## {results['question']}", f"`hyperllama study recipes/study/{name}.yaml`"]
+        if words.is_file():
+            parts.append(words.read_text(encoding="utf-8").rstrip())
+        parts.append(markdown(results).rstrip())
+        minutes = sum(cell["minutes"] for cell in {(c["row"], c["seed"]): c for c in results["cells"]}.values())
+        parts.append(f"Training took {minutes:,.0f} minutes in all.")
+    return "\n\n".join(parts) + "\n"
+
+
+def take_over(runs: Path) -> None:
+    """Copy the results of finished tables from a folder of runs."""
+    for name in TABLES:
+        if (runs / name / RESULTS).is_file():
+            shutil.copy(runs / name / RESULTS, FOLDER / f"{name}.json")
+
+
+if __name__ == "__main__":
+    take_over(Path("runs/study"))
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,15 @@
+"""The study's page is what its result files say."""
+
+from test_recipe import ROOT
+
+from docs.make_study import FOLDER, PAGE, TABLES, page
+
+
+def test_the_page_is_made_of_the_result_files():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m docs.make_study"
+
+
+def test_every_table_has_a_recipe_and_every_recipe_a_place():
+    tables = {p.stem for p in (ROOT / "recipes/study").glob("*.yaml") if "method: table" in p.read_text()}
+    assert tables == set(TABLES)
+    assert {p.stem for p in FOLDER.glob("*.json")} <= tables
