@@ -30,17 +30,19 @@ def table(recipe_path: str | Path, overrides: Sequence[str] = ()) -> str:
     for _, _, _, changes in planned:
         if changes is not None:  # a wrong row is told of now, not hours later
             load_recipe(recipe.train, changes, schema=Recipe)
-    load_recipe(recipe.evaluate, [], schema=EvaluationRecipe)
+    evaluations = recipe.evaluations or {"": []}
+    for more in evaluations.values():
+        load_recipe(recipe.evaluate, more, schema=EvaluationRecipe)
     cells = []
     for row, seed, run, changes in planned:
         if changes is not None:
             train(recipe.train, changes)
-        for name, more in recipe.evaluations.items():
+        for name, more in evaluations.items():
             place = Path(recipe.output) / "evaluations" / _slug(f"{row} {seed} {name}")
             summary = evaluate(recipe.evaluate, [*more, f"hypernetwork={run}", f"output={place}", f"seed={seed}"])
             cells.append({"row": row, "seed": seed, "evaluation": name, **_kept(summary, run)})
         # Written as it grows: what there is can be looked at, and an interruption loses nothing.
-        results = {"question": recipe.question, "rows": recipe.rows, "evaluations": recipe.evaluations, "cells": cells}
+        results = {"question": recipe.question, "rows": recipe.rows, "evaluations": evaluations, "cells": cells}
         write_atomically(Path(recipe.output) / RESULTS, json.dumps(results, indent=1) + "\n")
     text = markdown(results)
     write_atomically(Path(recipe.output) / TABLE, text)

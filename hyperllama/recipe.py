@@ -272,7 +272,7 @@ class TableRecipe:
     train: str | None = None
     evaluate: str | None = None
     rows: dict[str, list[str]] = field(default_factory=dict)
-    evaluations: dict[str, list[str]] = field(default_factory=lambda: {"": []})
+    evaluations: dict[str, list[str]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
 
 

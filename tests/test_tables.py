@@ -10,7 +10,7 @@ from hyperllama.errors import UserError
 from hyperllama.recipe import StudyRecipe, load_any_recipe
 from hyperllama.workflows import train
 
-LANGUAGE = "{source: synthetic, shots: 4, queries: 2, synthetic: {categories: 8, task_categories: 4, symbols: 8}}"
+LANGUAGE = "{source: synthetic, shots: 4, queries: 2, synthetic: {categories: 10, task_categories: 4, symbols: 8}}"
 FORMAT = """
 format: {query: "{input}", answer: "{output}", separator: "", end_token: false, answer_tokens: 1}
 limits: {context_tokens: 32, query_tokens: 8}
