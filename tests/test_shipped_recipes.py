@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from data_files import lines, write
 
 from eval.run import evaluate
 from hyperllama import workflows
+from hyperllama.errors import UserError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SETS = {
@@ -144,3 +146,46 @@ def test_p3_from_a_local_copy(collections, saved_base):
     shared = ["data.p3.mixture=null", "data.p3.datasets=[glue_mrpc]", "data.split=train", f"hypernetwork={collections}/run"]
     with pytest.raises(ValueError, match="task glue_mrpc_same; data set mrpc"):
         evaluate(RECIPES / "p3-evaluate.yaml", [*data, *shared, f"output={collections}/out"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small", "llama-2-7b"])
+def test_pretraining_on_text_is_gone_on_from(collections, saved_base, name):
+    """Both pretrain; a hypernetwork of the same base starts from there, on tasks."""
+    write(collections / "text" / "book.txt", " ".join(f"w{i % 700}" for i in range(4000)))
+    sizes = ["context_tokens=40", "continuation_tokens=30", "prompt_tokens=1", "after_tokens=5"]
+    data = [f"data.root={collections}/text", "data.hub=null", *[f"data.text.{size}" for size in sizes]]
+    data += ["data.text.min_context_tokens=20"] if name == "small" else []
+    ours = [f"output={collections}/text-run", f"model.name_or_path={saved_base}", "deepspeed=null", "model.dtype=float32"]
+    ours += ["training.bf16=false", "training.gradient_checkpointing=false", "training.dataloader_num_workers=0"]
+    workflows.train(RECIPES / "hyperpretrain" / f"{name}.yaml", [*SMALL, *data, *ours])
+    run = [f"data.root={collections}/sni", f"output={collections}/run", f"model.name_or_path={saved_base}"]
+    alpha = ["lora.alpha=16" if name == "llama-2-7b" else "lora.alpha=32"]
+    start = [f"start_from={collections}/text-run", "training.max_steps=1", "training.learning_rate=0.0"]
+    workflows.train(RECIPES / "sni-small.yaml", [*SMALL, *run, *alpha, *start])
+    before, after = (
+        workflows.load_hypernetwork(collections / folder)[0].compress([range(5, 30)])[0] for folder in ("text-run", "run")
+    )
+    assert all(torch.equal(x, y) for x, y in zip((*before.keys, *before.values), (*after.keys, *after.values)))
+    other = [f"output={collections}/other", f"model.name_or_path={saved_base}", *run[:1], f"start_from={collections}"]
+    with pytest.raises(UserError, match="start_from: .* is not the folder of a trained hypernetwork"):
+        workflows.train(RECIPES / "sni-small.yaml", [*SMALL, *other])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "gisting", "pooling"])
+def test_every_kind_of_hypernetwork_has_a_quickstart(tmp_path, kind):
+    """From the recipe to prefixes that are evaluated, inspected and generate."""
+    sizes = ["hidden_size=16", "intermediate_size=16", "num_hidden_layers=2", "num_attention_heads=2", "num_key_value_heads=2"]
+    base = [*[f"model.architecture.{size}" for size in sizes], "training.max_steps=2", "training.use_cpu=true"]
+    workflows.train(RECIPES / "quickstart" / "base.yaml", [*base, f"output={tmp_path}/base"])
+    run = tmp_path / kind
+    changes = ["training.max_steps=2", "training.use_cpu=true", f"model.name_or_path={tmp_path}/base", f"output={run}"]
+    workflows.train(RECIPES / "quickstart" / "kinds" / f"{kind}.yaml", changes)
+    assert workflows.inspect(run)["kind"] == kind
+    few = ["methods=[no_context,full_context,prefix,swapped_prefix]", "episodes=5", "leaks=warn", "multi_task=null"]
+    summary = evaluate(RECIPES / "quickstart" / "evaluate.yaml", [*few, f"hypernetwork={run}", f"output={tmp_path}/evaluation"])
+    assert summary["methods"]["prefix"]["state_rows"] == 16 and summary["methods"]["prefix"]["encode_flops"] > 0
+    write(tmp_path / "task.jsonl", lines([{"input": "w1", "output": "s1"}] * 3))
+    ((path, _),) = workflows.compress(run, [tmp_path / "task.jsonl"], tmp_path / "p.safetensors")
+    assert len(workflows.generate(path, ["w2"], max_new_tokens=2)) == 1

@@ -79,7 +79,7 @@ class Packing:
 
     `elastic` draws how many gists a batch has: 1, 2, 4, ... up to all; a gist never sees those after it, so the first few stand
     alone. `reconstruct` adds a segment in which each context is said again (in-context autoencoder, Ge et al. 2023, arXiv
-    2307.06945, section 2.2.1), `teach` the same queries behind their whole contexts.
+    2307.06945), `teach` the same queries behind their whole contexts.
     """
 
     gists: int

@@ -23,7 +23,7 @@ class WindowSettings:
     make up `continuation_tokens` with them that are predicted, then `after_tokens`, which join the context.
 
     With a prompt of some length and tokens after it, it is HyperTuning's context-augmented language modelling (Phang et al.
-    2022, arXiv 2211.12485, section 4): pieces A and D are compressed, C is predicted after B. Of each document the last
+    2022, arXiv 2211.12485): pieces A and D are compressed, C is predicted after B. Of each document the last
     twentieth is held out: `part` "test" reads only that, "train" the rest, "all" everything. A share `repeats` of training
     windows says the same again and again, with a period of an eighth to a half of the window: copying is what induction heads
     are made of (Olsson et al. 2022, arXiv 2209.11895), and text alone teaches it late. `column` is the text of a data set of
