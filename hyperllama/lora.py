@@ -119,7 +119,8 @@ class RowLora(nn.Module):
                 # In the base's dtype, as autocast would, and the second product goes into the output without a copy.
                 a, b = (side[key].weight.to(output.dtype) for side in (self.A, self.B))
                 low = linear(self.dropout(x).to(output.dtype), a)
-                output[0, : self.rows].addmm_(low[0], b.T, alpha=scaling)
+                own = output[0, : self.rows]
+                torch.addmm(own, low[0], b.T, alpha=scaling, out=own)
 
         return add
 
