@@ -28,6 +28,7 @@ from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
 from hyperllama.recipe import AnyRecipe, EvaluationRecipe, Recipe, load_any_recipe
 from hyperllama.sources import make_source
+from hyperllama.workflows import packing_of
 
 PERCENTILES = (5, 50, 95, 100)
 MASK_ROWS = 28
@@ -191,15 +192,15 @@ def _leaks(recipe: AnyRecipe, source: Source, against: str | Path | None) -> lis
 def _mask(recipe: AnyRecipe, encoded: Sequence[EncodedEpisode]) -> list[str]:
     """The mask of the recipe's first batch, or as many of its episodes as can be drawn; a cell may stand for several rows."""
     if isinstance(recipe, Recipe):
-        size, gists = recipe.training.get("per_device_train_batch_size", 8), recipe.gist.tokens
+        size, packing = recipe.training.get("per_device_train_batch_size", 8), packing_of(recipe)
     else:
-        size, gists = 1, recipe.budget or (read_config(recipe.hypernetwork)["gists"] if recipe.hypernetwork else 16)
+        size, packing = 1, recipe.budget or (read_config(recipe.hypernetwork)["gists"] if recipe.hypernetwork else 16)
     full = isinstance(recipe, Recipe) and recipe.method == "full_attention"
     batch = list(encoded[:size])
-    whole = (pack_full(batch) if full else pack_gist(batch, gists)).layout
+    whole = (pack_full(batch) if full else pack_gist(batch, packing)).layout
     while len(batch) > 1 and sum(1 + len(e.queries) for e in batch) > MASK_ROWS // 4:
         batch.pop()
-    layout = (pack_full(batch) if full else pack_gist(batch, gists)).layout
+    layout = (pack_full(batch) if full else pack_gist(batch, packing)).layout
     unit = max(1, math.ceil(layout.tokens / MASK_ROWS))
     drawn = GistLayout([_shrunk(segment, unit) for segment in layout.segments])
     kinds = Counter("context" if segment.gists else "query" for segment in whole.segments)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from eval.flops import ModelCost
+from eval.flops import ModelCost, StepCost
 from eval.memory import Parameters
 from eval.sizing import (
     FREE,
@@ -47,6 +47,10 @@ def plan(
     size of a tokenizer that is trained for the run, `examples` that of the data, which says how long epochs are.
     UserError for values that no run would take, and bases whose costs are not known.
     """
+    if recipe.method == "hypernetwork" and recipe.gist.kind != "lora":
+        raise UserError(
+            f"gist.kind: {recipe.gist.kind} is not planned for, lora is; leave --gpus out, or plan with gist.kind=lora"
+        )
     config = base_config(recipe, vocabulary)
     cost, counts, size = ModelCost.of(config), parameters(recipe, config), whole(recipe, "per_device_train_batch_size", 8)
     episodes = [episode for episode in encoded if episode.queries] or [largest_episode(recipe)]
@@ -213,13 +217,22 @@ def _notes(recipe: Recipe, hardware: Hardware, counts: Parameters) -> list[str]:
     return lines
 
 
+def _cost(cost: ModelCost, batch: GistBatch, settings: dict[str, Any]) -> StepCost:
+    """FLOPs of a batch, with the frozen model's own pass over whole contexts where it teaches."""
+    own = cost.train(batch.layout, len(batch.targets), **settings)
+    if batch.teacher is None:
+        return own
+    taught = cost.train(batch.teacher.layout, len(batch.teacher.targets)).forward
+    return dataclasses.replace(own, forward=own.forward + taught)
+
+
 def _time(recipe: Recipe, cost: ModelCost, batches: Sequence[GistBatch], hardware: Hardware, examples: int | None) -> list[str]:
     """Tokens, FLOPs and hours. FLOPs of all that is computed, checkpointing's second forward pass included."""
     full, lora = recipe.method == "full_attention", recipe.lora
     settings: dict[str, Any] = {"checkpointing": checkpointing(recipe.training)}
     if not full:
         settings |= {"rank": lora.rank, "targets": lora.targets or "all-linear"}
-    costs = [cost.train(batch.layout, len(batch.targets), **settings) for batch in batches]
+    costs = [_cost(cost, batch, settings) for batch in batches]
     accumulation = whole(recipe, "gradient_accumulation_steps", 1)
     passes = accumulation * hardware.world / len(batches)
     # Ranks draw batches of their own; the mean of those that were packed stands for all of them.

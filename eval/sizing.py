@@ -17,6 +17,7 @@ from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
 from hyperllama.hypernetwork import GistHypernetwork
 from hyperllama.recipe import Recipe
+from hyperllama.workflows import packing_of
 
 FREE = 0.1  # of a GPU's memory: for the CUDA context, NCCL's buffers and the allocator's fragments
 BATCHES = 32  # as many batches are packed for the figures of a step
@@ -168,7 +169,7 @@ def batches_of(recipe: Recipe, episodes: Sequence[EncodedEpisode], size: int) ->
         if recipe.method == "full_attention":
             yield pack_full(chosen, recipe.full_attention.supervise_demonstrations)
         else:
-            yield pack_gist(chosen, recipe.gist.tokens)
+            yield pack_gist(chosen, packing_of(recipe))
 
 
 def whole(recipe: Recipe, name: str, default: int) -> int:
