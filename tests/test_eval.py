@@ -209,7 +209,7 @@ class TestMethods:
 
     def test_plain_text_is_scored_by_loss(self, words):
         text = " ".join(Random(0).choices(SyntheticSource(LANGUAGE).words, k=200))
-        episodes = [Episode("", (), (), f"t{i}", window=TextWindow(text[70 * i :], 20, 10)) for i in range(3)]
+        episodes = [Episode("", (), (), f"t{i}", window=TextWindow(text[70 * i :], 20, 9)) for i in range(3)]
         base = tiny_base()
         bench = Bench(episodes, Encoder(words, WORDS, Limits()), Reader(base, words), trained_hypernetwork(base), budget=3)
         assert kind_of(episodes, "auto") == "loss"
