@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attention_masks import GistLayout, Segment
-from hyperllama.backbone import check_config, head_dim
+from hyperllama.backbone import check_config, head_dim, kv_heads
 from hyperllama.errors import UserError
 from hyperllama.objectives import head_chunks
 
@@ -67,18 +67,17 @@ class ModelCost:
             raise UserError(f"{name}: FLOPs are known for {', '.join(ARCHITECTURES)}, not for {config.model_type}")
         check_config(config, name)
         hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
         width = head_dim(config)
         linears = {
             "q_proj": (hidden, heads * width),
-            "k_proj": (hidden, kv_heads * width),
-            "v_proj": (hidden, kv_heads * width),
+            "k_proj": (hidden, kv_heads(config) * width),
+            "v_proj": (hidden, kv_heads(config) * width),
             "o_proj": (heads * width, hidden),
             "gate_proj": (hidden, inner),
             "up_proj": (hidden, inner),
             "down_proj": (inner, hidden),
         }
-        sizes = (config.num_hidden_layers, heads, kv_heads, width, hidden, config.vocab_size)
+        sizes = (config.num_hidden_layers, heads, kv_heads(config), width, hidden, config.vocab_size)
         return cls(*sizes, linears, qk_norm=config.model_type == "qwen3")
 
     @property

@@ -228,6 +228,11 @@ def head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def kv_heads(config) -> int:
+    """N, the key-value heads of a layer."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
 def check_backend(backend: str, config, device: torch.device, dtype: torch.dtype) -> None:
     """UserError if an attention backend that a recipe asks for cannot run on this machine in this dtype."""
     reason = None if backend == "auto" else why_not(backend, device, dtype, head_dim(config))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cached_property
@@ -29,16 +30,17 @@ from hyperllama.distributed import gathered
 from hyperllama.encoding import prefixes_of
 from hyperllama.errors import UserError
 from hyperllama.files import canonical_json, read_json, sha256, write_atomically
+from hyperllama.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hyperllama.mix import ANSWERS, Mix
 from hyperllama.objectives import TokenLoss
 from hyperllama.packed import PackedModel
 from hyperllama.prefix import Manifest, Prefix
 
-CONFIG, CARD = "hypernetwork.json", "README.md"
+CONFIG, CARD, GISTS = "hypernetwork.json", "README.md", "gists.safetensors"
 States = list[tuple[Tensor, Tensor]]  # of each layer: keys and values (N, S, D)
 
 
-class Hypernetwork(PackedModel):
+class Hypernetwork(PackedModel, ABC):
     """Turns contexts into prefixes for a frozen `base`, which comes from `hyperllama.backbone`.
 
     `gists` is how many rows a context (or each chunk of it, see `Reading`) becomes, at most if it is `elastic`: then it was
@@ -52,13 +54,13 @@ class Hypernetwork(PackedModel):
     def __init__(
         self,
         base: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        backend: str,
         *,
-        gists: int,
+        gists: int = 16,
         reading: Reading = SINGLE,
         elastic: bool = False,
         mix: Mix = ANSWERS,
+        backend: str = "auto",
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__(base, tokenizer, backend)
         if gists < 1:
@@ -70,25 +72,25 @@ class Hypernetwork(PackedModel):
         self.marker = nn.Parameter(likely_words(base, 1)[0]) if mix.reconstruction else None
         self._hashed: tuple[tuple[str, ...], Tensor, str] | None = None  # names and bits of the weights that had this hash
 
+    @abstractmethod
     def gist_states(self, ids: Tensor, layout: GistLayout, *, chunk_rows: int | None = None) -> States:
         """Keys and values (N, S, D) of the rows `layout.gist_rows` at each layer, keys rotated to where these rows stand.
 
         ids (1, T), anything in gist rows; every segment has gists. Without gradients a layer's MLP may run in chunks of
         `chunk_rows` rows.
         """
-        raise NotImplementedError
 
     def settings(self) -> dict:
         """What the class is to be called with, beside a base, to load what was saved: `own_settings` and how it reads."""
         return {"gists": self.num_gists, "elastic": self.elastic, "reading": dataclasses.asdict(self.reading)}
 
+    @abstractmethod
     def save_weights(self, folder: Path) -> list[str]:
         """Write the trained weights into a folder; returns the names of the files."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_weights(self, folder: str | Path) -> None:
         """Read what `save_weights` wrote."""
-        raise NotImplementedError
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name."""
@@ -239,7 +241,7 @@ class Hypernetwork(PackedModel):
         `mix` is what it is trained for from here on. Folders of all kinds: `hyperllama.kinds.load_hypernetwork_onto`.
         """
         config = read_config(folder)
-        if config.get("kind", "lora") != cls.kind:
+        if config["kind"] != cls.kind:
             raise UserError(f"{folder}: a hypernetwork of kind {config['kind']}, not {cls.kind}")
         settings = {key: config[key] for key in cls.own_settings if key in config}
         reading = Reading(**config.get("reading", {}))
@@ -274,8 +276,9 @@ def context_sha256(context: Sequence[int]) -> str:
 def read_config(folder: str | Path) -> dict:
     """The manifest of a saved hypernetwork; UserError if the folder is not one, or a file of it is missing."""
     folder = Path(folder)
-    there = (folder / CONFIG).is_file()
-    config = read_json(folder / CONFIG, "a hypernetwork's manifest") if there else {"files": [CONFIG]}
+    config = read_json(folder / CONFIG, "a hypernetwork's manifest") if (folder / CONFIG).is_file() else {"files": [CONFIG]}
+    # The first version of the format knew one kind.
+    config = {"kind": "lora", "files": [GISTS, ADAPTER_CONFIG, ADAPTER_WEIGHTS], **config}
     missing = [name for name in config["files"] if not (folder / name).is_file()]
     if missing:
         raise UserError(

@@ -9,22 +9,18 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attention_masks import GistLayout
 from hyperllama.backbone import BaseIdentity, identify
 from hyperllama.chunks import CHUNK_ROWS
-from hyperllama.compressor import Hypernetwork, States, likely_words
+from hyperllama.compressor import GISTS, Hypernetwork, States, likely_words
 from hyperllama.data.packing import GistBatch
-from hyperllama.data.reading import SINGLE, Reading
 from hyperllama.encoding import gist_rows
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
 from hyperllama.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RowLora
-from hyperllama.mix import ANSWERS, Mix
 from hyperllama.objectives import TokenLoss
-
-GISTS = "gists.safetensors"
 
 
 class WithGistTokens(Hypernetwork):
@@ -76,13 +72,9 @@ class GistHypernetwork(WithGistTokens):
         alpha: float = 32.0,
         dropout: float = 0.0,
         targets: str | Sequence[str] = "all-linear",
-        reading: Reading = SINGLE,
-        elastic: bool = False,
-        mix: Mix = ANSWERS,
-        backend: str = "auto",
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        **settings,
     ):
-        super().__init__(base, tokenizer, backend, gists=gists, reading=reading, elastic=elastic, mix=mix)
+        super().__init__(base, gists=gists, **settings)
         self.lora = RowLora(base, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
         self.gists = self.new_gists()
 
@@ -121,20 +113,11 @@ class GistingHypernetwork(WithGistTokens):
 
     kind = "gisting"
 
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        *,
-        gists: int = 16,
-        reading: Reading = SINGLE,
-        elastic: bool = False,
-        mix: Mix = ANSWERS,
-        backend: str = "auto",
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ):
-        if mix.distillation:
+    def __init__(self, base: PreTrainedModel, **settings):
+        super().__init__(base, **settings)
+        if self.mix.distillation:
             raise UserError("objectives.distillation: gisting changes the model that would teach; set it to 0")
-        super().__init__(base.requires_grad_(True), tokenizer, backend, gists=gists, reading=reading, elastic=elastic, mix=mix)
+        base.requires_grad_(True)
         self.gists, self.folder = self.new_gists(), None
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attention_masks import rotate
-from hyperllama.backbone import inverse_frequencies
+from hyperllama.backbone import inverse_frequencies, kv_heads
 from hyperllama.data.packing import GistBatch
 from hyperllama.distributed import gathered
 from hyperllama.encoding import encode_whole, first_rows, mean_pooled
@@ -55,7 +55,7 @@ class PrefixTuner(PackedModel):
             )
         (self.shape,) = shapes
         config = base.config
-        own = (config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        own = (config.num_hidden_layers, kv_heads(config))
         if own != self.shape[:2]:
             raise UserError(f"the model has {own[0]} layers of {own[1]} key-value heads, the prefixes {self.shape[:2]}")
         self.names = {name: i for i, name in enumerate(starts)}

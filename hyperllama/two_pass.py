@@ -8,18 +8,16 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
-from hyperllama.backbone import head_dim, inverse_frequencies
+from hyperllama.backbone import head_dim, inverse_frequencies, kv_heads
 from hyperllama.chunks import CHUNK_ROWS
 from hyperllama.compressor import Hypernetwork, States
-from hyperllama.data.reading import SINGLE, Reading
 from hyperllama.encoding import gist_rows
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
 from hyperllama.hypernetwork import WithGistTokens
-from hyperllama.mix import ANSWERS, Mix
 
 COMPRESSOR, POOLING = "compressor.safetensors", "pooling.safetensors"
 
@@ -29,18 +27,8 @@ class FullHypernetwork(WithGistTokens):
 
     kind = "full"
 
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        *,
-        gists: int = 16,
-        reading: Reading = SINGLE,
-        elastic: bool = False,
-        mix: Mix = ANSWERS,
-        backend: str = "auto",
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ):
-        super().__init__(base, tokenizer, backend, gists=gists, reading=reading, elastic=elastic, mix=mix)
+    def __init__(self, base: PreTrainedModel, **settings):
+        super().__init__(base, **settings)
         self.gists, self.compressor = self.new_gists(), copy.deepcopy(base)
         self.compressor.get_decoder().requires_grad_(True)
         # What is behind the last keys and values is never read: gists by their own embeddings, words by those of the copy.
@@ -74,23 +62,12 @@ class PoolingHypernetwork(Hypernetwork):
 
     kind = "pooling"
 
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        *,
-        gists: int = 16,
-        reading: Reading = SINGLE,
-        elastic: bool = False,
-        mix: Mix = ANSWERS,
-        backend: str = "auto",
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ):
-        if reading.graph == "recurrent":
+    def __init__(self, base: PreTrainedModel, **settings):
+        super().__init__(base, **settings)
+        if self.reading.graph == "recurrent":
             raise UserError("gist.graph: pooling reads chunks one by one, so they cannot read each other; choose parallel")
-        super().__init__(base, tokenizer, backend, gists=gists, reading=reading, elastic=elastic, mix=mix)
-        config = base.config
-        layers, heads = config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = head_dim(config)
+        layers, heads, width = base.config.num_hidden_layers, kv_heads(base.config), head_dim(base.config)
+        gists = self.num_gists
         place = {"device": base.device, "dtype": torch.float32}
         self.queries = nn.Parameter(torch.zeros(layers, heads, gists, width, **place))
         # Of each row and head: how sharply it looks at its own share of the context; 1 covers about that share.

@@ -1,6 +1,7 @@
 """The hypernetwork: what it changes, what it must not change, and its files. Equivalences a, b and c of the design."""
 
 import copy
+import json
 
 import peft
 import pytest
@@ -291,6 +292,15 @@ def test_hypernetwork_refuses_another_base(tmp_path):
 def test_a_folder_without_a_hypernetwork_is_named(tmp_path):
     with pytest.raises(UserError, match="not a hypernetwork, it has no hypernetwork.json;"):
         GistHypernetwork.from_pretrained(tmp_path, tiny_base())
+
+
+def test_a_hypernetwork_of_the_first_format_is_read(tmp_path):
+    hypernetwork, path = trained_hypernetwork(tiny_base()), tmp_path / "hypernetwork.json"
+    hypernetwork.save_pretrained(tmp_path)
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in ("kind", "files", "elastic", "reading")}))
+    again = GistHypernetwork.from_pretrained(tmp_path, tiny_base())
+    assert again.fingerprint() == hypernetwork.fingerprint()
 
 
 def test_a_damaged_adapter_is_named(tmp_path):
