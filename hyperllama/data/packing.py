@@ -142,41 +142,40 @@ def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> Gis
     if packing.reconstruct:  # a prompt that is no token of the model's: the marker
         readers += [(None, episode.context, i) for i, episode in enumerate(contexts)]
     readers.sort(key=lambda r: len(r[0] or (PLACEHOLDER,)) + len(r[1]))
-    row = sum(map(len, pieces))
-    rows, targets, markers = {True: [], False: []}, {True: [], False: []}, []
-    for prompt, answer, context in readers:
-        is_answer = prompt is not None
-        if not is_answer:
-            markers.append(row)
-            prompt = (PLACEHOLDER,)
-        piece = (*prompt, *answer[:-1])  # the last answer token is predicted, never read
-        rows[is_answer] += range(row + len(prompt) - 1, row + len(piece))
-        targets[is_answer] += answer
-        row += len(piece)
-        pieces.append(piece)
-        segments.append(Segment(len(piece), reads=own[context]))
-    batch = _batch(pieces, segments, rows[True] + rows[False], targets[True] + targets[False], contexts)
+    places = list(zip(readers, _append(pieces, segments, readers, own), strict=True))
+    asked, again = ([one for one in places if (one[0][0] is None) == said_again] for said_again in (False, True))
+    rows = [row for _, predicting in asked + again for row in predicting]
+    targets = [token for (_, answer, _), _ in asked + again for token in answer]
     return dataclasses.replace(
-        batch,
-        answers=len(targets[True]),
-        marker_rows=torch.tensor(markers) if markers else None,
-        teacher=_teacher(contexts, [r for r in readers if r[0] is not None]) if packing.teach else None,
+        _batch(pieces, segments, rows, targets, contexts),
+        answers=sum(len(answer) for (_, answer, _), _ in asked),
+        marker_rows=torch.tensor([predicting[0] for _, predicting in again]) if again else None,
+        teacher=_teacher(contexts, [reader for reader, _ in asked]) if packing.teach else None,
     )
+
+
+def _append(pieces: list, segments: list[Segment], readers, reads: Sequence[tuple[int, ...]]) -> list[range]:
+    """Append readers (prompt or None for a marker, answer, context), each reading `reads` of its context.
+
+    Returns the rows that predict each one's answer.
+    """
+    row, predicting = sum(map(len, pieces)), []
+    for prompt, answer, context in readers:
+        piece = (*(prompt or (PLACEHOLDER,)), *answer[:-1])  # the last answer token is predicted, never read
+        pieces.append(piece)
+        segments.append(Segment(len(piece), reads=reads[context]))
+        row += len(piece)
+        predicting.append(range(row - len(answer), row))
+    return predicting
 
 
 def _teacher(contexts: Sequence[EncodedEpisode], queries) -> GistBatch:
     """Whole contexts, all of whose rows are read by the queries in their order."""
     pieces = [episode.context for episode in contexts]
     segments = [Segment(len(piece), gists=len(piece)) for piece in pieces]
-    row, rows, targets = sum(map(len, pieces)), [], []
-    for prompt, answer, context in queries:
-        piece = (*prompt, *answer[:-1])
-        rows += range(row + len(prompt) - 1, row + len(piece))
-        targets += answer
-        row += len(piece)
-        pieces.append(piece)
-        segments.append(Segment(len(piece), reads=(context,)))
-    return _batch(pieces, segments, rows, targets, contexts)
+    predicting = _append(pieces, segments, queries, [(i,) for i in range(len(contexts))])
+    rows = [row for one in predicting for row in one]
+    return _batch(pieces, segments, rows, [token for _, answer, _ in queries for token in answer], contexts)
 
 
 def gist_tokens(episode: EncodedEpisode, packing: Packing | int) -> int:
