@@ -1,6 +1,8 @@
 """`hyperllama study` of a question: hypernetworks that differ in some keys of their recipes, over seeds, in one table.
 
-Leaves in `output`: a run and its evaluations for each row and seed (so it goes on where it stopped), results.json, table.md.
+Leaves in `output`: the evaluations of each row and seed, results.json, table.md; and in the folder `trained` beside it a run for
+each row and seed, named by what it was trained with. So it goes on where it stopped, and tables share the runs that they have in
+common.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from eval.methods import METHODS
 from eval.metrics import METRICS
 from eval.run import evaluate
 from eval.summary import OURS
-from hyperllama.files import read_json, write_atomically
+from hyperllama.files import read_json, sha256, write_atomically
 from hyperllama.recipe import EvaluationRecipe, Recipe, TableRecipe, load_recipe
 from hyperllama.workflows import RESULT, train
 
@@ -54,7 +56,8 @@ def _run(recipe: TableRecipe, row: str, seed: int) -> tuple[Path, list[str] | No
     changes = recipe.rows[row]
     if len(changes) == 1 and changes[0].startswith("run="):
         return Path(changes[0].removeprefix("run=")), None
-    run = Path(recipe.output) / "runs" / _slug(f"{row} {seed}")
+    name = _slug(" ".join([Path(recipe.train).stem, *sorted(changes), f"seed={seed}"]))
+    run = Path(recipe.output).parent / "trained" / (name if len(name) < 200 else sha256(name))
     return run, [*changes, f"seed={seed}", f"output={run}"]
 
 

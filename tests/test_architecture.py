@@ -50,7 +50,7 @@ LAYERS = [
     {"hyperllama.data.text", "hyperllama.data.sni", "hyperllama.data.synthetic", "hyperllama.data.symbols"},
     {"hyperllama.data.templates", "hyperllama.data.windows", "hyperllama.data.p3", "hyperllama.data.vocabulary"},
     {"hyperllama.data.files", "hyperllama.data.labelled", "hyperllama.data.leaks", "hyperllama.data.prompts"},
-    {"hyperllama.data.episode", "hyperllama.data.hub", "hyperllama.data.words"},
+    {"hyperllama.data.episode", "hyperllama.data.hub", "hyperllama.data.words", "hyperllama.data.copies"},
     {"hyperllama.files", "hyperllama.distributed"},
     {"hyperllama.errors", "hyperllama"},
     {"attention_masks.registration", "attention_masks.picture"},

@@ -234,14 +234,27 @@ class TestWindows:
         for seed in range(20):
             episode = source.draw(Random(seed), 0, 0, 0)
             encoded, period = encoder.encode(episode), episode.window.period
-            ids = [*encoded.context[1:], *encoded.queries[0][0], *encoded.queries[0][1]]
+            ids = [*encoded.context, *encoded.queries[0][0], *encoded.queries[0][1]]  # no start token
             assert len(ids) == 60 and 60 // 8 <= period <= 30 and ids[period:] == ids[:-period]
         assert source.evaluation(shots=0, queries=0, episodes=1, seed=0)[0].window.period is None
         assert {self.source(repeats=0.5).draw(Random(i), 0, 0, 0).window.period is None for i in range(20)} == {True, False}
 
+    def test_a_warm_up_copies_common_words_first_by_distance_then_by_content(self, tokenizer):
+        encoder = Encoder(tokenizer, TextFormat(), Limits())
+        source = self.source(warmup_episodes=400, repeat_tokens=8, repeat_spread=4)
+        early, late = ({source.draw(Random(i), 0, 0, index).window.period for i in range(200)} for index in (0, 399))
+        assert early == {8} and late == set(range(4, 13))
+        assert {source.draw(Random(i), 0, 0, 100).window.period for i in range(60)} == {8}
+        encoded = encoder.encode(source.draw(Random(1), 0, 0, 5))
+        ids = [*encoded.context, *encoded.queries[0][0], *encoded.queries[0][1]]
+        assert len(ids) == 60 and ids[8:] == ids[:-8] and len(set(ids)) > 3
+        assert source.draw(Random(1), 0, 0, 400).window.period is None  # then text
+        assert source.evaluation(shots=0, queries=0, episodes=1, seed=0)[0].window.period is None
+
     @pytest.mark.parametrize(
         "settings_, problem",
         [
+            ({"repeat_spread": 16}, "repeat_spread must be at least 0 and less than repeat_tokens"),
             ({"repeats": 1.5}, "repeats is a share"),
             ({"prompt_tokens": 20}, "prompt_tokens must be at least 1, and fewer"),
             ({"after_tokens": -1}, "after_tokens must be 0 or more"),

@@ -70,8 +70,11 @@ def test_a_table_goes_on_where_it_stopped(recipe, tmp_path):
     assert [line.split("|")[1].strip() for line in lines[4:7]] == ["plain", "taught", "there already"]
     # Both seeds of a row that was there already are the same run on other episodes; the file says which budget each had.
     assert {(c["evaluation"], c["budget"]) for c in results["cells"]} == {("all gists", 4), ("two gists", 2)}
-    before = {path: path.stat().st_mtime for path in (tmp_path / "table" / "runs").rglob("*.safetensors")}
-    assert table(recipe) == again and before
+    before = {path: path.stat().st_mtime for path in (tmp_path / "trained").rglob("*.safetensors")}
+    assert table(recipe) == again and len(before) > 3
+    # Another table with a row in common shares its run.
+    other = table(recipe, [f"output={tmp_path}/other", "rows={the same: []}", "seeds=[1]"])
+    assert "| the same |" in other and len(list((tmp_path / "trained").iterdir())) == 4
     assert {path: path.stat().st_mtime for path in before} == before, "nothing was trained again"
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+from hyperllama.data.copies import copied_tokens
 from hyperllama.data.episode import Episode, Example, Provenance
 from hyperllama.errors import UserError
 
@@ -21,11 +22,9 @@ from hyperllama.errors import UserError
 class SyntheticLanguage:
     """Sizes of the language, and what a base model is warmed up on.
 
-    Of the first `warmup_episodes` episodes a share `repeats` are random token sequences to be copied: they form the induction
-    heads (Olsson et al. 2022, arXiv 2209.11895) without which a small model sits at chance for thousands of steps. For the
-    first quarter all have `repeat_tokens` tokens, which a head can copy by distance; then lengths spread, up to
-    `repeat_spread` either way, and only content still tells where to copy from. Of the other episodes a
-    share `lists` are the words of `list_categories` categories, one category after the other: they teach the categories.
+    Of the first `warmup_episodes` episodes a share `repeats` are random token sequences to be copied (`copied_tokens`): they
+    form the induction heads without which a small model sits at chance for thousands of steps. Of the other episodes a share
+    `lists` are the words of `list_categories` categories, one category after the other: they teach the categories.
     `split` is "train" or "test": sets of categories are dealt to one or the other, so test tasks are unseen.
     """
 
@@ -126,8 +125,7 @@ class SyntheticSource:
                 return chosen
 
     def _repeat(self, rng: Random, progress: float) -> Episode:
-        spread = math.ceil(self.language.repeat_spread * max(0.0, progress - 0.25) / 0.75)
-        length = self.language.repeat_tokens + rng.randint(-spread, spread)
+        length = copied_tokens(rng, self.language.repeat_tokens, self.language.repeat_spread, progress)
         text = " ".join(rng.choices(self.texts(), k=length))
         return Episode("", (), (Example(text, text),), "repeat")
 

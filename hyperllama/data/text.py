@@ -185,5 +185,7 @@ class Encoder:
         before, prompt, continuation, after = (tuple(ids[a:b]) for a, b in pairwise((0, *ends)))
         whole = len(ids) >= window.tokens
         queries = ((prompt, continuation),) if whole else ()
-        context = (*self.start, *before, *after)
+        # What goes round in a circle has no start. Behind a start token, windows to be copied were learned by distance alone
+        # (docs/log.md).
+        context = (*(() if window.period else self.start), *before, *after)
         return EncodedEpisode(context, queries, task=episode.task, skipped_queries=0 if whole else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -9,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
+from hyperllama.data.copies import copied_tokens
 from hyperllama.data.episode import Episode, Provenance, TextWindow
 from hyperllama.data.hub import load_split, require_columns
 from hyperllama.errors import UserError
@@ -26,7 +28,10 @@ class WindowSettings:
     2022, arXiv 2211.12485): pieces A and D are compressed, C is predicted after B. Of each document the last
     twentieth is held out: `part` "test" reads only that, "train" the rest, "all" everything. A share `repeats` of training
     windows says the same again and again, with a period of an eighth to a half of the window: copying is what induction heads
-    are made of (Olsson et al. 2022, arXiv 2209.11895), and text alone teaches it late. `column` is the text of a data set of
+    are made of (Olsson et al. 2022, arXiv 2209.11895), and text alone teaches it late. A model that has none yet learns it from
+    the first `warmup_episodes` windows of training: random words of the `repeat_words` commonest (of thousands of words each is seen too seldom
+    to be learned from), said again after `repeat_tokens` tokens, later after up to `repeat_spread` more or fewer
+    (`copied_tokens`). `column` is the text of a data set of
     the `datasets` library, of which the first `rows` rows are read; files need neither.
     """
 
@@ -36,6 +41,10 @@ class WindowSettings:
     prompt_tokens: int = 1
     after_tokens: int = 0
     repeats: float = 0.0
+    warmup_episodes: int = 0
+    repeat_tokens: int = 16
+    repeat_spread: int = 8
+    repeat_words: int = 100
     column: str = "text"
     rows: int = 10_000
     part: Literal["train", "test", "all"] = "all"
@@ -59,6 +68,8 @@ class WindowSettings:
             found.append("after_tokens must be 0 or more")
         if not 0 <= self.repeats <= 1:
             found.append("repeats is a share of the windows, between 0 and 1")
+        if not 0 <= self.repeat_spread < self.repeat_tokens:
+            found.append("repeat_spread must be at least 0 and less than repeat_tokens")
         return found
 
 
@@ -75,8 +86,12 @@ class WindowSource:
         if not self.documents:
             raise UserError("data.root: its text files are empty; give some text")
         self._cumulative = list(accumulate(len(text) for _, text in self.documents))
+        words = Counter(word for _, text in self.documents for word in text.split()) if settings.warmup_episodes else Counter()
+        self._common = [word for word, _ in words.most_common(settings.repeat_words)]
 
     def draw(self, rng: Random, shots: int, queries: int, index: int) -> Episode:
+        if index < self.settings.warmup_episodes:
+            return self._copy(rng, index / self.settings.warmup_episodes)
         (name, text), fewest = self._document(rng), self.settings.min_context_tokens
         most = self.settings.context_tokens
         context_tokens = most if fewest is None else rng.randint(fewest, most)
@@ -107,6 +122,10 @@ class WindowSource:
         sizes = (context_tokens, settings.continuation_tokens - settings.prompt_tokens, settings.prompt_tokens)
         window = TextWindow(text[start : start + self._span], *sizes, settings.after_tokens, period)
         return Episode("", (), (), f"{name}:{start}", name, window)
+
+    def _copy(self, rng: Random, progress: float) -> Episode:
+        period = copied_tokens(rng, self.settings.repeat_tokens, self.settings.repeat_spread, progress)
+        return self._window("copy", " ".join(rng.choices(self._common, k=period)), 0, self.settings.context_tokens, period)
 
     def __len__(self) -> int:
         return self._cumulative[-1] // self._span + 1
