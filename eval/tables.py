@@ -88,8 +88,8 @@ def markdown(results: dict[str, Any]) -> str:
         methods.sort(key=lambda method: method not in OURS)  # ours first
         shares = any(cell["share_of_gain"] is not None for cell in cells)
         seeds = sorted({cell["seed"] for cell in cells})
-        told = f"{metric.label}, {cells[0]['queries']:,} queries, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-        lines += [f"{name + ': ' if name else ''}{told}; in brackets the lowest and highest seed", ""]
+        spread = f"{len(seeds)} seeds; in brackets the lowest and highest" if len(seeds) > 1 else "1 seed"
+        lines += [f"{name + ': ' if name else ''}{metric.label}, {cells[0]['queries']:,} queries, {spread}", ""]
         heads = ["", *(["share of the context's gain"] if shares else []), *(METHODS[m].label for m in methods)]
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for row in results["rows"]:

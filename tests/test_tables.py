@@ -61,7 +61,7 @@ seeds: [0, 1]
 def test_a_table_goes_on_where_it_stopped(recipe, tmp_path):
     text = table(recipe, ["seeds=[0]"])
     again = table(recipe)
-    assert text.count("1 seed;") == again.count("2 seeds;") == 2
+    assert text.count("queries, 1 seed") == again.count("queries, 2 seeds;") == 2
     results = json.loads((tmp_path / "table" / "results.json").read_text())
     assert len(results["cells"]) == 3 * 2 * 2 and (tmp_path / "table" / "table.md").read_text() == again
     assert {cell["steps"] for cell in results["cells"]} == {2}
