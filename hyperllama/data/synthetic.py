@@ -26,8 +26,8 @@ class SyntheticLanguage:
     first quarter all have `repeat_tokens` tokens, which a head can copy by distance; then lengths spread, up to
     `repeat_spread` either way, and only content still tells where to copy from. Of the other episodes a
     share `lists` are the words of `list_categories` categories, one category after the other: they teach the categories.
-    With `instructions` categories have names, tasks have instructions such as "lomabu is <3> , tizera is <17>", and in lists
-    each category begins with its name.
+    With `instructions` categories have names, tasks have instructions such as "call lomabu <3> , call tizera <17>", and in
+    lists a name is one more word of its category.
     `split` is "train" or "test": sets of categories are dealt to one or the other, so test tasks are unseen.
     """
 
@@ -97,7 +97,7 @@ class SyntheticSource:
         return Provenance(frozenset({f"synthetic language, {self.language.split} split"}))
 
     def texts(self) -> list[str]:
-        return [*self.words, *self.symbols, *self.names, *(["is", ","] if self.names else [])]
+        return [*self.words, *self.symbols, *self.names, *(["call", ","] if self.names else [])]
 
     def draw(self, rng: Random, shots: int, queries: int, index: int) -> Episode:
         if index < self.language.warmup_episodes and rng.random() < self.language.repeats:
@@ -118,7 +118,7 @@ class SyntheticSource:
             held_back += [self._example(word, names[category]) for word in words[share:]]
         rng.shuffle(shown)
         asked = rng.sample(held_back, min(queries, len(held_back)))
-        said = [f"{self.names[category]} is {names[category]}" for category in chosen] if self.names else []
+        said = [f"call {self.names[category]} {names[category]}" for category in chosen] if self.names else []
         return Episode(" , ".join(said), tuple(shown), tuple(asked), "synthetic " + "+".join(map(str, sorted(chosen))))
 
     def _example(self, word: str, symbol: str) -> Example:
@@ -138,10 +138,7 @@ class SyntheticSource:
         return Episode("", (), (Example(text, text),), "repeat")
 
     def _list(self, rng: Random) -> Episode:
-        chosen = rng.sample(range(self.language.categories), self.language.list_categories)
-        first, *rest = [
-            word
-            for i in chosen
-            for word in (*self.names[i : i + 1], *rng.sample(self.categories[i], self.language.words_per_category))
-        ]
+        named = [[*words, *self.names[i : i + 1]] for i, words in enumerate(self.categories)]
+        chosen = rng.sample(named, self.language.list_categories)
+        first, *rest = [word for category in chosen for word in rng.sample(category, len(category))]
         return Episode("", (), (Example(first, " ".join(rest)),), "list")
