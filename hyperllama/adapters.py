@@ -1,4 +1,4 @@
-"""Adapters that stand beside a decoder's MLPs (He et al. 2022, arXiv 2110.04366, section 4), several tasks' in one batch.
+"""Adapters that stand beside a decoder's MLPs (He et al. 2022, arXiv 2110.04366), several tasks' in one batch.
 
 In every layer x -> MLP(x) + relu(x @ down) @ up, where x is what the MLP reads. The decoder is not touched: inside a context
 forward hooks add the second term, each row with its own task's matrices, by two batched products a layer.

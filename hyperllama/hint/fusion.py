@@ -11,7 +11,7 @@ from hyperllama.backbone import head_dim
 
 
 class Fusion(nn.Module):
-    """Encoded tokens in, keys and values at every layer out (Ivison et al. 2023, section 3.2).
+    """Encoded tokens in, keys and values at every layer out (Ivison et al. 2023).
 
     Each layer's own norm and key and value projections are applied, as if the final states were what the layer reads. To the
     projections LoRA of `rank` is added, whose second matrices start at zero: then it is those projections alone.

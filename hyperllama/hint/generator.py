@@ -13,7 +13,7 @@ from hyperllama.hint.settings import HintSettings
 
 
 class Generator(nn.Module):
-    """Encoded instructions in, prefix rows and adapters of every layer out (Ivison et al. 2023, section 3.1).
+    """Encoded instructions in, prefix rows and adapters of every layer out (Ivison et al. 2023).
 
     There is a query for each prefix row and each column of an adapter, to which the embedding of a layer is added: L * (P + b)
     of them. One cross-attention over the encoded tokens, then a two-layer MLP for each kind of parameter, shared by all layers.
