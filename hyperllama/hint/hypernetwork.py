@@ -91,15 +91,17 @@ class HintHypernetwork(Hypernetwork):
     def forward(self, batch: GistBatch) -> TokenLoss:
         """Read the instructions, and answer with their modules. The teacher, if there is one, reads without any."""
         ids, layout, reading = batch.halves()
-        states, stack = self.modules(ids, layout)
+        states, stack = self.task_modules(ids, layout)
         teacher = self.teach(batch)
         with adapted(self.base, stack, reading.reader_rows()):
             return self.reading_loss(reading, layout, states, teacher)
 
     def gist_states(self, ids: Tensor, layout: GistLayout, *, chunk_rows: int | None = CHUNK_ROWS) -> States:
-        return self.modules(ids, layout, chunk_rows=chunk_rows)[0]
+        return self.task_modules(ids, layout, chunk_rows=chunk_rows)[0]
 
-    def modules(self, ids: Tensor, layout: GistLayout, *, chunk_rows: int | None = CHUNK_ROWS) -> tuple[States, Stack | None]:
+    def task_modules(
+        self, ids: Tensor, layout: GistLayout, *, chunk_rows: int | None = CHUNK_ROWS
+    ) -> tuple[States, Stack | None]:
         """What instructions become: rows as `gist_states` gives them, and adapters, a task for each segment of `layout`.
 
         The last `num_gists` rows of a segment stand for prefix rows and are not read.
@@ -160,7 +162,7 @@ class HintHypernetwork(Hypernetwork):
     ) -> list[Prefix]:
         """As of every hypernetwork, with adapters in the prefixes; a reader reads one segment. ValueError if it reads more."""
         layout = layout.to(self.base.device)
-        states, stack = self.modules(ids.to(self.base.device), layout, chunk_rows=chunk_rows)
+        states, stack = self.task_modules(ids.to(self.base.device), layout, chunk_rows=chunk_rows)
         prefixes = prefixes_of(states, layout, readers, inverse_frequencies(self.base))
         for prefix, (segment,) in zip(prefixes, readers, strict=True):
             if stack is not None:
