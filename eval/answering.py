@@ -151,11 +151,14 @@ def _cost(bench: Bench, reader: Reader, state: State, query: Query, kind: Kind) 
 
     if not state.tokens:
         encode = 0
-    elif state.gists and bench.hypernetwork is not None:
+    elif (state.gists or state.compressed) and bench.hypernetwork is not None:
         encode = _compressing(cost, bench.hypernetwork, state)
     else:
         encode = cost.encode(state.tokens + state.gists)
-    facts |= {"encode_flops": encode, "query_flops": ask(len(query.prompt), rows)}
+    asked = ask(len(query.prompt), rows)
+    if state.prefix is not None and state.prefix.adapters is not None:
+        asked += cost.adapters(len(query.prompt) + sum(n - 1 for n in lengths), state.prefix.adapters.size)
+    facts |= {"encode_flops": encode, "query_flops": asked}
     return facts | {"reread_flops": ask(state.tokens + len(query.prompt), 0)}
 
 
@@ -164,6 +167,8 @@ def _compressing(cost: ModelCost, hypernetwork: Hypernetwork, state: State) -> i
     layout = GistLayout(hypernetwork.cut(range(state.tokens))[1])
     if hypernetwork.kind == "lora":
         return cost.compress_packed(layout, hypernetwork.lora.rank, hypernetwork.lora.targets)
+    if hypernetwork.kind == "hint":
+        return cost.hint(state.tokens, hypernetwork.num_gists, hypernetwork.hint)
     if hypernetwork.kind == "pooling":
         return sum(cost.pool(s.tokens - s.gists, s.gists) for s in layout.segments)
     return layout.tokens * cost.per_row + cost.per_pair * rectangle(layout)

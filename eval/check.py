@@ -11,6 +11,7 @@ from random import Random
 import numpy as np
 
 from attention_masks import GistLayout, Segment, draw
+from eval.flops import ModelCost
 from eval.plan import plan
 from eval.run import check_leaks
 from eval.sizing import Hardware
@@ -61,6 +62,9 @@ def check(
     except UserError as error:
         lines = [f"{recipe_path}: method {recipe.method}", f"the figures of the data are left out: {error}"]
         encoded, vocabulary, size = [], None, None
+    if recipe.method == "hypernetwork" and recipe.gist.kind == "hint":
+        lines += ["", *([] if encoded else state_lines(recipe, encoded))]
+        return "\n".join([*lines, "plan            none: training is planned for gist.kind=lora, not for hint"])
     return "\n".join([*lines, "", *plan(recipe, hardware, encoded, vocabulary=vocabulary, examples=size)])
 
 
@@ -77,6 +81,7 @@ def _data_report(
     encoded = [encoded for _, encoded in drawn]
     lines = [f"{recipe_path}: method {recipe.method}, data {recipe.data}", *_data(source), f"tokenizer       {made}", ""]
     lines += _figures(recipe, encoded)
+    lines += state_lines(recipe, encoded) if isinstance(recipe, Recipe) else []
     lines += ["", *_leaks(recipe, source, against)]
     lines += ["", *_mask(recipe, encoded)]
     lines += ["", "one episode as text, | between what is tokenised by itself:", "", *_text(encoder, *drawn[0])]
@@ -177,6 +182,38 @@ def _figures(recipe: AnyRecipe, encoded: Sequence[EncodedEpisode]) -> list[str]:
         total = f", {per_step * steps:,.0f} in {steps:,} steps" if steps > 0 else ""
         lines.append(f"one step        {batch} episodes a device, {per_step:,.0f} tokens on average{total}")
     return lines
+
+
+def state_lines(recipe: Recipe, encoded: Sequence[EncodedEpisode]) -> list[str]:
+    """What a task leaves to be read, in bytes of bf16, for the median context, or the longest that the limits allow.
+
+    Prefix rows, or a task module with all its parts, beside the context's own keys and values; nothing without a hypernetwork,
+    or for a model whose sizes are not known.
+    """
+    if recipe.method != "hypernetwork":
+        return []
+    model, gist = recipe.model, recipe.gist
+    try:
+        if model.name_or_path:
+            config = find_config(model.name_or_path, model.revision)
+        else:
+            config = random_config(model.architecture, vocab_size=model.vocab_size)
+        cost = ModelCost.of(config)
+    except UserError:
+        return []
+    context = int(np.median([len(e.context) for e in encoded])) if encoded else recipe.limits.context_tokens
+    chunks = len(gist.reading.chunks(range(context)))
+    parts = {f"{chunks * gist.tokens} prefix rows": cost.state_bytes(chunks * gist.tokens)}
+    if gist.kind == "hint":
+        parts |= {f"{context} fused rows": cost.state_bytes(context)} if recipe.hint.fusion else {}
+        size = recipe.hint.adapter_size
+        parts |= {f"adapters of {size}": cost.module_bytes(0, size)} if size else {}
+    said = " + ".join(f"{name} {size / 1e6:,.2f} MB" for name, size in parts.items())
+    total = f" = {sum(parts.values()) / 1e6:,.2f} MB" if len(parts) > 1 else ""
+    return [
+        f"state of a task {said}{total} in bf16, for a context of {context:,} tokens",
+        f"beside it       its keys and values, cached: {cost.state_bytes(context) / 1e6:,.2f} MB",
+    ]
 
 
 def _leaks(recipe: AnyRecipe, source: Source, against: str | Path | None) -> list[str]:

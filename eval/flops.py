@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from attention_masks import GistLayout, Segment
 from hyperllama.backbone import check_config, head_dim, kv_heads
 from hyperllama.errors import UserError
+from hyperllama.hint.settings import HintSettings
 from hyperllama.objectives import head_chunks
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -156,6 +157,26 @@ class ModelCost:
         maps = 2 * 2 * gists * self.kv_heads * self.head_dim**2
         return self.encode(context) + self.layers * (scores_and_means + maps)
 
+    def hint(self, context: int, prefix_rows: int, settings: HintSettings) -> int:
+        """FLOPs of `HintHypernetwork.compress` for an instruction of `context` tokens alone.
+
+        The decoder over it, all layers; a cross-attention of L * (P + b) queries over it; an MLP for each of them and each kind
+        of parameter; and its keys and values in every layer, with LoRA, where it is fused. In a batch the queries are projected
+        once, and shorter instructions are padded to the longest in the cross-attention alone.
+        """
+        if context < 1:
+            raise ValueError(f"compressing needs at least one token, not {context}")
+        hidden, width, size = self.hidden, self.kv_heads * self.head_dim, settings.adapter_size
+        inner, queries = settings.heads * math.ceil(hidden / settings.heads), self.layers * (prefix_rows + size)
+        looking = queries * (4 * hidden * inner + 4 * context * inner) + 4 * context * hidden * inner if queries else 0
+        outputs = prefix_rows * 2 * (hidden + width) + size * 2 * (hidden + hidden)
+        fused = 2 * context * 2 * (hidden * width + settings.fusion_rank * (hidden + width)) if settings.fusion else 0
+        return self.encode(context) + looking + self.layers * (2 * settings.mlp_size * outputs + fused)
+
+    def adapters(self, rows: int, size: int) -> int:
+        """FLOPs of adapters with a bottleneck of `size` beside the MLPs of `rows` rows, in all layers."""
+        return rows * self.layers * 4 * self.hidden * size
+
     def train(
         self,
         layout: GistLayout,
@@ -216,6 +237,11 @@ class ModelCost:
     def state_bytes(self, rows: int, bytes_per_element: int = 2) -> int:
         """Bytes of the keys and values of `rows` rows (gists of a prefix, or tokens of a cached context) in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * rows * bytes_per_element
+
+    def module_bytes(self, rows: int, adapter_size: int, bytes_per_element: int = 2) -> int:
+        """Bytes of a task module of HINT: the keys and values of `rows` rows, prefix and fused instruction, and adapters."""
+        matrices = 2 * self.layers * self.hidden * adapter_size * bytes_per_element
+        return self.state_bytes(rows, bytes_per_element) + matrices
 
 
 def rectangle(layout: GistLayout) -> int:

@@ -29,13 +29,15 @@ Role = Literal["ours", "context", "budget", "control", "copy"]
 class State:
     """What queries of one episode read (None: nothing), and the tokens that were read to make it.
 
-    `gists` says how many gist rows were computed beside them, 0 for plain full attention; `demonstrations` how many fitted.
+    `gists` says how many gist rows were computed beside them, 0 for plain full attention; `demonstrations` how many fitted;
+    `compressed` whether the bench's hypernetwork made it.
     """
 
     prefix: Prefix | None
     tokens: int
     gists: int = 0
     demonstrations: int = 0
+    compressed: bool = False
 
 
 @dataclass
@@ -93,7 +95,8 @@ class Bench:
                 batch = []
             batch.append(context)
         prefixes += self.hypernetwork.compress(batch, gists=self.gists)
-        return [State(prefix, len(context), prefix.gists) for prefix, context in zip(prefixes, contexts, strict=True)]
+        pairs = zip(prefixes, contexts, strict=True)
+        return [State(prefix, len(context), prefix.gists, compressed=True) for prefix, context in pairs]
 
     def forget(self) -> None:
         """Let go of the states that are kept: the next episodes are others."""

@@ -175,7 +175,7 @@ def make_bench(recipe: EvaluationRecipe, episodes: Sequence[Episode]) -> Bench:
         hypernetwork, encoder = workflows.load_hypernetwork(recipe.hypernetwork, recipe.model, dtype=recipe.dtype)
         base, tokenizer = hypernetwork.base, encoder.tokenizer
         shared["gists"] = recipe.gists or hypernetwork.num_gists
-        shared["budget"] = recipe.budget or shared["gists"]
+        shared["budget"] = recipe.budget or max(1, shared["gists"])
     else:
         base, tokenizer = load_base(name, dtype=recipe.dtype), load_tokenizer(name)
     text_format = recipe.format or (encoder.format if encoder else TextFormat())

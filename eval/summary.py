@@ -129,7 +129,7 @@ def verdicts(summary: dict[str, Any]) -> list[dict[str, str]]:
             found[-1]["sentence"] += (
                 " But full attention gains nothing clear over no context here: there is little to compress."
             )
-    if mine.get("context_tokens"):
+    if mine.get("context_tokens") and mine["state_rows"]:  # adapters alone have none
         ratio = mine["context_tokens"] / mine["state_rows"]
         sentence = (
             f"{mine['context_tokens']:.0f} context tokens on average become {mine['state_rows']:.0f} rows: {ratio:.1f} to 1."

@@ -50,6 +50,11 @@ class Hypernetwork(PackedModel, ABC):
 
     kind: ClassVar[str]
     own_settings: ClassVar[tuple[str, ...]] = ("gists", "elastic")
+    fewest_gists: ClassVar[int] = 1
+    # Whether training changes the base too, so that prefixes belong to what it becomes; whether readers see a context's own
+    # rows as well, before its gists.
+    trains_base = False
+    keeps_context = False
 
     def __init__(
         self,
@@ -63,7 +68,7 @@ class Hypernetwork(PackedModel, ABC):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__(base, tokenizer, backend)
-        if gists < 1:
+        if gists < self.fewest_gists:
             raise UserError(f"gist.tokens: a hypernetwork needs at least one gist token, not {gists}")
         if mix.distillation and self.head_loss is None:
             raise UserError(f"objectives.distillation: the head of a {base.config.model_type} model is not a plain product")
@@ -104,17 +109,23 @@ class Hypernetwork(PackedModel, ABC):
     def forward(self, batch: GistBatch) -> TokenLoss:
         """Compress, and read what comes out: two passes, because they are not computed with the same weights."""
         ids, layout, reading = batch.halves()
-        states = self.gist_states(ids, layout)
+        return self.reading_loss(reading, layout, self.gist_states(ids, layout), self.teach(batch))
+
+    def reading_loss(self, reading: GistBatch, layout: GistLayout, states: States, teacher: Tensor | None) -> TokenLoss:
+        """The loss of what reads `states`, which were compressed under `layout`; see `GistBatch.halves`."""
         shifts = reading.layout.positions[: len(layout.gist_rows)] - layout.positions[layout.gist_rows]
         inv_freq = inverse_frequencies(self.base)
         moved = [(rotate(keys, shifts, inv_freq), values) for keys, values in states]
-        embeds = self.base.get_input_embeddings()(reading.ids)
-        return self.mixed_loss(reading, moved, inputs_embeds=self.with_markers(embeds, reading))
+        embeds = self.with_markers(self.base.get_input_embeddings()(reading.ids), reading)
+        return self.answer_loss(reading, moved, mix=self.mix, teacher=teacher, inputs_embeds=embeds)
 
-    def mixed_loss(self, batch: GistBatch, states: States | None = None, **inputs) -> TokenLoss:
-        """The loss of a batch under `mix`; what the frozen model says with the whole context is computed where it is asked."""
-        teacher = self.taught(batch.teacher) if self.mix.distillation and batch.teacher is not None else None
-        return self.answer_loss(batch, states, mix=self.mix, teacher=teacher, **inputs)
+    def teach(self, batch: GistBatch) -> Tensor | None:
+        """What the frozen model says with the whole context, where `mix` asks for it."""
+        return self.taught(batch.teacher) if self.mix.distillation and batch.teacher is not None else None
+
+    def mixed_loss(self, batch: GistBatch, **inputs) -> TokenLoss:
+        """The loss of a batch that is compressed and read in one pass, under `mix`."""
+        return self.answer_loss(batch, mix=self.mix, teacher=self.teach(batch), **inputs)
 
     def with_markers(self, embeds: Tensor, batch: GistBatch) -> Tensor:
         """embeds (1, T, hidden) with the marker in the rows from which contexts are said again."""
@@ -142,7 +153,7 @@ class Hypernetwork(PackedModel, ABC):
         if not len(contexts) or not all(len(context) for context in contexts):
             raise UserError("there is nothing to compress: every context needs at least one token")
         gists = self.num_gists if gists is None else gists
-        if not 1 <= gists <= self.num_gists:
+        if not min(self.fewest_gists, self.num_gists) <= gists <= self.num_gists:
             raise UserError(f"this hypernetwork makes prefixes of 1 to {self.num_gists} gists, not of {gists}")
         pieces, segments, readers = [], [], []
         for context in contexts:
@@ -168,7 +179,7 @@ class Hypernetwork(PackedModel, ABC):
         gists = self.num_gists if gists is None else gists
         chunks = self.reading.chunks(torch.as_tensor(context).tolist(), getattr(context, "ends", ()))
         pieces = [(*chunk, *[PLACEHOLDER] * gists) for chunk in chunks]
-        return pieces, chunk_segments(self.reading, chunks, gists, first)
+        return pieces, chunk_segments(self.reading, chunks, gists, first, whole=self.keeps_context)
 
     @torch.no_grad()
     def encode(

@@ -45,7 +45,7 @@ def prefixes_of(
     prefixes = []
     for reads in readers:
         rows = [row for segment in reads for row in layout.gists_of(segment)]
-        columns = torch.tensor([column[row] for row in rows], device=layout.device)
+        columns = torch.tensor([column[row] for row in rows], dtype=torch.long, device=layout.device)
         to_front = torch.arange(len(rows), device=layout.device) - layout.positions[rows]
         keys = [rotate(k[:, columns], to_front, inv_freq) for k, _ in states]
         prefixes.append(Prefix(keys, [v[:, columns] for _, v in states]))

@@ -41,12 +41,14 @@ def to_peft(prefix: Prefix, folder: str | Path, *, kind: Literal["prefix_tuning"
 
     It holds adapter_model.safetensors with `prompt_embeddings` (G, L * 2 * N * D) in the prefix's dtype, hyperllama.json with
     the manifest, README.md and, written last, adapter_config.json: without it a folder is no adapter. A cartridge has no frozen
-    tokens. Raises UserError for an unknown kind, a peft without cartridges, a prefix without gists, or a folder that holds a
-    model or another kind of adapter, such as a hypernetwork; OSError when the disk refuses.
+    tokens. Raises UserError for an unknown kind, a peft without cartridges, a prefix with adapters or without gists, or a
+    folder that holds a model or another kind of adapter, such as a hypernetwork; OSError when the disk refuses.
     """
     import peft
 
     folder, peft_type = Path(folder), kind.upper()
+    if prefix.adapters is not None:
+        raise UserError("an adapter beside an MLP with a non-linearity is no form of PEFT's; generate modules without adapters")
     if not hasattr(peft, KINDS.get(peft_type, "")):
         raise UserError(f"kind={kind!r}: peft {peft.__version__} has none; use prefix_tuning, or cartridge with a newer peft")
     if not prefix.gists:

@@ -9,7 +9,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from attention_masks import GistLayout
 from hyperllama.backbone import BaseIdentity, identify
@@ -112,6 +112,7 @@ class GistingHypernetwork(WithGistTokens):
     """
 
     kind = "gisting"
+    trains_base = True
 
     def __init__(self, base: PreTrainedModel, **settings):
         super().__init__(base, **settings)
@@ -135,17 +136,27 @@ class GistingHypernetwork(WithGistTokens):
 
     def save_weights(self, folder: Path) -> list[str]:
         self.folder = folder
-        with tempfile.TemporaryDirectory() as empty:  # whatever names they give their files
-            self.base.save_pretrained(empty)
-            self.tokenizer.save_pretrained(empty)
-            written = {path.name: path.read_bytes() for path in Path(empty).iterdir() if path.is_file()}
-        for name, content in written.items():
-            write_atomically(folder / name, content)
-        return [*super().save_weights(folder), *sorted(written)]
+        return [*super().save_weights(folder), *save_model(self.base, self.tokenizer, folder)]
 
     def load_weights(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=self.base.dtype)
-        with torch.no_grad():
-            self.base.load_state_dict(saved.state_dict())
+        load_model(self.base, folder)
         super().load_weights(folder)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
+    """Write a trained model and its tokenizer as transformers does, each file atomically; returns their names."""
+    with tempfile.TemporaryDirectory() as empty:  # whatever names they give their files
+        model.save_pretrained(empty)
+        tokenizer.save_pretrained(empty)
+        written = {path.name: path.read_bytes() for path in Path(empty).iterdir() if path.is_file()}
+    for name, content in written.items():
+        write_atomically(folder / name, content)
+    return sorted(written)
+
+
+def load_model(model: PreTrainedModel, folder: str | Path) -> None:
+    """Read the weights that `save_model` wrote."""
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+    with torch.no_grad():
+        model.load_state_dict(saved.state_dict())

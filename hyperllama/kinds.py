@@ -8,11 +8,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hyperllama.compressor import Hypernetwork, read_config
 from hyperllama.errors import UserError
+from hyperllama.hint.hypernetwork import HintHypernetwork
 from hyperllama.hypernetwork import GistHypernetwork, GistingHypernetwork
 from hyperllama.two_pass import FullHypernetwork, PoolingHypernetwork
 
 KINDS: dict[str, type[Hypernetwork]] = {
-    cls.kind: cls for cls in (GistHypernetwork, FullHypernetwork, GistingHypernetwork, PoolingHypernetwork)
+    cls.kind: cls for cls in (GistHypernetwork, FullHypernetwork, GistingHypernetwork, PoolingHypernetwork, HintHypernetwork)
 }
 
 

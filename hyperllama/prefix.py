@@ -1,4 +1,4 @@
-"""The soft prefix: keys and values of a task's gists at every layer, and the file that carries them."""
+"""The soft prefix: keys and values of a task's gists at every layer, perhaps adapters, and the file that carries them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from attention_masks import rotate
+from hyperllama.adapters import Adapters
 from hyperllama.backbone import BaseIdentity
 from hyperllama.errors import UserError
 from hyperllama.files import canonical_json, sha256, write_atomically
 
 FORMAT_VERSION = 1
 SCALES = {"keys": "keys_scale", "values": "values_scale"}
+ADAPTERS = ("adapters_down", "adapters_up")
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,20 @@ class Prefix:
     Keys are canonical: rotated so that the gists stand at positions 0 .. G-1, and a reader starts at G. So a prefix needs
     no memory of how long its context was, and prefixes of different contexts go into one batch.
 
+    A task module of HINT has `adapters` too, beside the MLPs of the rows that read it; then there may be no keys (G = 0).
+    `Reader` applies them; what knows keys and values only (a cache, PEFT) refuses them.
+
     Raises ValueError if shapes disagree.
     """
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], manifest: Manifest | None = None):
-        self.keys, self.values, self.manifest = tuple(keys), tuple(values), manifest
+    def __init__(
+        self,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        manifest: Manifest | None = None,
+        adapters: Adapters | None = None,
+    ):
+        self.keys, self.values, self.manifest, self.adapters = tuple(keys), tuple(values), manifest, adapters
         if not self.keys or len(self.keys) != len(self.values):
             raise ValueError(
                 f"a prefix needs as many keys as values, one pair a layer, not {len(self.keys)} and {len(self.values)}"
@@ -82,6 +93,8 @@ class Prefix:
         if len(shape) != 3 or any(t.shape != shape or t.dtype != dtype for t in (*self.keys, *self.values)):
             shapes = sorted({str(tuple(t.shape)) for t in (*self.keys, *self.values)})
             raise ValueError(f"a prefix needs keys and values of one shape (kv_heads, gists, head_dim) and dtype, not {shapes}")
+        if adapters is not None and adapters.layers != len(self.keys):
+            raise ValueError(f"a prefix of {len(self.keys)} layers needs adapters of as many, not of {adapters.layers}")
 
     @property
     def layers(self) -> int:
@@ -105,11 +118,12 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(t.nbytes for t in (*self.keys, *self.values))
+        """Bytes of keys, values and adapters."""
+        return sum(t.nbytes for t in (*self.keys, *self.values)) + (self.adapters.nbytes if self.adapters else 0)
 
     def __repr__(self) -> str:
-        made = f", task={self.manifest.task!r}, base={self.manifest.base.name!r}" if self.manifest else ""
+        made = f", adapters={self.adapters.size}" if self.adapters else ""
+        made += f", task={self.manifest.task!r}, base={self.manifest.base.name!r}" if self.manifest else ""
         return f"Prefix(gists={self.gists}, layers={self.layers}, kv_heads={self.kv_heads}, head_dim={self.head_dim}{made})"
 
     def __eq__(self, other) -> bool:
@@ -117,12 +131,21 @@ class Prefix:
             return NotImplemented
         same_form = (self.layers, self.dtype, self.manifest) == (other.layers, other.dtype, other.manifest)
         pairs = zip((*self.keys, *self.values), (*other.keys, *other.values))
-        return same_form and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
+        same_rows = same_form and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
+        return same_rows and (other.adapters is None if self.adapters is None else self.adapters.equals(other.adapters))
 
     __hash__ = None  # tensors can change
 
+    def refuse_adapters(self, what: str) -> None:
+        """UserError if there are adapters, for whoever can read keys and values only; `what` begins the sentence."""
+        if self.adapters is not None:
+            raise UserError(
+                f"{what} keys and values only, but this task module has adapters; read it with generate or evaluate"
+            )
+
     def truncate(self, gists: int) -> Prefix:
         """The first `gists` gists, for prefixes that were trained to stand alone at any length. ValueError beyond 1 .. G."""
+        self.refuse_adapters("truncating is for prefixes of")
         if not 1 <= gists <= self.gists:
             raise ValueError(f"a prefix of {self.gists} gists can be cut to 1 .. {self.gists} of them, not {gists}")
         return Prefix([k[:, :gists] for k in self.keys], [v[:, :gists] for v in self.values], self.manifest)
@@ -134,6 +157,8 @@ class Prefix:
         Raises UserError if they are of different bases, or if the second does not say how its keys are moved.
         """
         manifest = second.manifest
+        for part in (first, second):
+            part.refuse_adapters("concatenation is for prefixes of")
         if first.manifest is None or manifest is None or "inv_freq" not in manifest.rotary:
             raise UserError(
                 "a prefix without its base's rotary frequencies cannot be concatenated; compress its examples again"
@@ -148,18 +173,19 @@ class Prefix:
     def to(self, device=None, dtype=None) -> Prefix:
         """The same prefix on another device or in another dtype."""
         move = [tuple(t.to(device=device, dtype=dtype) for t in side) for side in (self.keys, self.values)]
-        return Prefix(*move, self.manifest)
+        return Prefix(*move, self.manifest, self.adapters and self.adapters.to(device, dtype))
 
     def to_cache(self, device=None, dtype=None) -> DynamicCache:
         """A fresh cache of one row for `model.generate(past_key_values=...)` or a forward pass.
 
-        The attention mask must cover the prefix: ones (1, G + prompt tokens).
+        The attention mask must cover the prefix: ones (1, G + prompt tokens). UserError for a prefix with adapters.
         """
+        self.refuse_adapters("a cache holds")
         return Prefix.stack([self], device=device, dtype=dtype)[0]
 
     @staticmethod
     def stack(prefixes: Sequence[Prefix], device=None, dtype=None) -> tuple[DynamicCache, Tensor]:
-        """Prefixes of different tasks as one batch: a fresh cache of B rows, and which of its columns are gists (B, G).
+        """Keys and values of different tasks as one batch: a fresh cache of B rows, and which of its columns are gists (B, G).
 
         Prefixes with fewer gists are padded on the left; the mask, bool, is False there and goes in front of the prompt's
         attention mask. Raises ValueError if the prefixes are not of one model's form.
@@ -212,10 +238,16 @@ class Prefix:
         """Write one .safetensors file: keys and values (L, N, G, D), the manifest and a checksum in its header.
 
         `quantize="int8"` stores a quarter of the bytes of float32; `load` gives float32 back. Returns the relative error of
-        keys and values (root mean square), which the manifest then holds too; nothing is lost otherwise. Atomic: a crash or
-        a full disk (OSError) leaves the file that stood there whole.
+        keys and values (root mean square), which the manifest then holds too; nothing is lost otherwise. UserError for
+        a prefix with adapters, which are not quantised. Atomic: a crash or a full disk (OSError) leaves the file that was there
+        whole.
         """
+        if quantize:
+            self.refuse_adapters("int8 is for files of")
         tensors = {"keys": torch.stack(self.keys).cpu().contiguous(), "values": torch.stack(self.values).cpu().contiguous()}
+        if self.adapters is not None:
+            sides = (self.adapters.down, self.adapters.up)
+            tensors |= {name: side.cpu().contiguous() for name, side in zip(ADAPTERS, sides)}
         lost: dict[str, float] = {}
         if quantize:
             tensors, lost = _quantized(tensors)
@@ -244,7 +276,8 @@ class Prefix:
             raise UserError(
                 f"{path}: not a whole prefix file ({error}); copy it again, or compress the examples again"
             ) from error
-        if "hyperllama" not in metadata or set(tensors) not in ({"keys", "values"}, {"keys", "values", *SCALES.values()}):
+        forms = ({"keys", "values"}, {"keys", "values", *SCALES.values()}, {"keys", "values", *ADAPTERS})
+        if "hyperllama" not in metadata or set(tensors) not in forms:
             raise UserError(f"{path}: a safetensors file, but not a prefix; make one with hyperllama compress")
         if metadata.get("sha256") != _checksum(metadata["hyperllama"], tensors):
             raise UserError(f"{path}: damaged, its checksum does not match; copy it again, or compress the examples again")
@@ -255,7 +288,8 @@ class Prefix:
         for side, scale in SCALES.items():
             if scale in tensors:
                 tensors[side] = tensors[side].float() * tensors[scale]
-        prefix = cls(tensors["keys"].unbind(), tensors["values"].unbind(), manifest)
+        adapters = Adapters(*(tensors[name] for name in ADAPTERS)) if ADAPTERS[0] in tensors else None
+        prefix = cls(tensors["keys"].unbind(), tensors["values"].unbind(), manifest, adapters)
         if identity is not None:
             prefix.check(identity, str(path))
         return prefix

@@ -48,6 +48,8 @@ class PrefixTuner(PackedModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__(base, tokenizer, backend)
+        for prefix in starts.values():
+            prefix.refuse_adapters("prefix tuning starts from")
         shapes = {(p.layers, p.kv_heads, p.gists, p.head_dim) for p in starts.values()}
         if len(shapes) != 1:
             raise UserError(

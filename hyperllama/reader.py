@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hyperllama.adapters import Stack, adapted
 from hyperllama.backbone import identify
 from hyperllama.encoding import encode_whole
 from hyperllama.errors import UserError
@@ -87,10 +88,11 @@ class Reader:
             ids[i, longest - len(prompt) :] = torch.as_tensor(prompt)
             mask[i, longest - len(prompt) :] = 1
         ids, mask = ids.to(device), mask.to(device)  # two transfers, not two a row
-        cache = {}
+        cache, stack = {}, None
         if prefixes is not None:
             # Beam search repeats each prompt, but not a cache that it is given.
             rows = [prefix for prefix in prefixes for _ in range(settings.get("num_beams", 1))]
+            stack = Stack.of([prefix.adapters for prefix in rows], self.model)
             cache["past_key_values"], gists = Prefix.stack(rows, device=device, dtype=self.model.dtype)
             mask = torch.cat([gists[:: len(rows) // len(prefixes)].to(mask.dtype), mask], dim=1)
         settings = {"do_sample": False, "pad_token_id": pad, "eos_token_id": tokenizer.eos_token_id, **settings}
@@ -100,7 +102,7 @@ class Reader:
                 f"prefix, prompt and {longest_answer} new tokens take {mask.shape[1] + longest_answer} positions, "
                 f"but the model has {self.model.config.max_position_embeddings}; shorten the input or lower --max-new-tokens"
             )
-        with one_product_head(self.model):
+        with one_product_head(self.model), adapted(self.model, stack):
             output = self.model.generate(ids, attention_mask=mask, **cache, **settings)[:, longest:].tolist()
         ends = settings["eos_token_id"]  # one, several or none; what follows is padding
         return [_until(row, set(ends) if isinstance(ends, list) else {ends}) for row in output]

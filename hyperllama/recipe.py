@@ -22,6 +22,7 @@ from hyperllama.data.templates import TemplateSettings
 from hyperllama.data.text import Limits, TextFormat
 from hyperllama.data.windows import WindowSettings
 from hyperllama.errors import UserError, in_one_line
+from hyperllama.hint.settings import HintSettings
 from hyperllama.mix import Mix
 from hyperllama.recipe_checks import recipe_problems
 
@@ -49,12 +50,13 @@ class GistRecipe:
     """What becomes of a context: `tokens`, G, is how many rows a prefix has, or each chunk of a context cut by `reading`.
 
     kind: "lora" (Phang 2024), "full" (a tuned copy of the base compresses), "gisting" (one model, all weights tuned: Mu et al.
-    2023) or "pooling" (cross-attention over the base's keys and values). `elastic` trains for 1, 2, 4, ... up to G gists at
+    2023), "pooling" (cross-attention over the base's keys and values) or "hint" (task modules from an encoded instruction, see
+    `HintSettings`; `tokens` may be 0). `elastic` trains for 1, 2, 4, ... up to G gists at
     once. `backend`: the attention kernel; `hyperllama env` lists them.
     """
 
     tokens: int = 16
-    kind: Literal["lora", "full", "gisting", "pooling"] = "lora"
+    kind: Literal["lora", "full", "gisting", "pooling", "hint"] = "lora"
     reading: Reading = field(default_factory=Reading)
     elastic: bool = False
     backend: Literal["auto", "dense", "sdpa", "flash", "varlen", "flex"] = "auto"
@@ -146,6 +148,7 @@ class Recipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     gist: GistRecipe = field(default_factory=GistRecipe)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
+    hint: HintSettings = field(default_factory=HintSettings)
     objectives: Mix = field(default_factory=Mix)
     start_from: str | None = None
     data: DataRecipe = field(default_factory=DataRecipe)

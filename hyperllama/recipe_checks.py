@@ -108,7 +108,8 @@ def _training(recipe: Any, check: _Checks) -> None:
         check(enough, "model.vocab_size: at least 300, the bytes and some merges")
         fits = model.tokenizer == "bytes" or all(part.source == "synthetic" for part in data.parts)
         check(fits, "model.tokenizer: words knows the synthetic language only; choose bytes")
-    check(recipe.gist.tokens >= 1, f"gist.tokens: at least 1, not {recipe.gist.tokens}")
+    fewest = 0 if recipe.gist.kind == "hint" else 1
+    check(recipe.gist.tokens >= fewest, f"gist.tokens: at least {fewest}, not {recipe.gist.tokens}")
     _hypernetwork(recipe, check)
     check(recipe.lora.rank >= 1, f"lora.rank: at least 1, not {recipe.lora.rank}")
     check(0 <= recipe.lora.dropout < 1, f"lora.dropout: a share below 1, not {recipe.lora.dropout}")
@@ -136,9 +137,15 @@ def _hypernetwork(recipe: Any, check: _Checks) -> None:
     check.extend(f"objectives: {problem}" for problem in recipe.objectives.problems())
     pooled = gist.kind == "pooling" and gist.reading.graph == "recurrent"
     check(not pooled, "gist.reading.graph: pooling reads chunks one by one, so they cannot read each other; choose parallel")
-    taught = gist.kind == "gisting" and recipe.objectives.distillation > 0
-    check(not taught, "objectives.distillation: gisting changes the model that would teach; set it to 0")
-    apart = gist.kind in ("full", "pooling") and recipe.training.get("gradient_checkpointing")
+    if gist.kind == "hint":
+        check.extend(f"hint: {problem}" for problem in recipe.hint.problems(gist.tokens))
+        check(gist.reading.graph == "single", "gist.reading.graph: hint reads an instruction as a whole; choose single")
+        check(not gist.elastic, "gist.elastic: the modules of hint have one size; set it to false")
+    changing = "gisting" if gist.kind == "gisting" else "the regime paper"
+    changes = gist.kind == "gisting" or (gist.kind == "hint" and recipe.hint.regime == "paper")
+    taught = changes and recipe.objectives.distillation > 0
+    check(not taught, f"objectives.distillation: {changing} changes the model that would teach; set it to 0")
+    apart = gist.kind in ("full", "pooling", "hint") and recipe.training.get("gradient_checkpointing")
     check(
         not apart, f"training.gradient_checkpointing: not with gist.kind={gist.kind}, whose keys and values it would not keep"
     )

@@ -1,7 +1,8 @@
 """The likelihood of continuations behind prefixes, packed: queries of one task share its prefix, choices share their prompt.
 
-A prefix stands in the packed row as a segment of placeholder rows whose keys and values are replaced at every layer. A prompt
-with several continuations is a segment that they all read, so it is computed once.
+A prefix stands in the packed row as a segment of placeholder rows whose keys and values are replaced at every layer; its
+adapters, if it has any, act on the rows that read it. A prompt with several continuations is a segment that they all read, so
+it is computed once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
+from hyperllama.adapters import Stack, adapted
 from hyperllama.backbone import inverse_frequencies, packed_arguments
 from hyperllama.errors import UserError
 from hyperllama.prefix import Prefix
@@ -104,13 +106,18 @@ def _likelihoods(model: PreTrainedModel, questions: Sequence[Question], backend:
         places[key], _ = row.add([0] * prefix.gists, gists=prefix.gists)
     # For each continuation, the rows that predict its tokens; choices share the row that predicts their first.
     predicting: list[list[int]] = []
+    # The rows that each task's adapters act on.
+    adapters = {id(q.prefix): q.prefix.adapters for q in questions if q.prefix is not None and q.prefix.adapters is not None}
+    acted_on: dict[int, list[int]] = {key: [] for key in adapters}
     for question in questions:
+        asked_from = len(row.ids)
         reads = (places[id(question.prefix)],) if id(question.prefix) in places else ()
         if len(question.continuations) == 1:
             (only,) = question.continuations
             _, first = row.add([*question.prompt, *only[:-1]], reads=reads)
             start = first + len(question.prompt) - 1
             predicting.append(list(range(start, start + len(only))))
+            acted_on.get(id(question.prefix), []).extend(range(asked_from, len(row.ids)))
             continue
         prompt, first = row.add(question.prompt, gists=len(question.prompt), reads=reads)
         for continuation in question.continuations:
@@ -118,16 +125,18 @@ def _likelihoods(model: PreTrainedModel, questions: Sequence[Question], backend:
             if len(continuation) > 1:
                 _, start = row.add(continuation[:-1], reads=(*reads, prompt))
                 predicting[-1] += range(start, start + len(continuation) - 1)
+        acted_on.get(id(question.prefix), []).extend(range(asked_from, len(row.ids)))
     head_rows = sorted({r for rows in predicting for r in rows})
     place = {r: i for i, r in enumerate(head_rows)}
     device = model.device
     layout = GistLayout(row.segments).to(device)
-    logits = model(
-        input_ids=torch.tensor([row.ids], device=device),
-        use_cache=False,
-        logits_to_keep=torch.tensor(head_rows, device=device),
-        **packed_arguments(model, layout, backend, prefix_states(model, layout, list(prefixes.values()))),
-    ).logits[0]
+    with adapted(model, Stack.of(list(adapters.values()), model), list(acted_on.values())):
+        logits = model(
+            input_ids=torch.tensor([row.ids], device=device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(head_rows, device=device),
+            **packed_arguments(model, layout, backend, prefix_states(model, layout, list(prefixes.values()))),
+        ).logits[0]
     rows = torch.tensor([place[r] for rows in predicting for r in rows], device=device)
     return logits.float().log_softmax(-1), rows
 

@@ -152,7 +152,8 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
 def packing_of(recipe: Recipe) -> Packing:
     """What of an episode a recipe's hypernetwork is trained on."""
     again, taught = recipe.objectives.reconstruction > 0, recipe.objectives.distillation > 0
-    return Packing(recipe.gist.tokens, recipe.gist.reading, recipe.gist.elastic, reconstruct=again, teach=taught)
+    whole = recipe.gist.kind == "hint" and recipe.hint.fusion
+    return Packing(recipe.gist.tokens, recipe.gist.reading, recipe.gist.elastic, reconstruct=again, teach=taught, whole=whole)
 
 
 def make_hypernetwork(recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Hypernetwork:
@@ -163,10 +164,12 @@ def make_hypernetwork(recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrain
         lora = recipe.lora
         settings |= {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout}
         settings |= {"targets": list(lora.targets) or "all-linear"}
+    if gist.kind == "hint":
+        settings["hint"] = recipe.hint
     made = KINDS[gist.kind](base, **settings, backend=gist.backend, tokenizer=tokenizer)
     if recipe.start_from:
         before = BaseIdentity(**read_config(recipe.start_from)["base"])
-        if gist.kind != "gisting" and before.weights != made.identity.weights:
+        if not made.trains_base and before.weights != made.identity.weights:
             raise UserError(f"start_from: {recipe.start_from} was trained for {before.name}, not for {made.identity.name}")
         made.load_weights(recipe.start_from)
     return made
@@ -353,6 +356,8 @@ def inspect(path: str | Path) -> dict:
     if not path.is_dir():
         prefix = Prefix.load(path)
         sizes = {"gists": prefix.gists, "layers": prefix.layers, "kv_heads": prefix.kv_heads, "head_dim": prefix.head_dim}
+        if prefix.adapters is not None:
+            sizes |= {"adapter_size": prefix.adapters.size, "adapter_bytes": prefix.adapters.nbytes}
         sizes |= {"dtype": str(prefix.dtype).removeprefix("torch."), "file_bytes": path.stat().st_size}
         return {
             "prefix": str(path),

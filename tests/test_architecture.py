@@ -22,7 +22,7 @@ LAYERS = [
     {"hyperllama.workflows"},
     {"hyperllama.sources", "hyperllama.tuning", "hyperllama.quality", "hyperllama.hub", "hyperllama.contexts"},
     {"hyperllama.kinds"},
-    {"hyperllama.two_pass"},
+    {"hyperllama.two_pass", "hyperllama.hint.hypernetwork"},
     {
         "hyperllama.recipe",
         "hyperllama.training",
@@ -40,13 +40,15 @@ LAYERS = [
         "hyperllama.store",
         "hyperllama.lora",
         "hyperllama.recipe_checks",
+        "hyperllama.hint.generator",
+        "hyperllama.hint.fusion",
         "hyperllama.checkpoints",
     },
     {"hyperllama.prefix", "hyperllama.environment"},
-    {"hyperllama.last_layer", "hyperllama.chunks"},
+    {"hyperllama.last_layer", "hyperllama.chunks", "hyperllama.adapters"},
     {"hyperllama.data.stream", "hyperllama.data.mixture", "hyperllama.data.dealing"},
     {"hyperllama.backbone", "hyperllama.data.packing", "hyperllama.objectives"},
-    {"hyperllama.mix", "hyperllama.data.reading"},
+    {"hyperllama.mix", "hyperllama.data.reading", "hyperllama.hint.settings"},
     {"hyperllama.data.text", "hyperllama.data.sni", "hyperllama.data.synthetic", "hyperllama.data.symbols"},
     {"hyperllama.data.templates", "hyperllama.data.windows", "hyperllama.data.p3", "hyperllama.data.vocabulary"},
     {"hyperllama.data.files", "hyperllama.data.labelled", "hyperllama.data.leaks", "hyperllama.data.prompts"},
@@ -68,7 +70,7 @@ def modules():
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            if name not in ("eval", "hyperllama.data"):  # docstrings only
+            if name not in ("eval", "hyperllama.data", "hyperllama.hint"):  # docstrings only
                 yield name, ast.parse(path.read_text(encoding="utf-8"))
 
 

@@ -7,6 +7,7 @@ import pytest
 from data_files import WORDS, lines, write
 
 from eval.check import check
+from eval.sizing import Hardware
 from hyperllama.errors import UserError
 
 
@@ -47,6 +48,22 @@ def test_a_training_recipe(recipe, tmp_path, saved_base, monkeypatch):
     mask = [line for line in text.splitlines() if line.startswith(("S0 ", "S1 ", "S2 ", "S3 ", "S4 ", "S5 "))]
     assert len(mask) > 10 and any("G" in line for line in mask) and re.search("2 contexts, [2-4] queries", text)
     assert "|" in text.split("context of ")[1] and "</s>" in text
+    assert "state of a task 4 prefix rows 0.00 MB in bf16" in text
+
+
+def test_the_memory_of_a_task_module_at_7b(recipe):
+    """Without its tokenizer, which is not here: by the limits. 32 layers of 32 heads of 128, hidden size 4096."""
+    seven = [
+        "model.name_or_path=meta-llama/Llama-2-7b-hf",
+        "gist.kind=hint",
+        "hint.adapter_size=64",
+        "limits.context_tokens=512",
+    ]
+    text = check(recipe, seven, hardware=Hardware.of(gpus=8))
+    row, matrices = 2 * 32 * 4096 * 2 / 1e6, 2 * 32 * 4096 * 64 * 2 / 1e6
+    parts = f"4 prefix rows {4 * row:.2f} MB + 512 fused rows {512 * row:.2f} MB + adapters of 64 {matrices:.2f} MB"
+    assert f"state of a task {parts} = {516 * row + matrices:.2f} MB in bf16, for a context of 512 tokens" in text
+    assert f"cached: {512 * row:.2f} MB" in text and "planned for gist.kind=lora, not for hint" in text
 
 
 def test_a_mixture_with_text_and_a_random_base(tmp_path):

@@ -10,8 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, DynamicCache
 
 from eval.flops import ModelCost, amortised
+from hyperllama.adapters import Stack, adapted
 from hyperllama.backbone import random_base
 from hyperllama.errors import UserError
+from hyperllama.hint.hypernetwork import HintHypernetwork
+from hyperllama.hint.settings import HintSettings
+from hyperllama.prefix import Prefix
 from hyperllama.reader import Reader
 
 aten = torch.ops.aten
@@ -84,6 +88,25 @@ def test_compressing(base, lengths, gists, targets):
     counter = counted(lambda: made.extend(hypernetwork.compress([tokens(n)[0] for n in lengths])))
     assert close(sum(cost.compress(n, gists, hypernetwork.lora.rank, targets) for n in lengths), counter)
     assert {cost.state_bytes(gists, bytes_per_element=4)} == {prefix.nbytes for prefix in made}
+
+
+@pytest.mark.parametrize("rows, size, fusion, rank", [(3, 4, True, 2), (0, 5, False, 2), (4, 0, True, 0), (0, 0, True, 3)])
+@pytest.mark.parametrize("context", [1, 23])
+def test_compressing_with_hint(base, context, rows, size, fusion, rank):
+    hint = HintSettings(adapter_size=size, fusion=fusion, fusion_rank=rank, heads=3, mlp_size=20)
+    cost, hypernetwork, made = ModelCost.of(base.config), HintHypernetwork(base, gists=rows, hint=hint), []
+    assert close(cost.hint(context, rows, hint), counted(lambda: made.extend(hypernetwork.compress([tokens(context)[0]]))))
+    (prefix,) = made
+    assert prefix.gists == rows + fusion * context
+    matrices = prefix.adapters.nbytes if size else 0
+    assert prefix.nbytes == cost.state_bytes(prefix.gists, 4) + matrices == cost.module_bytes(prefix.gists, size, 4)
+
+    def read_with_modules():
+        with adapted(base, Stack.of([prefix.adapters], base)):
+            read(base, 7, Prefix.stack([prefix])[0] if prefix.gists else None)
+
+    reading = cost.read(7, past=prefix.gists, head_rows=1) + cost.adapters(7, size)
+    assert close(reading, counted(read_with_modules))
 
 
 @pytest.mark.parametrize("prompt, answer, past", [(1, 1, 0), (9, 1, 4), (3, 2, 0), (12, 6, 0), (5, 9, 11)])
@@ -231,6 +254,7 @@ def test_what_is_not_known_is_refused():
         lambda: cost.score(3, [2, 0]),
         lambda: cost.compress(0, 3, 4),
         lambda: cost.compress(5, 0, 4),
+        lambda: cost.hint(0, 1, HintSettings()),
     ):
         with pytest.raises(ValueError):
             wrong()

@@ -155,6 +155,20 @@ def test_a_good_recipe_with_overrides(tmp_path):
             "model: {name_or_path: .}",
             "{file}: model.name_or_path: . is not a model folder, it has no config.json; give one that has",
         ),
+        ("gist: {kind: hint, tokens: -1}", "{file}: gist.tokens: at least 0, not -1"),
+        (
+            "{gist: {kind: hint, tokens: 0}, hint: {adapter_size: 0, fusion: false}}",
+            "{file}: hint: nothing is generated: give gist.tokens, adapter_size or fusion",
+        ),
+        ("gist: {kind: hint, elastic: true}", "{file}: gist.elastic: the modules of hint have one size; set it to false"),
+        (
+            "gist: {kind: hint, reading: {graph: parallel}}",
+            "{file}: gist.reading.graph: hint reads an instruction as a whole; choose single",
+        ),
+        (
+            "{gist: {kind: hint}, hint: {regime: paper}, objectives: {distillation: 1}}",
+            "{file}: objectives.distillation: the regime paper changes the model that would teach; set it to 0",
+        ),
         ("data: {min_shots: 30}", "{file}: data.min_shots: between 0 and data.shots=16, not 30"),
         (
             "data: {synthetic: {split: dev}}",

@@ -258,6 +258,7 @@ class TestWindows:
             ({"repeats": 1.5}, "repeats is a share"),
             ({"prompt_tokens": 20}, "prompt_tokens must be at least 1, and fewer"),
             ({"after_tokens": -1}, "after_tokens must be 0 or more"),
+            ({"split": "random", "after_tokens": 3}, "split random draws all sizes"),
         ],
     )
     def test_impossible_windows_are_refused(self, settings_, problem):
@@ -270,6 +271,26 @@ class TestWindows:
         assert min(drawn) >= 10 and max(drawn) <= 40 and len(drawn) > 20
         fixed = source.evaluation(shots=0, queries=0, episodes=5, seed=0)
         assert {e.window.context_tokens for e in fixed} == {40} and len({e.task for e in fixed}) == 5
+
+    @settings(max_examples=60, deadline=None)
+    @given(context=st.integers(1, 30), continuation=st.integers(2, 20), seed=st.integers(0, 10**6))
+    def test_random_cuts_leave_every_piece_a_token(self, context, continuation, seed):
+        source = self.source(context_tokens=context, continuation_tokens=continuation, split="random")
+        window = source.draw(Random(seed), 0, 0, 0).window
+        pieces = (window.context_tokens, window.prompt_tokens, window.continuation_tokens)
+        assert min(pieces) >= 1 and sum(pieces) == context + continuation == window.tokens
+
+    def test_randomly_cut_pieces_are_a_stretch_of_the_text(self, tokenizer):
+        encoder, source = Encoder(tokenizer, TextFormat(), Limits()), self.source(split="random")
+        sizes = set()
+        for seed in range(30):
+            encoded = encoder.encode(source.draw(Random(seed), 0, 0, 0))
+            for prompt, answer in encoded.queries:
+                assert tokenizer.decode([*encoded.context[1:], *prompt, *answer]) in WORDS
+                sizes.add((len(encoded.context), len(prompt)))
+        assert len(sizes) > 20
+        (fixed,) = source.evaluation(shots=0, queries=0, episodes=1, seed=0)
+        assert (fixed.window.context_tokens, fixed.window.prompt_tokens) == (40, 1)
 
     def test_documents_are_drawn_by_length(self):
         source = self.source()

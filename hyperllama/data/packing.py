@@ -23,7 +23,8 @@ class GistBatch:
 
     ids (1, T); target_rows (n,) rows whose output predicts targets (n,); `layout` says who sees whom. The first `answers`
     targets are those of queries, the others are contexts' own tokens, to be said again from a row of `marker_rows` on.
-    `teacher` is the same queries behind their whole contexts. `tasks` names the episodes in the order of their contexts,
+    `teacher` is the same queries behind their whole contexts. The first `contexts` segments are compressed; `owners` says for
+    each segment which context it is, or reads. `tasks` names the episodes in the order of their contexts,
     `episodes` numbers them in the stream. The counts are what the limits left out.
     """
 
@@ -34,6 +35,8 @@ class GistBatch:
     marker_rows: Tensor | None = None
     answers: int | None = None
     teacher: GistBatch | None = None
+    contexts: int = 0
+    owners: tuple[int, ...] = ()
     tasks: tuple[str, ...] = ()
     demonstrations: int = 0
     dropped_demonstrations: int = 0
@@ -60,17 +63,29 @@ class GistBatch:
 
     def halves(self) -> tuple[Tensor, GistLayout, GistBatch]:
         """The compress region alone, as ids and layout; and what reads it, behind placeholder rows for its gists."""
-        compressing = [segment for segment in self.layout.segments if segment.gists]
-        cut, gists = self.layout.compress_rows, sum(segment.gists for segment in compressing)
-        placeholders = [Segment(segment.gists, gists=segment.gists) for segment in compressing]
+        segments = self.layout.segments
+        compressing, cut = segments[: self.contexts], sum(segment.tokens for segment in segments[: self.contexts])
+        kept = [i for i, segment in enumerate(compressing) if segment.gists]
+        gists = sum(segment.gists for segment in compressing)
+        placeholders = [Segment(compressing[i].gists, gists=compressing[i].gists) for i in kept]
         reading = dataclasses.replace(
             self,
             ids=torch.cat([self.ids.new_full((1, gists), PLACEHOLDER), self.ids[:, cut:]], dim=1),
             target_rows=self.target_rows + (gists - cut),
             marker_rows=None if self.marker_rows is None else self.marker_rows + (gists - cut),
-            layout=GistLayout([*placeholders, *self.layout.segments[len(compressing) :]]).to(self.layout.device),
+            layout=GistLayout([*placeholders, *segments[self.contexts :]]).to(self.layout.device),
+            contexts=len(kept),
+            owners=(*(self.owners[i] for i in kept), *self.owners[self.contexts :]),
         )
         return self.ids[:, :cut], GistLayout(compressing).to(self.layout.device), reading
+
+    def reader_rows(self) -> list[list[int]]:
+        """Of each context the rows of all segments that read it."""
+        rows: list[list[int]] = [[] for _ in range(max(self.owners) + 1)]
+        starts = self.layout.row_starts
+        for i in range(self.contexts, len(self.owners)):
+            rows[self.owners[i]] += range(starts[i], starts[i] + self.layout.segments[i].tokens)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -79,7 +94,8 @@ class Packing:
 
     `elastic` draws how many gists a batch has: 1, 2, 4, ... up to all; a gist never sees those after it, so the first few stand
     alone. `reconstruct` adds a segment in which each context is said again (in-context autoencoder, Ge et al. 2023, arXiv
-    2307.06945), `teach` the same queries behind their whole contexts.
+    2307.06945), `teach` the same queries behind their whole contexts. `whole` has a context's own rows read too, before its
+    gists; then there may be none.
     """
 
     gists: int
@@ -87,6 +103,7 @@ class Packing:
     elastic: bool = False
     reconstruct: bool = False
     teach: bool = False
+    whole: bool = False
 
     def drawn_gists(self, episodes: Sequence[EncodedEpisode]) -> int:
         """How many gists the batch of these episodes has: always the same for the same episodes of the stream."""
@@ -95,10 +112,16 @@ class Packing:
         return Random(f"gists/{episodes[0].index}").choice(nested_gists(self.gists))
 
 
-def chunk_segments(reading: Reading, chunks: Sequence[Sequence[int]], gists: int, first: int) -> list[Segment]:
-    """A segment for each chunk of a context, which ends in its gists; the first of them is segment `first` of its layout."""
+def chunk_segments(
+    reading: Reading, chunks: Sequence[Sequence[int]], gists: int, first: int, *, whole: bool = False
+) -> list[Segment]:
+    """A segment for each chunk of a context, which ends in its gists; the first of them is segment `first` of its layout.
+
+    `whole`: all rows of a segment are read like gists.
+    """
     earlier = [range(first, first + i) if reading.graph == "recurrent" else () for i in range(len(chunks))]
-    return [Segment(len(chunk) + gists, gists=gists, reads=reads) for chunk, reads in zip(chunks, earlier, strict=True)]
+    rows = [len(chunk) + gists for chunk in chunks]
+    return [Segment(n, gists=n if whole else gists, reads=reads) for n, reads in zip(rows, earlier, strict=True)]
 
 
 def nested_gists(gists: int) -> list[int]:
@@ -131,17 +154,19 @@ def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> Gis
     gists = packing.drawn_gists(episodes)
     # Neighbours of one length run as one attention call.
     contexts = sorted(episodes, key=lambda e: len(e.context))
-    pieces, segments, own = [], [], []
+    pieces, segments, own, owners = [], [], [], []
     for episode in contexts:
         chunks = packing.reading.chunks(episode.context, [end for _, end in episode.answers])
-        made = chunk_segments(packing.reading, chunks, gists, len(segments))
-        own.append(tuple(range(len(segments), len(segments) + len(made))))
+        made = chunk_segments(packing.reading, chunks, gists, len(segments), whole=packing.whole)
+        own.append(tuple(len(segments) + i for i, segment in enumerate(made) if segment.gists))
+        owners += [len(own) - 1] * len(made)
         segments += made
         pieces += [(*chunk, *[PLACEHOLDER] * gists) for chunk in chunks]
     readers = [(prompt, answer, i) for i, episode in enumerate(contexts) for prompt, answer in episode.queries]
     if packing.reconstruct:  # a prompt that is no token of the model's: the marker
         readers += [(None, episode.context, i) for i, episode in enumerate(contexts)]
     readers.sort(key=lambda r: len(r[0] or (PLACEHOLDER,)) + len(r[1]))
+    compressed = len(segments)
     places = list(zip(readers, _append(pieces, segments, readers, own), strict=True))
     asked, again = ([one for one in places if (one[0][0] is None) == said_again] for said_again in (False, True))
     rows = [row for _, predicting in asked + again for row in predicting]
@@ -150,6 +175,8 @@ def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> Gis
         _batch(pieces, segments, rows, targets, contexts),
         answers=sum(len(answer) for (_, answer, _), _ in asked),
         marker_rows=torch.tensor([predicting[0] for _, predicting in again]) if again else None,
+        contexts=compressed,
+        owners=(*owners, *(context for *_, context in readers)),
         teacher=_teacher(contexts, [reader for reader, _ in asked]) if packing.teach else None,
     )
 

@@ -2,7 +2,7 @@
 
 Words fall into categories, the same for all tasks. A task names a few categories by arbitrary symbols; demonstrations show
 a word and its symbol; a query is a word that was not shown. Which symbol means which category is different in every task, so
-only the demonstrations can tell.
+only the demonstrations can tell; or an instruction in words, if categories have names: it says which symbol means which.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class SyntheticLanguage:
     Of the first `warmup_episodes` episodes a share `repeats` are random token sequences to be copied (`copied_tokens`): they
     form the induction heads without which a small model sits at chance for thousands of steps. Of the other episodes a share
     `lists` are the words of `list_categories` categories, one category after the other: they teach the categories.
+    With `instructions` categories have names, tasks have instructions such as "call lomabu <3> , call tizera <17>", and in
+    lists a name is one more word of its category.
     `split` is "train" or "test": sets of categories are dealt to one or the other, so test tasks are unseen.
     """
 
@@ -38,6 +40,7 @@ class SyntheticLanguage:
     warmup_episodes: int = 0
     lists: float = 0.0
     list_categories: int = 4
+    instructions: bool = False
     split: Literal["train", "test"] = "train"
 
     def problems(self) -> list[str]:
@@ -70,10 +73,12 @@ class SyntheticSource:
         rng = Random("words of the language")  # fixed: every base and every task share one language
         syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
         words: dict[str, None] = {}
-        while len(words) < language.categories * language.words_per_category:
+        count = language.categories * language.words_per_category
+        while len(words) < count + language.categories:
             words["".join(rng.choices(syllables, k=3))] = None
-        self.words = list(words)
+        self.words, names = list(words)[:count], list(words)[count:]
         self.categories = [self.words[i :: language.categories] for i in range(language.categories)]
+        self.names = names if language.instructions else []
         self.symbols = tuple(f"<{i}>" for i in range(language.symbols))
 
     def __len__(self) -> int:
@@ -91,7 +96,7 @@ class SyntheticSource:
         return Provenance(frozenset({f"synthetic language, {self.language.split} split"}))
 
     def texts(self) -> list[str]:
-        return [*self.words, *self.symbols]
+        return [*self.words, *self.symbols, *self.names, *(["call", ","] if self.names else [])]
 
     def draw(self, rng: Random, shots: int, queries: int, index: int) -> Episode:
         if index < self.language.warmup_episodes and rng.random() < self.language.repeats:
@@ -112,7 +117,8 @@ class SyntheticSource:
             held_back += [self._example(word, names[category]) for word in words[share:]]
         rng.shuffle(shown)
         asked = rng.sample(held_back, min(queries, len(held_back)))
-        return Episode("", tuple(shown), tuple(asked), "synthetic " + "+".join(map(str, sorted(chosen))))
+        said = [f"call {self.names[category]} {names[category]}" for category in chosen] if self.names else []
+        return Episode(" , ".join(said), tuple(shown), tuple(asked), "synthetic " + "+".join(map(str, sorted(chosen))))
 
     def _example(self, word: str, symbol: str) -> Example:
         return Example(word, symbol, (symbol,), self.symbols)
@@ -130,6 +136,7 @@ class SyntheticSource:
         return Episode("", (), (Example(text, text),), "repeat")
 
     def _list(self, rng: Random) -> Episode:
-        chosen = rng.sample(self.categories, self.language.list_categories)
+        named = [[*words, *self.names[i : i + 1]] for i, words in enumerate(self.categories)]
+        chosen = rng.sample(named, self.language.list_categories)
         first, *rest = [word for category in chosen for word in rng.sample(category, len(category))]
         return Episode("", (), (Example(first, " ".join(rest)),), "list")

@@ -25,7 +25,9 @@ class WindowSettings:
     make up `continuation_tokens` with them that are predicted, then `after_tokens`, which join the context.
 
     With a prompt of some length and tokens after it, it is HyperTuning's context-augmented language modelling (Phang et al.
-    2022, arXiv 2211.12485): pieces A and D are compressed, C is predicted after B. Of each document the last
+    2022, arXiv 2211.12485): pieces A and D are compressed, C is predicted after B. With `split` "random" as many tokens are
+    cut in training at two random places, each piece of at least one token: a is compressed, c is predicted after b, as HINT is
+    pretrained (Ivison et al. 2023, arXiv 2212.10315). Of each document the last
     twentieth is held out: `part` "test" reads only that, "train" the rest, "all" everything. A share `repeats` of training
     windows says the same again and again, with a period of an eighth to a half of the window: copying is what induction heads
     are made of (Olsson et al. 2022, arXiv 2209.11895), and text alone teaches it late. A model that has none yet learns it from
@@ -40,6 +42,7 @@ class WindowSettings:
     continuation_tokens: int = 128
     prompt_tokens: int = 1
     after_tokens: int = 0
+    split: Literal["fixed", "random"] = "fixed"
     repeats: float = 0.0
     warmup_episodes: int = 0
     repeat_tokens: int = 16
@@ -66,6 +69,8 @@ class WindowSettings:
             found.append("prompt_tokens must be at least 1, and fewer than continuation_tokens")
         if self.after_tokens < 0:
             found.append("after_tokens must be 0 or more")
+        if self.split == "random" and (self.after_tokens or self.prompt_tokens != 1 or self.min_context_tokens is not None):
+            found.append("split random draws all sizes, so leave after_tokens, prompt_tokens and min_context_tokens out")
         if not 0 <= self.repeats <= 1:
             found.append("repeats is a share of the windows, between 0 and 1")
         if not 0 <= self.repeat_spread < self.repeat_tokens:
@@ -97,9 +102,12 @@ class WindowSource:
         context_tokens = most if fewest is None else rng.randint(fewest, most)
         # A window that starts in the last stretch may come out short; the encoder says so, and another is drawn.
         start = rng.randrange(max(1, len(text) - self._span // 4))
-        total = self.settings.most_tokens
+        total, sizes = self.settings.most_tokens, None
+        if self.settings.split == "random":
+            first, second = sorted(rng.sample(range(1, total), 2))
+            sizes = (first, total - second, second - first)
         period = rng.randint(max(1, total // 8), max(1, total // 2)) if rng.random() < self.settings.repeats else None
-        return self._window(name, text, start, context_tokens, period)
+        return self._window(name, text, start, sizes or self._sizes(context_tokens), period)
 
     def evaluation(self, *, shots: int, queries: int, episodes: int, seed: int) -> list[Episode]:
         """`episodes` windows, at places that the seed decides, with as much context as the settings allow."""
@@ -108,19 +116,22 @@ class WindowSource:
             rng = Random(f"evaluation/{seed}/{i}")
             name, text = self._document(rng)
             start = rng.randrange(max(1, len(text) - self._span // 2))
-            made.append(self._window(name, text, start, self.settings.context_tokens))
+            made.append(self._window(name, text, start, self._sizes(self.settings.context_tokens)))
         return made
 
     def _document(self, rng: Random) -> tuple[str, str]:
         return rng.choices(self.documents, cum_weights=self._cumulative)[0]
 
-    def _window(self, name: str, text: str, start: int, context_tokens: int, period: int | None = None) -> Episode:
+    def _sizes(self, context_tokens: int) -> tuple[int, int, int]:
+        """Tokens of context, of what is predicted, and of what is read before it."""
+        settings = self.settings
+        return context_tokens, settings.continuation_tokens - settings.prompt_tokens, settings.prompt_tokens
+
+    def _window(self, name: str, text: str, start: int, sizes: tuple[int, int, int], period: int | None = None) -> Episode:
         if start:  # from the next word on, so that no token is half a word
             end_of_word = text.find(" ", start, start + 200)
             start = end_of_word + 1 if end_of_word >= 0 else start
-        settings = self.settings
-        sizes = (context_tokens, settings.continuation_tokens - settings.prompt_tokens, settings.prompt_tokens)
-        window = TextWindow(text[start : start + self._span], *sizes, settings.after_tokens, period)
+        window = TextWindow(text[start : start + self._span], *sizes, self.settings.after_tokens, period)
         return Episode("", (), (), f"{name}:{start}", name, window)
 
     def _copy(self, rng: Random, progress: float) -> Episode:

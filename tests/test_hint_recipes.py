@@ -1,0 +1,90 @@
+"""The shipped recipes of HINT run end to end, on sizes and data that are small."""
+
+import json
+from pathlib import Path
+
+import pytest
+from data_files import lines, write
+
+from eval.run import evaluate
+from hyperllama import workflows
+from hyperllama.data.synthetic import SyntheticLanguage, SyntheticSource
+from hyperllama.errors import UserError
+from hyperllama.prefix import Prefix
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "hint"
+FEW = ["training.max_steps=2", "training.save_steps=2", "training.use_cpu=true", "training.disable_tqdm=true"]
+SMALL = ["hint.adapter_size=4", "hint.mlp_size=8", "hint.fusion_rank=2", "training.per_device_train_batch_size=2"]
+
+
+def test_instructions_name_categories_and_their_symbols():
+    from random import Random
+
+    source = SyntheticSource(SyntheticLanguage(instructions=True))
+    for seed in range(30):
+        episode = source.task(Random(seed), 3, 5)
+        said = dict(part.split()[1:] for part in episode.instruction.split(" , "))
+        assert len(said) == 4 and set(said) <= set(source.names) and set(said.values()) <= set(source.symbols)
+        for example in (*episode.demonstrations, *episode.queries):
+            (category,) = [i for i, words in enumerate(source.categories) if example.input in words]
+            assert said[source.names[category]] == example.output
+        assert {word for part in episode.instruction.split() for word in part.split()} <= set(source.texts())
+    plain = SyntheticSource(SyntheticLanguage())
+    assert plain.words == source.words and plain.task(Random(0), 3, 5).instruction == "" and not plain.names
+    (listed,) = SyntheticSource(SyntheticLanguage(instructions=True, lists=1.0))._list(Random(0)).queries
+    assert len(f"{listed.input} {listed.output}".split()) == 4 * 9, "a name is one more word of its category"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [[], ["hint.regime=paper"], ["gist.tokens=0", "hint.fusion=false"]], ids=str)
+def test_the_quickstart_of_hint(tmp_path, changes):
+    """From the recipes to a task module that is evaluated, compressed, inspected and generated from."""
+    sizes = ["hidden_size=16", "intermediate_size=16", "num_hidden_layers=2", "num_attention_heads=2", "num_key_value_heads=2"]
+    workflows.train(RECIPES / "base.yaml", [*[f"model.architecture.{s}" for s in sizes], *FEW, f"output={tmp_path}/base"])
+    run, base = tmp_path / "run", f"model.name_or_path={tmp_path}/base"
+    workflows.train(RECIPES / "hypernetwork.yaml", [*FEW, *SMALL, *changes, base, f"output={run}"])
+    found = workflows.inspect(run)
+    assert found["kind"] == "hint" and found["finished"] and found["hint"]["adapter_size"] == 4
+    summary = evaluate(RECIPES / "evaluate.yaml", ["episodes=5", f"hypernetwork={run}", f"output={tmp_path}/evaluation"])
+    ours, fused = summary["methods"]["prefix"], "hint.fusion=false" not in changes
+    rows = found["gists"] + 16 * fused  # the start token, 4 categories of 3 words and 3 commas
+    assert ours["state_rows"] == rows and ours["encode_flops"] > summary["methods"]["full_context"]["encode_flops"]
+    assert set(summary["methods"]) == {"no_context", "full_context", "prefix", "swapped_prefix"}
+    task = write(tmp_path / "task.jsonl", lines([{"input": "w1", "output": "s1"}]))
+    ((path, _),) = workflows.compress(run, [task], tmp_path / "p.safetensors", instruction="call a <1> , call b <2>")
+    said = workflows.inspect(path)
+    assert said["adapter_size"] == 4 and said["adapter_bytes"] == 2 * 2 * 16 * 4 * 4
+    assert said["gists"] == found["gists"] + Prefix.load(path).manifest.context_tokens * fused
+    assert len(workflows.generate(path, ["w2", "w3"], max_new_tokens=2)) == 2
+
+
+@pytest.mark.slow
+def test_pretraining_and_both_settings_of_natural_instructions(tmp_path, saved_base):
+    write(tmp_path / "text" / "book.txt", " ".join(f"w{i % 700}" for i in range(4000)))
+    for split, name in (("train", "t1"), ("test", "t2")):
+        write(tmp_path / "sni" / "splits" / "default" / f"{split}_tasks.txt", name)
+        shown = [{"input": f"{name} s{i}", "output": str(i), "explanation": ""} for i in range(3)]
+        asked = [{"id": str(i), "input": f"{name} q{i}", "output": [str(i)]} for i in range(6)]
+        task = {"Definition": [f"Do {name}."], "Positive Examples": shown, "Instances": asked, "Categories": ["X"]}
+        write(tmp_path / "sni" / "tasks" / f"{name}.json", task)
+    common = [
+        *FEW,
+        *SMALL,
+        "limits.context_tokens=300",
+        "limits.query_tokens=100",
+        "gist.tokens=3",
+        f"model.name_or_path={saved_base}",
+    ]
+    small = ["data.text.context_tokens=30", "data.text.continuation_tokens=30"]
+    workflows.train(RECIPES / "pretrain.yaml", [*common, *small, f"data.root={tmp_path}/text", f"output={tmp_path}/pretrained"])
+    for setting, shots in (("sni-definition", 0), ("sni-definition-positives", 2)):
+        run, data = tmp_path / setting, [f"data.root={tmp_path}/sni", "limits.context_tokens=300", "limits.query_tokens=100"]
+        start = [f"start_from={tmp_path}/pretrained", f"output={run}"]
+        workflows.train(RECIPES / f"{setting}.yaml", [*common, *data, *start])
+        out = [f"hypernetwork={run}", f"output={run}-evaluated", f"data.shots={shots}", "format.answer_tokens=4"]
+        evaluate(RECIPES / "sni-evaluate.yaml", [*data, *out, "methods=[no_context,full_context,prefix]"])
+        found = [json.loads(line) for line in (tmp_path / f"{setting}-evaluated/examples/rank0.jsonl").read_text().splitlines()]
+        assert len(found) == 3 * 6 and {line["task"] for line in found} == {"t2"}
+    with pytest.raises(UserError, match="other sizes"):
+        larger = ["hint.adapter_size=5", f"output={tmp_path}/other", f"start_from={tmp_path}/pretrained"]
+        workflows.train(RECIPES / "sni-definition.yaml", [*common, *data, *larger])
