@@ -1,8 +1,8 @@
 """`hyperllama study` of a question: hypernetworks that differ in some keys of their recipes, over seeds, in one table.
 
-Leaves in `output`: the evaluations of each row and seed, results.json, table.md; and in the folder `trained` beside it a run for
-each row and seed, named by what it was trained with. So it goes on where it stopped, and tables share the runs that they have in
-common.
+Leaves in `output`: the evaluations of each row and seed, results.json, table.md; and in the folder `trained` beside it a run
+for each row and seed, named by what it was trained with. So it goes on where it stopped, and tables share the runs that they
+have in common.
 """
 
 from __future__ import annotations

@@ -25,16 +25,15 @@ class WindowSettings:
     make up `continuation_tokens` with them that are predicted, then `after_tokens`, which join the context.
 
     With a prompt of some length and tokens after it, it is HyperTuning's context-augmented language modelling (Phang et al.
-    2022, arXiv 2211.12485): pieces A and D are compressed, C is predicted after B. With `split` "random" as many tokens are
-    cut in training at two random places, each piece of at least one token: a is compressed, c is predicted after b, as HINT is
-    pretrained (Ivison et al. 2023, arXiv 2212.10315). Of each document the last
-    twentieth is held out: `part` "test" reads only that, "train" the rest, "all" everything. A share `repeats` of training
-    windows says the same again and again, with a period of an eighth to a half of the window: copying is what induction heads
-    are made of (Olsson et al. 2022, arXiv 2209.11895), and text alone teaches it late. A model that has none yet learns it from
-    the first `warmup_episodes` windows of training: random words of the `repeat_words` commonest (of thousands of words each is seen too seldom
-    to be learned from), said again after `repeat_tokens` tokens, later after up to `repeat_spread` more or fewer
-    (`copied_tokens`). `column` is the text of a data set of
-    the `datasets` library, of which the first `rows` rows are read; files need neither.
+    2022, arXiv 2211.12485): pieces A and D are compressed, C is predicted after B. With `split` "random" as many tokens are cut
+    in training at two random places, each piece of at least one token: a is compressed, c is predicted after b, as HINT is
+    pretrained (Ivison et al. 2023, arXiv 2212.10315). Of each document the last twentieth is held out: `part` "test" reads only
+    that, "train" the rest, "all" everything. A share `repeats` of training windows says the same again and again, with a period
+    of an eighth to a half of the window: copying is what induction heads are made of (Olsson et al. 2022, arXiv 2209.11895),
+    and text alone teaches it late. A model that has none yet learns it from the first `warmup_episodes` windows of training:
+    random words of the `repeat_words` commonest (of thousands of words each is seen too seldom to be learned from), said again
+    after `repeat_tokens` tokens, later after up to `repeat_spread` more or fewer (`copied_tokens`). `column` is the text of a
+    data set of the `datasets` library, of which the first `rows` rows are read; files need neither.
     """
 
     context_tokens: int = 256
