@@ -134,8 +134,9 @@ class WindowSource:
         return Episode("", (), (), f"{name}:{start}", name, window)
 
     def _copy(self, rng: Random, progress: float) -> Episode:
+        sizes = self._sizes(self.settings.context_tokens)
         period = copied_tokens(rng, self.settings.repeat_tokens, self.settings.repeat_spread, progress)
-        return self._window("copy", " ".join(rng.choices(self._common, k=period)), 0, self.settings.context_tokens, period)
+        return self._window("copy", " ".join(rng.choices(self._common, k=period)), 0, sizes, period)
 
     def __len__(self) -> int:
         return self._cumulative[-1] // self._span + 1
