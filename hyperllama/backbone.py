@@ -223,6 +223,13 @@ def _rotates_as_we_do(model: PreTrainedModel, rotary: nn.Module) -> bool:
     return torch.allclose(rotate(near, torch.tensor([7, 7], device=device), rotary.inv_freq), far, atol=1e-4)
 
 
+def load_weights_into(model: PreTrainedModel, folder: str | Path) -> None:
+    """Give a model the weights of one of its own form that transformers wrote into a folder."""
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+    with torch.no_grad():
+        model.load_state_dict(saved.state_dict())
+
+
 def head_dim(config) -> int:
     """D, the dimensions of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hyperllama.backbone import load_weights_into
 from hyperllama.data.packing import GistBatch
 from hyperllama.objectives import TokenLoss
 from hyperllama.packed import PackedModel
@@ -29,6 +29,4 @@ class FullAttention(PackedModel):
 
     def load_weights(self, folder: str | Path) -> None:
         """Read weights that `save_pretrained` wrote."""
-        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=self.base.dtype)
-        with torch.no_grad():
-            self.base.load_state_dict(saved.state_dict())
+        load_weights_into(self.base, folder)

@@ -9,10 +9,10 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attention_masks import GistLayout
-from hyperllama.backbone import BaseIdentity, identify
+from hyperllama.backbone import BaseIdentity, identify, load_weights_into
 from hyperllama.chunks import CHUNK_ROWS
 from hyperllama.compressor import GISTS, Hypernetwork, States, likely_words
 from hyperllama.data.packing import GistBatch
@@ -140,7 +140,7 @@ class GistingHypernetwork(WithGistTokens):
 
     def load_weights(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        load_model(self.base, folder)
+        load_weights_into(self.base, folder)
         super().load_weights(folder)
 
 
@@ -153,10 +153,3 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     for name, content in written.items():
         write_atomically(folder / name, content)
     return sorted(written)
-
-
-def load_model(model: PreTrainedModel, folder: str | Path) -> None:
-    """Read the weights that `save_model` wrote."""
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
-    with torch.no_grad():
-        model.load_state_dict(saved.state_dict())

@@ -255,6 +255,7 @@ class TestWindows:
         "settings_, problem",
         [
             ({"repeat_spread": 16}, "repeat_spread must be at least 0 and less than repeat_tokens"),
+            ({"repeat_words": 0}, "repeat_words must be at least 1"),
             ({"repeats": 1.5}, "repeats is a share"),
             ({"prompt_tokens": 20}, "prompt_tokens must be at least 1, and fewer"),
             ({"after_tokens": -1}, "after_tokens must be 0 or more"),

@@ -74,6 +74,8 @@ class WindowSettings:
             found.append("repeats is a share of the windows, between 0 and 1")
         if not 0 <= self.repeat_spread < self.repeat_tokens:
             found.append("repeat_spread must be at least 0 and less than repeat_tokens")
+        if self.repeat_words < 1:
+            found.append("repeat_words must be at least 1")
         return found
 
 

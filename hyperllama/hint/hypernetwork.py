@@ -16,7 +16,15 @@ from transformers import PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
 from hyperllama.adapters import Adapters, Stack, adapted
-from hyperllama.backbone import BaseIdentity, head_dim, identify, inverse_frequencies, kv_heads, packed_arguments
+from hyperllama.backbone import (
+    BaseIdentity,
+    head_dim,
+    identify,
+    inverse_frequencies,
+    kv_heads,
+    load_weights_into,
+    packed_arguments,
+)
 from hyperllama.chunks import CHUNK_ROWS, chunked_mlps
 from hyperllama.compressor import Hypernetwork, States
 from hyperllama.data.packing import GistBatch
@@ -26,7 +34,7 @@ from hyperllama.files import write_atomically
 from hyperllama.hint.fusion import Fusion
 from hyperllama.hint.generator import Generator
 from hyperllama.hint.settings import HintSettings
-from hyperllama.hypernetwork import load_model, save_model
+from hyperllama.hypernetwork import save_model
 from hyperllama.objectives import TokenLoss
 from hyperllama.prefix import Prefix
 
@@ -189,4 +197,4 @@ class HintHypernetwork(Hypernetwork):
                     parameter.copy_(saved[name])
         if self.trains_base:
             self.folder = Path(folder)
-            load_model(self.base, folder)
+            load_weights_into(self.base, folder)
