@@ -170,5 +170,6 @@ def _compressing(cost: ModelCost, hypernetwork: Hypernetwork, state: State) -> i
     if hypernetwork.kind == "hint":
         return cost.hint(state.tokens, hypernetwork.num_gists, hypernetwork.hint)
     if hypernetwork.kind == "pooling":
-        return sum(cost.pool(s.tokens - s.gists, s.gists) for s in layout.segments)
+        lora = (hypernetwork.lora.rank, hypernetwork.lora.targets) if hypernetwork.lora else ()
+        return sum(cost.pool(s.tokens - s.gists, s.gists, *lora) for s in layout.segments)
     return layout.tokens * cost.per_row + cost.per_pair * rectangle(layout)

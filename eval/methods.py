@@ -213,9 +213,9 @@ def _fits(encoder: Encoder, episode: Episode) -> bool:
     return True
 
 
-@method("last tokens' keys and values", "budget", "model", "budget")
+@method("first and last tokens' keys and values", "budget", "model", "budget")
 def last_tokens(bench: Bench, indices: Sequence[int]) -> list[State]:
-    """The keys and values of the last tokens of the context, which have seen all of it, and nothing else."""
+    """The keys and values of the context's first token and of its last ones, which have seen all of it, and nothing else."""
     inv_freq = inverse_frequencies(bench.reader.model)
     return [
         dataclasses.replace(state, prefix=state.prefix and last_rows(state.prefix, bench.budget, inv_freq))

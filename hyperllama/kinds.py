@@ -10,7 +10,8 @@ from hyperllama.compressor import Hypernetwork, read_config
 from hyperllama.errors import UserError
 from hyperllama.hint.hypernetwork import HintHypernetwork
 from hyperllama.hypernetwork import GistHypernetwork, GistingHypernetwork
-from hyperllama.two_pass import FullHypernetwork, PoolingHypernetwork
+from hyperllama.pooling import PoolingHypernetwork
+from hyperllama.two_pass import FullHypernetwork
 
 KINDS: dict[str, type[Hypernetwork]] = {
     cls.kind: cls for cls in (GistHypernetwork, FullHypernetwork, GistingHypernetwork, PoolingHypernetwork, HintHypernetwork)

@@ -73,6 +73,17 @@ class LoraRecipe:
 
 
 @dataclass(frozen=True)
+class PoolingRecipe:
+    """Of gist.kind "pooling": see `hyperllama.pooling.PoolingHypernetwork`. `lora`: contexts are read with LoRA, as the
+    recipe's `lora` says.
+    """
+
+    recency: float = 0.0
+    sharpness: float = 1.0
+    lora: bool = False
+
+
+@dataclass(frozen=True)
 class SourceRecipe:
     """One source of episodes.
 
@@ -148,6 +159,7 @@ class Recipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     gist: GistRecipe = field(default_factory=GistRecipe)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
+    pooling: PoolingRecipe = field(default_factory=PoolingRecipe)
     hint: HintSettings = field(default_factory=HintSettings)
     objectives: Mix = field(default_factory=Mix)
     start_from: str | None = None

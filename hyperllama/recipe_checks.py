@@ -137,6 +137,8 @@ def _hypernetwork(recipe: Any, check: _Checks) -> None:
     check.extend(f"objectives: {problem}" for problem in recipe.objectives.problems())
     pooled = gist.kind == "pooling" and gist.reading.graph == "recurrent"
     check(not pooled, "gist.reading.graph: pooling reads chunks one by one, so they cannot read each other; choose parallel")
+    check(recipe.pooling.recency >= 0, f"pooling.recency: 0 or more, not {recipe.pooling.recency}")
+    check(recipe.pooling.sharpness > 0, f"pooling.sharpness: above 0, not {recipe.pooling.sharpness}")
     if gist.kind == "hint":
         check.extend(f"hint: {problem}" for problem in recipe.hint.problems(gist.tokens))
         check(gist.reading.graph == "single", "gist.reading.graph: hint reads an instruction as a whole; choose single")

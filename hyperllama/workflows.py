@@ -160,7 +160,9 @@ def make_hypernetwork(recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrain
     """The hypernetwork that a recipe describes, new or with the weights of `start_from`."""
     gist = recipe.gist
     settings = {"gists": gist.tokens, "reading": gist.reading, "elastic": gist.elastic, "mix": recipe.objectives}
-    if gist.kind == "lora":
+    if gist.kind == "pooling":
+        settings |= {"recency": recipe.pooling.recency, "sharpness": recipe.pooling.sharpness}
+    if gist.kind == "lora" or (gist.kind == "pooling" and recipe.pooling.lora):
         lora = recipe.lora
         settings |= {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout}
         settings |= {"targets": list(lora.targets) or "all-linear"}

@@ -22,7 +22,7 @@ LAYERS = [
     {"hyperllama.workflows"},
     {"hyperllama.sources", "hyperllama.tuning", "hyperllama.quality", "hyperllama.hub", "hyperllama.contexts"},
     {"hyperllama.kinds"},
-    {"hyperllama.two_pass", "hyperllama.hint.hypernetwork"},
+    {"hyperllama.two_pass", "hyperllama.pooling", "hyperllama.hint.hypernetwork"},
     {
         "hyperllama.recipe",
         "hyperllama.training",

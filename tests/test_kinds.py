@@ -3,6 +3,8 @@
 import pytest
 import torch
 from conftest import tiny_base
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, kl_div
 
 from hyperllama.adapters import Stack, adapted
@@ -13,6 +15,7 @@ from hyperllama.errors import UserError
 from hyperllama.hypernetwork import GistHypernetwork
 from hyperllama.kinds import KINDS, load_hypernetwork_onto
 from hyperllama.mix import Mix
+from hyperllama.pooling import in_shares
 from hyperllama.prefix import Prefix
 from hyperllama.reader import Reader
 from hyperllama.scoring import Question
@@ -21,14 +24,17 @@ EPISODES = [
     EncodedEpisode((5, 6, 7, 8, 9, 10, 11), (((12, 13), (14, 15)), ((16,), (17,))), answers=((1, 3), (4, 7)), index=3),
     EncodedEpisode((20, 21, 22), (((23, 24, 25), (26, 27, 28)),), answers=((1, 3),), index=4),
 ]
+# Every kind, and pooling with all that it can have.
+ALL = [*KINDS, "pooling with LoRA"]
+OWN = {"lora": {"rank": 4}, "pooling with LoRA": {"rank": 4, "recency": 0.2, "sharpness": 4.0}}
 GRAPHS = {name: Reading(name, 4) for name in ("single", "recurrent", "parallel")}
 
 
 def made(kind, base=None, gists=3, **settings):
     """A hypernetwork whose weights all do something."""
     torch.manual_seed(1)
-    settings |= {"rank": 4} if kind == "lora" else {}
-    hypernetwork = KINDS[kind](base if base is not None else tiny_base(), gists=gists, **settings)
+    settings |= OWN.get(kind, {})
+    hypernetwork = KINDS[kind.split()[0]](base if base is not None else tiny_base(), gists=gists, **settings)
     with torch.no_grad():
         for name, parameter in hypernetwork.trainable().items():
             if "norm" not in name and kind != "gisting":
@@ -48,8 +54,8 @@ def context_of(episode):
     return ids
 
 
-REFUSED = [("pooling", "recurrent"), ("hint", "recurrent"), ("hint", "parallel")]
-CASES = [(kind, graph) for kind in KINDS for graph in GRAPHS if (kind, graph) not in REFUSED]
+REFUSED = [("pooling", "recurrent"), ("pooling with LoRA", "recurrent"), ("hint", "recurrent"), ("hint", "parallel")]
+CASES = [(kind, graph) for kind in ALL for graph in GRAPHS if (kind, graph) not in REFUSED]
 
 
 def packing(kind, gists=3, reading=GRAPHS["single"], **settings):
@@ -72,7 +78,7 @@ def test_a_packed_batch_is_compress_store_load_read(kind, graph, tmp_path):
     assert loss.count == 6 and loss.sum.item() == pytest.approx(answers_loss(reader, loaded), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_everything_that_is_trained_has_a_gradient_and_nothing_else(kind):
     hypernetwork = made(kind, mix=Mix(reconstruction=0.5))
     hypernetwork(pack_gist(EPISODES, packing(kind, reconstruct=True))).mean.backward()
@@ -82,7 +88,7 @@ def test_everything_that_is_trained_has_a_gradient_and_nothing_else(kind):
     assert (not frozen) == (kind == "gisting")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_what_is_saved_comes_back(kind, tmp_path, saved_base):
     from hyperllama.backbone import load_base, load_tokenizer
 
@@ -95,7 +101,7 @@ def test_what_is_saved_comes_back(kind, tmp_path, saved_base):
     hypernetwork.save_pretrained(tmp_path)
     where = tmp_path if kind == "gisting" else saved_base
     again = load_hypernetwork_onto(tmp_path, load_base(str(where)), tokenizer=tokenizer)
-    assert type(again) is KINDS[kind] and again.reading == reading
+    assert type(again) is type(hypernetwork) and again.settings() == hypernetwork.settings() and again.reading == reading
     for a, b in zip(hypernetwork.compress([range(3, 12)]), again.compress([range(3, 12)])):
         assert (
             a.gists == (12 if kind == "hint" else 9)
@@ -104,8 +110,8 @@ def test_what_is_saved_comes_back(kind, tmp_path, saved_base):
         )
     with pytest.raises(UserError, match="was trained for"):
         load_hypernetwork_onto(tmp_path, tiny_base(seed=5))
-    other = next(k for k in KINDS if k != kind)
-    with pytest.raises(UserError, match=f"a hypernetwork of kind {kind}, not {other}"):
+    other = next(k for k in KINDS if k != hypernetwork.kind)
+    with pytest.raises(UserError, match=f"a hypernetwork of kind {hypernetwork.kind}, not {other}"):
         KINDS[other].from_pretrained(tmp_path, base)
 
 
@@ -117,6 +123,32 @@ def test_pooling_starts_as_means_of_neighbours():
     (whole,) = Reader(hypernetwork.base, None).encode([list(range(3, 5))])
     for a, b in zip((*prefix.keys, *prefix.values), (*whole.keys, *whole.values)):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_sharp_pooling_with_recency_starts_from_the_first_token_and_mostly_late_ones():
+    context = list(range(3, 43))
+    hypernetwork = KINDS["pooling"](tiny_base(), gists=8, recency=0.1, sharpness=1e4)
+    (prefix,) = hypernetwork.compress([context])
+    (whole,) = Reader(hypernetwork.base, None).encode([context])
+    values = whole.values[0]
+    kept = torch.cdist(prefix.values[0][0], values[0]).argmin(1)
+    torch.testing.assert_close(prefix.values[0], values[:, kept], atol=1e-3, rtol=1e-3)
+    gaps = kept.diff()
+    assert kept[0] == 0 and kept[-1] >= 38 and gaps.min() >= 1 and (gaps[1:].diff() <= 1).all() and gaps[1] > gaps[-1]
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.floats(0, 4))
+def test_tokens_stand_in_order_within_the_shares_of_the_rows(tokens, rows, recency):
+    places = in_shares(tokens, rows, recency)
+    assert len(places) == tokens and places[0] > 0 and places[-1] < rows and (places.diff() > 0).all()
+    if recency and tokens > rows > 1:
+        assert places[0] == 0.5 and places[1] > 1  # the first row is the first token's alone
+        assert (places[1:].diff().diff() > -1e-4).all()  # and shares grow narrower to the end
+
+
+def test_lora_changes_nothing_before_it_is_trained():
+    (without,), (with_lora,) = (KINDS["pooling"](tiny_base(), gists=3, rank=r).compress([range(3, 12)]) for r in (0, 4))
+    assert all(torch.equal(a, b) for a, b in zip((*without.keys, *without.values), (*with_lora.keys, *with_lora.values)))
 
 
 def test_the_first_gists_stand_alone():

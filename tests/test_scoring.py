@@ -84,9 +84,10 @@ def test_pooling_and_cutting(base):
     last, pooled = last_rows(prefix, 4, inv_freq), mean_pooled(prefix, 5, inv_freq)
     assert (last.gists, pooled.gists) == (4, 5)
     for layer in range(prefix.layers):
-        assert torch.equal(last.values[layer], prefix.values[layer][:, 6:])
-        moved = rotate(last.keys[layer], torch.full((4,), 6), inv_freq)
-        assert torch.allclose(moved, prefix.keys[layer][:, 6:], atol=1e-5)
+        kept = torch.tensor([0, 7, 8, 9])  # the first, where attention rests, and the last three
+        assert torch.equal(last.values[layer], prefix.values[layer][:, kept])
+        moved = rotate(last.keys[layer], kept - torch.arange(4), inv_freq)
+        assert torch.allclose(moved, prefix.keys[layer][:, kept], atol=1e-5)
         pairs = prefix.values[layer].unflatten(1, (5, 2)).mean(2)
         assert torch.allclose(pooled.values[layer], pairs, atol=1e-6)
         upright = rotate(prefix.keys[layer], -torch.arange(10), inv_freq).unflatten(1, (5, 2)).mean(2)
