@@ -117,6 +117,15 @@ NEEDS = {
 }
 
 
+def instruction_fits(encoder: Encoder, episode: Episode) -> bool:
+    """Whether an episode's instruction alone is within the limits of a context."""
+    try:
+        encoder.context(episode.instruction, ())
+    except UserError:
+        return False
+    return True
+
+
 def found_in(episodes: Sequence[Episode]) -> set[str]:
     """Which of `NEEDS` the episodes of an evaluation meet."""
     there = {
@@ -198,19 +207,11 @@ def fewer_demonstrations(bench: Bench, indices: Sequence[int]) -> list[State]:
         if episode.window is not None:
             kept, shown = [*tight.start, *bench.context(episode)[len(tight.start) :][len(tight.start) - bench.budget :]], []
         else:
-            room = bench.budget - len(tight.context(episode.instruction, ())[0]) if _fits(tight, episode) else -1
+            room = bench.budget - len(tight.context(episode.instruction, ())[0]) if instruction_fits(tight, episode) else -1
             kept, shown = tight.context(episode.instruction if room >= 0 else "", episode.demonstrations)
         contexts.append(kept)
         counts.append(len(shown))
     return [dataclasses.replace(state, demonstrations=n) for state, n in zip(bench.whole(contexts), counts, strict=True)]
-
-
-def _fits(encoder: Encoder, episode: Episode) -> bool:
-    try:
-        encoder.context(episode.instruction, ())
-    except UserError:
-        return False
-    return True
 
 
 @method("first and last tokens' keys and values", "budget", "model", "budget")

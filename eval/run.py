@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.answering import Kind, Query, kind_of, queries_of, results
-from eval.methods import METHODS, NEEDS, Bench, Method, found_in
+from eval.methods import METHODS, NEEDS, Bench, Method, found_in, instruction_fits
 from eval.report import write_report
 from eval.summary import summarise
 from hyperllama import workflows
@@ -76,6 +76,8 @@ def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str
         raise UserError(f"leaks: {leaks}; evaluate on other data, or set leaks to warn to have it reported anyway")
     bench = make_bench(recipe, episodes)
     write_atomically(output / RECIPE, resolved)
+    offered = sum(len(e.queries or (1,)) for e in episodes)
+    bench.episodes = episodes = readable(episodes, bench.encoder) if bench.encoder else episodes
     asked = {i: queries_of(bench, episode, kind) for i, episode in enumerate(episodes)}
     run = Run(output / EXAMPLES, rank, [method.name for method in methods], {i: len(q) for i, q in asked.items()})
     for method, indices in run.left(bench, asked, range(rank, len(episodes), ranks)):
@@ -84,11 +86,22 @@ def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str
     if run.missing(lines):
         print(f"rank {rank}: done; {run.missing(lines)} of all results are still to come from others", file=sys.stderr)
         return None
-    facts = describe(recipe, bench, episodes, kind, leaks, sum(len(e.queries or (1,)) for e in episodes))
+    facts = describe(recipe, bench, episodes, kind, leaks, offered)
     summary = summarise(lines, [m.name for m in methods], facts, resamples=recipe.resamples, seed=recipe.seed)
     write_atomically(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     write_report(summary, output)
     return summary | {"report": str(output / "report.md")}
+
+
+def readable(episodes: Sequence[Episode], encoder: Encoder) -> list[Episode]:
+    """The episodes whose instructions are within the limits, where these say to skip others; UserError if none is."""
+    limits = encoder.limits
+    if limits.too_long_query == "error":
+        return list(episodes)
+    kept = [episode for episode in episodes if instruction_fits(encoder, episode)]
+    if not kept:
+        raise UserError(f"limits.context_tokens={limits.context_tokens}: no instruction fits; raise it")
+    return kept
 
 
 class Run:

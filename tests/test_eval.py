@@ -22,7 +22,7 @@ from eval.answering import kind_of, queries_of, results
 from eval.intervals import Bootstrap
 from eval.methods import METHODS, NEEDS, Bench, found_in, shuffled
 from eval.metrics import headline, normalise, rouge_l, score_choices, score_text
-from eval.run import evaluate
+from eval.run import evaluate, readable
 from eval.summary import difference, quantity, summarise
 from hyperllama.backbone import random_base
 from hyperllama.data.episode import Episode, Example, TextWindow
@@ -237,6 +237,13 @@ class TestBadData:
         with pytest.raises(UserError, match="task t: query 0 takes 21 tokens, more than limits.query_tokens=10"):
             self.ask(words, query, "text", Limits(query_tokens=10))
         assert self.ask(words, query, "text", Limits(query_tokens=10, too_long_query="skip")) == []
+
+    def test_an_instruction_too_long(self, words):
+        short, long = (Episode(text, (), (Example("x", "c"),), "t") for text in ("a b", "a " * 30))
+        skip, error = (Encoder(words, WORDS, Limits(context_tokens=10, too_long_query=what)) for what in ("skip", "error"))
+        assert readable([short, long], skip) == [short] and readable([short, long], error) == [short, long]
+        with pytest.raises(UserError, match="limits.context_tokens=10: no instruction fits"):
+            readable([long], skip)
 
     def test_kinds_that_the_data_does_not_allow(self):
         asked, chosen = (Episode("", (), (Example("a", "b", (), choices),)) for choices in ((), ("b", "c")))
