@@ -84,9 +84,8 @@ class Bench:
         self._whole.update(zip(new, made, strict=True))
         return [State(self._whole.get(key), len(key[1])) for key in keys]
 
-    def compressed(self, episodes: Sequence[Episode]) -> list[State]:
+    def compressed(self, contexts: Sequence[list[int]]) -> list[State]:
         """States of the hypernetwork's prefixes, in passes of at most `batch_tokens` tokens."""
-        contexts = [self.context(episode) for episode in episodes]
         prefixes: list[Prefix] = []
         batch: list[list[int]] = []
         for context in contexts:
@@ -107,6 +106,7 @@ class Bench:
 NEEDS = {
     "model": "model, or a hypernetwork with its base",
     "hypernetwork": "hypernetwork, the folder of a run",
+    "chunks": "hypernetwork, the folder of a run that reads contexts in chunks (gist.reading)",
     "multi_task": "multi_task, the run of a full-attention model",
     "prefixes": "prefixes, a folder of prefix files",
     "budget": "budget, or a hypernetwork whose gists are one",
@@ -237,19 +237,28 @@ def mean_pool(bench: Bench, indices: Sequence[int]) -> list[State]:
 @method("the prefix", "ours", "model", "hypernetwork")
 def prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
     """The prefix that the hypernetwork makes of instruction and demonstrations."""
-    return bench.compressed([bench.episodes[i] for i in indices])
+    return bench.compressed([bench.context(bench.episodes[i]) for i in indices])
+
+
+@method("the last chunk's prefix", "control", "model", "chunks")
+def last_chunk(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """The prefix of as many of the context's last tokens as one chunk holds: does what stands before them matter?"""
+    start = bench.encoder.start
+    room = bench.hypernetwork.reading.chunk_tokens - len(start)
+    contexts = [bench.context(bench.episodes[i])[len(start) :] for i in indices]
+    return bench.compressed([[*start, *context[max(0, len(context) - room) :]] for context in contexts])
 
 
 @method("another task's prefix", "control", "model", "hypernetwork", "other_tasks")
 def swapped_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
     """The prefix of the next episode of another task: does it matter what was compressed?"""
-    return bench.compressed([bench.episodes[bench.partner(i)] for i in indices])
+    return bench.compressed([bench.context(bench.episodes[bench.partner(i)]) for i in indices])
 
 
 @method("prefix of shuffled labels", "control", "model", "hypernetwork", "demonstrations")
 def shuffled_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
     """The prefix of demonstrations whose outputs have changed places: does it matter which output belongs to which input?"""
-    return bench.compressed([shuffled(bench.episodes[i], bench.seed, i) for i in indices])
+    return bench.compressed([bench.context(shuffled(bench.episodes[i], bench.seed, i)) for i in indices])
 
 
 @method("shuffled labels, full attention", "control", "model", "demonstrations")

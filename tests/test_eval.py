@@ -1,5 +1,6 @@
 """Evaluation: methods are what they are called, figures are paired, and a run can be cut and shared out at will."""
 
+import dataclasses
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from eval.run import evaluate, readable
 from eval.summary import difference, quantity, summarise
 from hyperllama.backbone import random_base
 from hyperllama.data.episode import Episode, Example, TextWindow
+from hyperllama.data.reading import Reading
 from hyperllama.data.synthetic import SyntheticLanguage, SyntheticSource
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
@@ -175,6 +177,15 @@ class TestMethods:
         bench.forget()
         fewer = METHODS["fewer_demonstrations"].run(bench, [0])[0]
         assert (fewer.demonstrations, fewer.tokens) == (1, 3)  # start, word, symbol
+
+    def test_the_last_chunk_is_as_many_tokens_as_one_holds(self, bench, words):
+        reading = Reading("parallel", 5)
+        chunked = dataclasses.replace(bench, hypernetwork=trained_hypernetwork(tiny_base(), tokenizer=words, reading=reading))
+        states = METHODS["last_chunk"].run(chunked, range(4))
+        for state, episode in zip(states, chunked.episodes, strict=True):
+            context = chunked.context(episode)
+            (alone,) = chunked.hypernetwork.compress([[context[0], *context[-4:]]])  # behind the start token
+            assert state.prefix.gists == 3 and torch.allclose(state.prefix.values[1], alone.values[1], atol=1e-5)
 
     def test_a_long_instruction_gives_way_to_demonstrations(self, words):
         episode = Episode("x " * 30, (Example("a", "b"), Example("c", "d")), (Example("e", "f"),), "t")
