@@ -19,6 +19,8 @@ TABLES = (
     "text-objectives",
     "text-kinds",
     "text-recurrent",
+    "sni-kinds",
+    "symbols-kinds",
     "hard-gists",
     "hard-elastic",
     "hard-objectives",
