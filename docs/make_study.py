@@ -25,6 +25,8 @@ TABLES = (
     "hard-elastic",
     "hard-objectives",
     "hard-kinds",
+    "hard-seeds",
+    "hard-shots",
     "hard-graphs",
 )
 
