@@ -8,7 +8,7 @@ quickstart: .venv/.installed
 	$(BIN)/python -m eval.quickstart
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=15
 
 lint: .venv/.installed-test
 	$(BIN)/ruff format --check .
