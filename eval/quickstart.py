@@ -37,7 +37,7 @@ def main() -> None:
 
     print("1/3  A tiny Llama learns to learn in context: full attention over demonstrations.", flush=True)
     workflows.train(arguments.recipes / "base.yaml")
-    print("\n2/3  It is frozen. Gist tokens and LoRA learn to compress demonstrations into a prefix.", flush=True)
+    print("\n2/3  It is frozen. A hypernetwork learns to compress demonstrations into a prefix.", flush=True)
     workflows.train(arguments.recipes / "hypernetwork.yaml")
 
     print("\n3/3  Unseen tasks: the frozen model reads prefixes instead of demonstrations.\n", flush=True)

@@ -56,7 +56,7 @@ class GistRecipe:
     """
 
     tokens: int = 16
-    kind: Literal["lora", "full", "gisting", "pooling", "hint"] = "lora"
+    kind: Literal["lora", "full", "gisting", "pooling", "hint"] = "pooling"
     reading: Reading = field(default_factory=Reading)
     elastic: bool = False
     backend: Literal["auto", "dense", "sdpa", "flash", "varlen", "flex"] = "auto"

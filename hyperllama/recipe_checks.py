@@ -147,7 +147,8 @@ def _hypernetwork(recipe: Any, check: _Checks) -> None:
     changes = gist.kind == "gisting" or (gist.kind == "hint" and recipe.hint.regime == "paper")
     taught = changes and recipe.objectives.distillation > 0
     check(not taught, f"objectives.distillation: {changing} changes the model that would teach; set it to 0")
-    apart = gist.kind in ("full", "pooling", "hint") and recipe.training.get("gradient_checkpointing")
+    two_passes = recipe.method == "hypernetwork" and gist.kind in ("full", "pooling", "hint")
+    apart = two_passes and recipe.training.get("gradient_checkpointing")
     check(
         not apart, f"training.gradient_checkpointing: not with gist.kind={gist.kind}, whose keys and values it would not keep"
     )

@@ -21,7 +21,7 @@ def recipe(tmp_path, saved_base):
         f"""
 output: {tmp_path}/run
 model: {{name_or_path: {saved_base}}}
-gist: {{tokens: 4}}
+gist: {{tokens: 4, kind: lora}}
 data: {{source: jsonl, root: {tmp_path}/data, shots: 5, queries: 2}}
 limits: {{context_tokens: 300, query_tokens: 75, too_long_query: skip}}
 training: {{max_steps: 7, per_device_train_batch_size: 2}}

@@ -31,7 +31,7 @@ def recipe(tmp_path, saved_base):
         f"""
 output: {tmp_path}/run
 model: {{name_or_path: {saved_base}}}
-gist: {{tokens: 2}}
+gist: {{tokens: 2, kind: lora}}
 lora: {{rank: 2}}
 data: {{source: jsonl, root: {tmp_path}/data, shots: 4, min_shots: 1, queries: 2}}
 limits: {{context_tokens: 90, query_tokens: 30}}

@@ -36,7 +36,7 @@ def test_from_a_recipe_to_an_answer(base_folder, tmp_path):
         f"""
 output: {tmp_path}/run
 model: {{name_or_path: {base_folder}, quantize: nf4}}
-gist: {{tokens: 2}}
+gist: {{tokens: 2, kind: lora}}
 lora: {{rank: 2}}
 data: {{source: jsonl, root: {tmp_path}/data, shots: 3, queries: 2}}
 limits: {{context_tokens: 120, query_tokens: 30}}

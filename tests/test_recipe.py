@@ -20,7 +20,7 @@ GOOD = """
 output: out
 model: {architecture: {model_type: llama, hidden_size: 32, max_position_embeddings: 64}, tokenizer: words}
 limits: {context_tokens: 32, query_tokens: 8}
-gist: {tokens: 4}
+gist: {tokens: 4, kind: lora}
 training: {max_steps: 3}
 """
 

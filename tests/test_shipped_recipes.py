@@ -173,7 +173,7 @@ def test_pretraining_on_text_is_gone_on_from(collections, saved_base, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "gisting", "pooling"])
+@pytest.mark.parametrize("kind", ["full", "gisting", "lora"])
 def test_every_kind_of_hypernetwork_has_a_quickstart(tmp_path, kind):
     """From the recipe to prefixes that are evaluated, inspected and generate."""
     sizes = ["hidden_size=16", "intermediate_size=16", "num_hidden_layers=2", "num_attention_heads=2", "num_key_value_heads=2"]

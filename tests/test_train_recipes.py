@@ -66,7 +66,7 @@ def test_mixtures_differ_in_their_base_only():
         for key in ("seed", "data", "format", "limits"):
             assert recipe[key] == same[0][key], (recipe["output"], key)
         if recipe["method"] == "hypernetwork":
-            assert (recipe["gist"], recipe["lora"]) == ({"tokens": 16}, {"rank": 8, "alpha": 16})
+            assert (recipe["gist"], recipe["lora"]) == ({"tokens": 16, "kind": "lora"}, {"rank": 8, "alpha": 16})
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)

@@ -36,7 +36,7 @@ def recipe(tmp_path, saved_base):
     path.write_text(f"""
 output: {tmp_path}/run
 model: {{name_or_path: {saved_base}}}
-gist: {{tokens: 2}}
+gist: {{tokens: 2, kind: lora}}
 lora: {{rank: 2, dropout: 0.1}}
 data: {{source: jsonl, root: {data}, shots: 3, queries: 2}}
 limits: {{context_tokens: 120, query_tokens: 60}}

@@ -28,7 +28,7 @@ def recipe(tmp_path, saved_base):
         f"""
 output: {tmp_path}/one
 model: {{name_or_path: {saved_base}}}
-gist: {{tokens: 2}}
+gist: {{tokens: 2, kind: lora}}
 lora: {{rank: 2}}
 data: {{source: jsonl, root: {tmp_path}/data, shots: 5, min_shots: 1, queries: 3}}
 limits: {{context_tokens: 60, query_tokens: 20, too_long_query: skip}}
