@@ -4,7 +4,8 @@ import json
 
 from test_recipe import ROOT
 
-from docs.make_study import FOLDER, PAGE, TABLES, draw_lengths, page
+from docs.hint_lengths import draw_lengths
+from docs.make_study import FOLDER, PAGE, TABLES, page
 
 
 def test_the_page_is_made_of_the_result_files():
