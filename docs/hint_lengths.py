@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from eval.flops import amortised
 
 INPUTS = (10, 100)  # that share a task's instruction
-PROMPT, CACHED, HINT = "#4c78a8", "#72b7b2", "#f58518"
+PROMPT, CACHED, HINT, UNFUSED = "#4c78a8", "#72b7b2", "#f58518", "#b5531c"
 QUALITY = {
     "full_context": ("instruction in the prompt, cached or not", PROMPT, "X-"),
     "prefix": ("HINT", HINT, "o-"),
@@ -20,14 +20,14 @@ QUALITY = {
 }
 
 
-def draw_lengths(results: dict[str, Any], path: str | Path) -> None:
+def draw_lengths(results: dict[str, Any], path: str | Path, without_fusion: dict[str, Any] | None = None) -> None:
     """What an input costs and how good its answer is, over lengths, and one against the other for the longest.
 
     `results` are a table's, of one row and seed: cells with "prefix" and the controls are of different lengths, those with
-    "cut_context" of the longest instruction, cut to a budget.
+    "cut_context" of the longest instruction, cut to a budget. `without_fusion`, the same table of another HINT, adds a line.
     """
     methods = [cell["methods"] for cell in results["cells"]]
-    whole = sorted((m for m in methods if "prefix" in m), key=lambda m: m["prefix"]["context_tokens"])
+    whole = _by_length(methods)
     cut = sorted((m["cut_context"] for m in methods if "cut_context" in m), key=lambda entry: entry["context_tokens"])
     lengths = [m["prefix"]["context_tokens"] for m in whole]
     figure = Figure(figsize=(14, 4.8), layout="constrained")
@@ -35,6 +35,11 @@ def draw_lengths(results: dict[str, Any], path: str | Path) -> None:
     _costs(cost, lengths, [m["full_context"] for m in whole], [m["prefix"] for m in whole])
     for name, (label, colour, form) in QUALITY.items():
         _points(quality, lengths, [m[name] for m in whole], color=colour, fmt=form, label=label)
+    if without_fusion:
+        unfused = [m["prefix"] for m in _by_length([cell["methods"] for cell in without_fusion["cells"]])]
+        at = [entry["context_tokens"] for entry in unfused]
+        cost.plot(at, [e["query_flops"] for e in unfused], "D-", color=UNFUSED, label="HINT without fusion, made already")
+        _points(quality, at, unfused, color=UNFUSED, fmt="D-", label="HINT without fusion, trained longer")
     quality.set(title="Quality", xlabel="tokens of the instruction", ylabel="accuracy on unseen tasks (%)", ylim=(-3, 105))
     for axis in (cost, quality):
         axis.set_xscale("log", base=2)
@@ -49,6 +54,10 @@ def draw_lengths(results: dict[str, Any], path: str | Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def _by_length(methods: list[dict]) -> list[dict]:
+    return sorted((m for m in methods if "prefix" in m), key=lambda m: m["prefix"]["context_tokens"])
+
+
 def _costs(axis, lengths: list[float], prompts: list[dict], modules: list[dict]) -> None:
     axis.plot(lengths, [entry["reread_flops"] for entry in prompts], "X-", color=PROMPT, label="instruction in every prompt")
     for n, line in zip(INPUTS, ("--", ":")):
@@ -57,7 +66,7 @@ def _costs(axis, lengths: list[float], prompts: list[dict], modules: list[dict])
     axis.plot(lengths, [e["query_flops"] for e in modules], "o-", color=HINT, label="HINT, its module made already")
     axis.plot(lengths, [e["query_flops"] for e in prompts], "s-", color=CACHED, label="cached prompt, in the cache already")
     axis.set(title="Cost of an input", xlabel="tokens of the instruction", ylabel="FLOPs per input", yscale="log")
-    axis.set_ylim(top=40 * max(entry["reread_flops"] for entry in prompts))  # room for the legend
+    axis.set_ylim(top=100 * max(entry["reread_flops"] for entry in prompts))  # room for the legend
 
 
 def _quality_against_cost(axis, read: list[dict], module: dict) -> None:

@@ -26,6 +26,7 @@ TABLES = (
     "hard-kinds",
     "hard-graphs",
     "hint-lengths",
+    "hint-lengths-without-fusion",
     "hint-ablations",
     "hint-demonstrations",
     "hint-sni",
@@ -61,7 +62,8 @@ def take_over(runs: Path) -> None:
 
 if __name__ == "__main__":
     take_over(Path("runs/study"))
-    lengths = FOLDER / "hint-lengths.json"
+    lengths, flat = (FOLDER / f"hint-lengths{end}.json" for end in ("", "-without-fusion"))
     if lengths.is_file():
-        draw_lengths(json.loads(lengths.read_text(encoding="utf-8")), lengths.with_suffix(".png"))
+        found = [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None for file in (lengths, flat)]
+        draw_lengths(found[0], lengths.with_suffix(".png"), found[1])
     PAGE.write_text(page(), encoding="utf-8")

@@ -19,5 +19,6 @@ def test_every_table_has_a_recipe_and_every_recipe_a_place():
 
 
 def test_the_picture_of_lengths_is_made_of_its_result_file(tmp_path):
-    draw_lengths(json.loads((FOLDER / "hint-lengths.json").read_text(encoding="utf-8")), tmp_path / "lengths.png")
+    results = json.loads((FOLDER / "hint-lengths.json").read_text(encoding="utf-8"))
+    draw_lengths(results, tmp_path / "lengths.png", results)
     assert (tmp_path / "lengths.png").stat().st_size > 10_000 and (FOLDER / "hint-lengths.png").is_file()
