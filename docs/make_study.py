@@ -9,6 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
+from docs.hint_lengths import draw_lengths
 from eval.tables import RESULTS, markdown
 
 HERE = Path(__file__).parent
@@ -28,6 +29,12 @@ TABLES = (
     "hard-seeds",
     "hard-shots",
     "hard-graphs",
+    "hint-lengths",
+    "hint-lengths-without-fusion",
+    "hint-ablations",
+    "hint-demonstrations",
+    "hint-sni",
+    "hint-symbols",
 )
 
 
@@ -42,6 +49,8 @@ def page() -> str:
         parts += [f"## {results['question']}", f"`hyperllama study recipes/study/{name}.yaml`"]
         if words.is_file():
             parts.append(words.read_text(encoding="utf-8").rstrip())
+        if (FOLDER / f"{name}.png").is_file():
+            parts.append(f"![{results['question']}](study/{name}.png)")
         parts.append(markdown(results).rstrip())
         minutes = sum(cell["minutes"] for cell in {(c["row"], c["seed"]): c for c in results["cells"]}.values())
         parts.append(f"Training took {minutes:,.0f} minutes in all.")
@@ -57,4 +66,8 @@ def take_over(runs: Path) -> None:
 
 if __name__ == "__main__":
     take_over(Path("runs/study"))
+    lengths, flat = (FOLDER / f"hint-lengths{end}.json" for end in ("", "-without-fusion"))
+    if lengths.is_file():
+        found = [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None for file in (lengths, flat)]
+        draw_lengths(found[0], lengths.with_suffix(".png"), found[1])
     PAGE.write_text(page(), encoding="utf-8")

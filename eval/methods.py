@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -214,6 +215,12 @@ def fewer_demonstrations(bench: Bench, indices: Sequence[int]) -> list[State]:
     return [dataclasses.replace(state, demonstrations=n) for state, n in zip(bench.whole(contexts), counts, strict=True)]
 
 
+@method("first tokens of the context, same memory", "budget", "model", "budget", "instructions")
+def cut_context(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """As many of the first tokens of instruction and demonstrations as the budget has rows, in full attention."""
+    return bench.whole([bench.context(bench.episodes[i])[: bench.budget] for i in indices])
+
+
 @method("first and last tokens' keys and values", "budget", "model", "budget")
 def last_tokens(bench: Bench, indices: Sequence[int]) -> list[State]:
     """The keys and values of the context's first token and of its last ones, which have seen all of it, and nothing else."""
@@ -261,6 +268,20 @@ def shuffled_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
     return bench.compressed([bench.context(shuffled(bench.episodes[i], bench.seed, i)) for i in indices])
 
 
+@method("prefix of the instruction's words, shuffled", "control", "model", "hypernetwork", "instructions")
+def shuffled_instruction(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """The prefix of the task's own instruction with its words in another order, where next to no neighbours are left together.
+
+    Which words there are stays as it was, and may tell something: in the synthetic language a guess among the symbols that are
+    named. What the prefix is better by, it owes to which word belongs to which.
+    """
+    changed = []
+    for i in indices:
+        words = shuffled_words(bench.episodes[i].instruction, Random(f"{bench.seed}/{i}"))
+        changed.append(bench.context(dataclasses.replace(bench.episodes[i], instruction=words)))
+    return bench.compressed(changed)
+
+
 @method("shuffled labels, full attention", "control", "model", "demonstrations")
 def shuffled_context(bench: Bench, indices: Sequence[int]) -> list[State]:
     """Demonstrations whose outputs have changed places, in full attention."""
@@ -304,3 +325,11 @@ def shuffled(episode: Episode, seed: int, index: int) -> Episode:
         output, references = outputs[source]
         changed[place] = dataclasses.replace(episode.demonstrations[place], output=output, references=references)
     return dataclasses.replace(episode, demonstrations=tuple(changed))
+
+
+def shuffled_words(text: str, rng: Random, draws: int = 100) -> str:
+    """The words of a text in another order: that of `draws` orders which keeps the fewest pairs of neighbours."""
+    words = text.split()
+    neighbours = set(pairwise(words))
+    orders = (rng.sample(words, len(words)) for _ in range(draws))
+    return " ".join(min(orders, key=lambda order: sum(pair in neighbours for pair in pairwise(order))))

@@ -138,6 +138,11 @@ def verdicts(summary: dict[str, Any]) -> list[dict[str, str]]:
         found.append({"question": "Does it compress?", "answer": answer, "sentence": sentence})
     compare("Does it depend on its context?", "swapped_prefix", "with another task's prefix")
     compare("Does it read which output belongs to which input?", "shuffled_prefix", "with the prefix of shuffled labels")
+    compare(
+        "Does it read which words of the instruction belong together?",
+        "shuffled_instruction",
+        "with the prefix of the instruction's words, shuffled",
+    )
     fitting = methods.get("fewer_demonstrations", {}).get("demonstrations", 0.0)
     what = f"with as many as fit ({fitting:.1f} on average)" if fitting else "with what fits into it"
     compare("Is it better than fewer demonstrations in the same memory?", "fewer_demonstrations", what)

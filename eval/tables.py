@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from hyperllama.recipe import EvaluationRecipe, Recipe, TableRecipe, load_recipe
 from hyperllama.workflows import RESULT, train
 
 RESULTS, TABLE = "results.json", "table.md"
+# What is kept of a method's cost, beside its quality: means per task, FLOPs per query.
+COSTS = ("context_tokens", "state_bytes", "encode_flops", "query_flops", "reread_flops")
 
 
 def table(recipe_path: str | Path, overrides: Sequence[str] = ()) -> str:
@@ -34,7 +36,9 @@ def table(recipe_path: str | Path, overrides: Sequence[str] = ()) -> str:
             load_recipe(recipe.train, changes, schema=Recipe)
     evaluations = recipe.evaluations or {"": []}
     for more in evaluations.values():
-        load_recipe(recipe.evaluate, more, schema=EvaluationRecipe)
+        load_recipe(
+            recipe.evaluate, [*more, "hypernetwork=null"], schema=EvaluationRecipe
+        )  # that is a row's, and not there yet
     cells = []
     for row, seed, run, changes in planned:
         if changes is not None:
@@ -66,9 +70,12 @@ def _slug(name: str) -> str:
 
 
 def _kept(summary: dict[str, Any], run: Path) -> dict[str, Any]:
-    """What a table needs of an evaluation's summary: means of the headline metric, and what the run cost."""
+    """What a table needs of an evaluation's summary: the headline metric and the cost of each method, and what the run cost."""
     head = summary["headline"]
-    methods = {name: entry["metrics"][head] for name, entry in summary["methods"].items()}
+    methods = {
+        name: entry["metrics"][head] | {cost: entry[cost] for cost in COSTS if cost in entry}
+        for name, entry in summary["methods"].items()
+    }
     result = read_json(run / RESULT, "a run's result") if (run / RESULT).is_file() else {}
     kept = {"metric": head, "queries": summary["queries"], "budget": summary["budget"], "methods": methods}
     kept["share_of_gain"] = (summary.get("share_of_gain") or {}).get("mean")
@@ -77,14 +84,17 @@ def _kept(summary: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables of a question, one for each evaluation; a cell is the mean over seeds, and their lowest and highest."""
+    """The tables of a question, one for each evaluation; a cell is the mean over seeds, and their lowest and highest.
+
+    Of a question with a single row there is one table, with a line for each evaluation.
+    """
     lines = []
-    for name in results["evaluations"]:
-        cells = [cell for cell in results["cells"] if cell["evaluation"] == name]
+    for name, entries in _tables(results):
+        cells = [cell for _, own in entries for cell in own]
         if not cells:
             continue
         metric = METRICS[cells[0]["metric"]]
-        methods = [method for method in METHODS if method in cells[0]["methods"]]
+        methods = [method for method in METHODS if any(method in cell["methods"] for cell in cells)]
         methods.sort(key=lambda method: method not in OURS)  # ours first
         shares = any(cell["share_of_gain"] is not None for cell in cells)
         seeds = sorted({cell["seed"] for cell in cells})
@@ -92,17 +102,25 @@ def markdown(results: dict[str, Any]) -> str:
         lines += [f"{name + ': ' if name else ''}{metric.label}, {cells[0]['queries']:,} queries, {spread}", ""]
         heads = ["", *(["share of the context's gain"] if shares else []), *(METHODS[m].label for m in methods)]
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        for row in results["rows"]:
-            own = [cell for cell in cells if cell["row"] == row]
+        for label, own in entries:
             if not own:
                 continue
-            entries = (
-                [_entry([c["share_of_gain"] for c in own if c["share_of_gain"] is not None], share=True)] if shares else []
-            )
-            entries += [_entry([c["methods"][m]["mean"] for c in own], metric.share) for m in methods]
-            lines.append(f"| {row} | {' | '.join(entries)} |")
+            shown = [_entry([c["share_of_gain"] for c in own if c["share_of_gain"] is not None], share=True)] if shares else []
+            shown += [_entry([c["methods"][m]["mean"] for c in own if m in c["methods"]], metric.share) for m in methods]
+            lines.append(f"| {label} | {' | '.join(shown)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _tables(results: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, list[dict]]]]]:
+    """Each table's name, and its lines: what a line is called, and its cells, one for each seed."""
+    rows, evaluations, cells = results["rows"], results["evaluations"], results["cells"]
+    if len(rows) == 1 < len(evaluations):
+        yield "", [(name, [cell for cell in cells if cell["evaluation"] == name]) for name in evaluations]
+        return
+    for name in evaluations:
+        own = [cell for cell in cells if cell["evaluation"] == name]
+        yield name, [(row, [cell for cell in own if cell["row"] == row]) for row in rows]
 
 
 def _entry(values: Sequence[float], share: bool) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -21,7 +22,7 @@ from transformers import set_seed
 
 from eval.answering import kind_of, queries_of, results
 from eval.intervals import Bootstrap
-from eval.methods import METHODS, NEEDS, Bench, found_in, shuffled
+from eval.methods import METHODS, NEEDS, Bench, found_in, shuffled, shuffled_words
 from eval.metrics import headline, normalise, rouge_l, score_choices, score_text
 from eval.run import evaluate, readable
 from eval.summary import difference, quantity, summarise
@@ -171,7 +172,7 @@ class TestMethods:
         assert {need for method in METHODS.values() for need in method.needs} == set(NEEDS)
 
     def test_budgets_are_kept(self, bench):
-        for name in ("fewer_demonstrations", "last_tokens", "mean_pool", "prefix"):
+        for name in ("fewer_demonstrations", "cut_context", "last_tokens", "mean_pool", "prefix"):
             states = METHODS[name].run(bench, range(4))
             assert all(0 < state.prefix.gists <= 3 for state in states), name
         bench.forget()
@@ -203,6 +204,18 @@ class TestMethods:
         kept = sum(a.output == b.output for a, b in zip(demonstrations, changed))
         largest = max(outputs.count(o) for o in outputs)
         assert kept == max(0, 2 * largest - len(outputs))  # none, but what a class of more than half must keep
+
+    def test_shuffled_instructions_keep_words_and_no_neighbours(self):
+        source = SyntheticSource(dataclasses.replace(LANGUAGE, instructions=True, instruction_tokens=40))
+        for i, episode in enumerate(source.evaluation(shots=0, queries=1, episodes=20, seed=0)):
+            words, changed = (
+                text.split() for text in (episode.instruction, shuffled_words(episode.instruction, Random(f"0/{i}")))
+            )
+            assert sorted(words) == sorted(changed) and shuffled_words(episode.instruction, Random(f"0/{i}")).split() == changed
+            before, after = set(pairwise(words)), set(pairwise(changed))
+            named = {(a, b) for a, b in before if a in source.names and b in source.symbols}
+            assert len(named) == 3 and not named & after and len(before & after) < len(before) / 5
+        assert shuffled_words("alone", Random(0)) == "alone" and shuffled_words("", Random(0)) == ""
 
     def test_partners_are_of_another_task(self, bench):
         a, b = bench.episodes[0], bench.episodes[1]
@@ -318,7 +331,8 @@ class TestRuns:
     def test_a_run_leaves_report_and_pictures(self, run_folder, tmp_path):
         summary = evaluate(run_folder / "evaluate.yaml", [f"output={tmp_path}/out"])
         out = tmp_path / "out"
-        wanted = set(METHODS) - {"instruction_only", "stored_prefix", "copy_input", "copy_demonstration"}
+        instructions = {name for name, method in METHODS.items() if "instructions" in method.needs}
+        wanted = set(METHODS) - instructions - {"stored_prefix", "copy_input", "copy_demonstration"}
         assert set(summary["methods"]) == wanted and summary["queries"] == 24
         assert json.loads((out / "summary.json").read_text())["methods"] == summary["methods"]
         report = (out / "report.md").read_text()

@@ -35,6 +35,51 @@ def test_instructions_name_categories_and_their_symbols():
     assert len(f"{listed.input} {listed.output}".split()) == 4 * 9, "a name is one more word of its category"
 
 
+@pytest.mark.parametrize(
+    "named, most, fewest", [(None, 15, None), (None, 40, None), (2, 31, 7), (1, 255, None), (None, 16, None)]
+)
+def test_instructions_of_a_chosen_length_hold_remarks_of_no_use(named, most, fewest):
+    from random import Random
+
+    plain = SyntheticSource(SyntheticLanguage(instructions=True))
+    settings = {"named_categories": named, "instruction_tokens": most, "min_instruction_tokens": fewest}
+    source = SyntheticSource(SyntheticLanguage(instructions=True, **settings))
+    lengths = set()
+    for seed in range(60):
+        episode, bare = source.task(Random(seed), 5, 3), plain.task(Random(seed), 5, 3)
+        assert (episode.demonstrations, episode.queries, episode.task) == (bare.demonstrations, bare.queries, bare.task)
+        parts, sentences = episode.instruction.split(" , "), bare.instruction.split(" , ")
+        said = [part for part in parts if part.startswith("call ")]
+        assert set(said) <= set(sentences) and len(said) == len(set(said)) == (named or 4)
+        remarks = [part.split() for part in parts if part not in said]
+        chosen = set(map(int, episode.task.removeprefix("synthetic ").split("+")))
+        for words in remarks:
+            (category,) = [i for i, own in enumerate(source.categories) if set(words) <= set(own)]
+            assert category not in chosen and len(set(words)) == len(words) >= 1
+        lengths.add(len(episode.instruction.split()))
+    assert max(lengths) <= most and (fewest or most) - 1 <= min(lengths) and (fewest is None or len(lengths) > 10)
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"instructions": False, "instruction_tokens": 20}, "are of instructions; set it to true"),
+        ({"named_categories": 5}, "named_categories must be at least 1 and at most task_categories"),
+        ({"instruction_tokens": 14}, "instruction_tokens must be at least 15, the sentences alone"),
+        (
+            {"min_instruction_tokens": 20},
+            "min_instruction_tokens must be between 15, the sentences alone, and instruction_tokens",
+        ),
+        (
+            {"categories": 100, "task_categories": 100, "symbols": 100, "instruction_tokens": 500},
+            "needs a category that a task",
+        ),
+    ],
+)
+def test_instructions_that_cannot_be_are_refused(changes, problem):
+    assert any(problem in found for found in SyntheticLanguage(**{"instructions": True, **changes}).problems())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [[], ["hint.regime=paper"], ["gist.tokens=0", "hint.fusion=false"]], ids=str)
 def test_the_quickstart_of_hint(tmp_path, changes):
@@ -49,7 +94,7 @@ def test_the_quickstart_of_hint(tmp_path, changes):
     ours, fused = summary["methods"]["prefix"], "hint.fusion=false" not in changes
     rows = found["gists"] + 16 * fused  # the start token, 4 categories of 3 words and 3 commas
     assert ours["state_rows"] == rows and ours["encode_flops"] > summary["methods"]["full_context"]["encode_flops"]
-    assert set(summary["methods"]) == {"no_context", "full_context", "prefix", "swapped_prefix"}
+    assert set(summary["methods"]) == {"no_context", "full_context", "prefix", "swapped_prefix", "shuffled_instruction"}
     task = write(tmp_path / "task.jsonl", lines([{"input": "w1", "output": "s1"}]))
     ((path, _),) = workflows.compress(run, [task], tmp_path / "p.safetensors", instruction="call a <1> , call b <2>")
     said = workflows.inspect(path)

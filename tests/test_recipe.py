@@ -72,9 +72,11 @@ def test_every_recipe_is_whole(path, tmp_path, monkeypatch):
         assert (ROOT / recipe.tune).is_file()
     elif recipe.method == "table":
         for changes in recipe.rows.values():
+            for start in (change.removeprefix("start_from=") for change in changes if change.startswith("start_from=")):
+                write_file(Path(start) / "hypernetwork.json", "{}")
             load_recipe(recipe.train, changes, data=False)
         for changes in recipe.evaluations.values():
-            load_recipe(recipe.evaluate, changes, schema=EvaluationRecipe, data=False)
+            load_recipe(recipe.evaluate, [*changes, "hypernetwork=null"], schema=EvaluationRecipe, data=False)
     else:
         training_arguments({**recipe.training, "use_cpu": True}, run=tmp_path / "run", seed=recipe.seed)
 

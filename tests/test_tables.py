@@ -101,6 +101,24 @@ def test_cells_are_means_over_seeds_with_the_lowest_and_the_highest():
     ]
 
 
+def test_a_single_row_has_a_line_for_each_evaluation():
+    def cell(evaluation, **means):
+        methods = {name: {"mean": mean} for name, mean in means.items()}
+        shared = {"row": "a", "seed": 0, "metric": "accuracy", "queries": 9, "share_of_gain": None}
+        return {**shared, "evaluation": evaluation, "methods": methods}
+
+    cells = [cell("short", prefix=0.5), cell("long", prefix=0.25, no_context=0.1)]
+    text = markdown({"rows": {"a": []}, "evaluations": {"short": [], "long": []}, "cells": cells})
+    assert text.splitlines() == [
+        "accuracy, 9 queries, 1 seed",
+        "",
+        "|  | the prefix | no context |",
+        "|---|---|---|",
+        "| short | 50.0 % |  |",
+        "| long | 25.0 % | 10.0 % |",
+    ]
+
+
 def test_a_wrong_row_is_told_of_before_anything_is_trained(recipe, tmp_path):
     with pytest.raises(UserError, match="objectives.distilation: unknown key"):
         table(recipe, ["rows.wrong=[objectives.distilation=1]"])

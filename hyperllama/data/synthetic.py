@@ -26,7 +26,11 @@ class SyntheticLanguage:
     form the induction heads without which a small model sits at chance for thousands of steps. Of the other episodes a share
     `lists` are the words of `list_categories` categories, one category after the other: they teach the categories.
     With `instructions` categories have names, tasks have instructions such as "call lomabu <3> , call tizera <17>", and in
-    lists a name is one more word of its category.
+    lists a name is one more word of its category. `named_categories` of a task's categories are named, all unless given: for
+    the others there are only demonstrations. With `instruction_tokens` an instruction is filled up to so many words, or to a
+    number drawn from `min_instruction_tokens` on, with remarks between its sentences that are of no use: some words of a
+    category that the task does not have ("bafo gimu"). One word may be missing, since a remark and its comma are two. Tasks
+    and queries stay what they are without.
     `split` is "train" or "test": sets of categories are dealt to one or the other, so test tasks are unseen.
     """
 
@@ -41,6 +45,9 @@ class SyntheticLanguage:
     lists: float = 0.0
     list_categories: int = 4
     instructions: bool = False
+    named_categories: int | None = None
+    instruction_tokens: int | None = None
+    min_instruction_tokens: int | None = None
     split: Literal["train", "test"] = "train"
 
     def problems(self) -> list[str]:
@@ -60,6 +67,22 @@ class SyntheticLanguage:
             found.append("repeat_spread must be at least 0 and less than repeat_tokens")
         if not 1 <= self.list_categories <= self.categories:
             found.append("list_categories must be at least 1 and at most categories")
+        return found + self._problems_of_instructions()
+
+    def _problems_of_instructions(self) -> list[str]:
+        most, fewest, named = self.instruction_tokens, self.min_instruction_tokens, self.named_categories
+        found = []
+        if not self.instructions and (most, fewest, named) != (None, None, None):
+            found.append("named_categories, instruction_tokens and min_instruction_tokens are of instructions; set it to true")
+        if named is not None and not 1 <= named <= self.task_categories:
+            found.append("named_categories must be at least 1 and at most task_categories")
+        sentences = 4 * (named or self.task_categories) - 1  # three words each, and commas between
+        if fewest is not None and (most is None or not sentences <= fewest <= most):
+            found.append(f"min_instruction_tokens must be between {sentences}, the sentences alone, and instruction_tokens")
+        if most is not None and most < sentences:
+            found.append(f"instruction_tokens must be at least {sentences}, the sentences alone")
+        if most is not None and self.task_categories == self.categories:
+            found.append("instruction_tokens needs a category that a task does not have, for remarks; use more categories")
         return found
 
 
@@ -117,8 +140,27 @@ class SyntheticSource:
             held_back += [self._example(word, names[category]) for word in words[share:]]
         rng.shuffle(shown)
         asked = rng.sample(held_back, min(queries, len(held_back)))
-        said = [f"call {self.names[category]} {names[category]}" for category in chosen] if self.names else []
-        return Episode(" , ".join(said), tuple(shown), tuple(asked), "synthetic " + "+".join(map(str, sorted(chosen))))
+        instruction = self._instruction(rng, names) if self.names else ""
+        return Episode(instruction, tuple(shown), tuple(asked), "synthetic " + "+".join(map(str, sorted(chosen))))
+
+    def _instruction(self, rng: Random, symbols: dict[int, str]) -> str:
+        """What a task's categories are called, drawn after the task itself; remarks and sentences in any order."""
+        language, said = self.language, list(symbols)
+        if language.named_categories is not None:
+            said = rng.sample(said, language.named_categories)
+        said = [f"call {self.names[category]} {symbols[category]}" for category in said]
+        if language.instruction_tokens is None:
+            return " , ".join(said)
+        fewest, most = language.min_instruction_tokens, language.instruction_tokens
+        missing = (most if fewest is None else rng.randint(fewest, most)) - (4 * len(said) - 1)
+        others = [words for category, words in enumerate(self.categories) if category not in symbols]
+        while missing > 1:
+            words = min(rng.randint(1, min(4, language.words_per_category - 1)), missing - 1)
+            words += missing - (words + 1) == 1  # nothing is left that no remark would fill
+            said.append(" ".join(rng.sample(rng.choice(others), words)))
+            missing -= words + 1
+        rng.shuffle(said)
+        return " , ".join(said)
 
     def _example(self, word: str, symbol: str) -> Example:
         return Example(word, symbol, (symbol,), self.symbols)
