@@ -21,6 +21,7 @@ TABLES = (
     "text-kinds",
     "text-recurrent",
     "sni-kinds",
+    "sni-objectives",
     "symbols-kinds",
     "hard-gists",
     "hard-elastic",
