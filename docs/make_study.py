@@ -16,13 +16,12 @@ HERE = Path(__file__).parent
 FOLDER, PAGE = HERE / "study", HERE / "study.md"
 # The order of the page: what a reader asks first.
 TABLES = (
-    "text-gists",
-    "text-objectives",
-    "text-kinds",
-    "text-recurrent",
     "sni-kinds",
     "sni-objectives",
-    "symbols-kinds",
+    "text-kinds",
+    "text-gists",
+    "text-objectives",
+    "text-recurrent",
     "hard-gists",
     "hard-elastic",
     "hard-objectives",
