@@ -154,6 +154,9 @@ def _hypernetwork(recipe: Any, check: _Checks) -> None:
     )
     found = not start or (Path(start) / "hypernetwork.json").is_file()
     check(found, f"start_from: {start} is not the folder of a trained hypernetwork; train it first")
+    if start and found:
+        kind = json.loads((Path(start) / "hypernetwork.json").read_text(encoding="utf-8")).get("kind", "lora")
+        check(kind == gist.kind, f"start_from: {start} is of kind {kind}, not {gist.kind}; set gist.kind={kind}, or start anew")
 
 
 def _evaluation(recipe: Any, check: _Checks) -> None:

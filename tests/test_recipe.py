@@ -1,5 +1,6 @@
 """Recipes: every one in the repository is whole, and a wrong one is told about at once and in full."""
 
+import json
 import typing
 from pathlib import Path
 
@@ -72,13 +73,20 @@ def test_every_recipe_is_whole(path, tmp_path, monkeypatch):
         assert (ROOT / recipe.tune).is_file()
     elif recipe.method == "table":
         for changes in recipe.rows.values():
+            kind = OmegaConf.load(ROOT / recipe.train).gist.kind
             for start in (change.removeprefix("start_from=") for change in changes if change.startswith("start_from=")):
-                write_file(Path(start) / "hypernetwork.json", "{}")
+                write_file(Path(start) / "hypernetwork.json", json.dumps({"kind": kind}))
             load_recipe(recipe.train, changes, data=False)
         for changes in recipe.evaluations.values():
             load_recipe(recipe.evaluate, [*changes, "hypernetwork=null"], schema=EvaluationRecipe, data=False)
     else:
         training_arguments({**recipe.training, "use_cpu": True}, run=tmp_path / "run", seed=recipe.seed)
+
+
+def test_a_start_of_another_kind_is_told_before_anything_loads(tmp_path):
+    write_file(tmp_path / "old" / "hypernetwork.json", json.dumps({"kind": "pooling"}))
+    found = problems(tmp_path, GOOD, [f"start_from={tmp_path}/old"])
+    assert f"start_from: {tmp_path}/old is of kind pooling, not lora; set gist.kind=pooling, or start anew" in found[0]
 
 
 def test_a_recipe_of_another_verb_is_told_its_own(tmp_path):
