@@ -331,8 +331,8 @@ class TestRuns:
     def test_a_run_leaves_report_and_pictures(self, run_folder, tmp_path):
         summary = evaluate(run_folder / "evaluate.yaml", [f"output={tmp_path}/out"])
         out = tmp_path / "out"
-        instructions = {name for name, method in METHODS.items() if "instructions" in method.needs}
-        wanted = set(METHODS) - instructions - {"stored_prefix", "copy_input", "copy_demonstration"}
+        elsewhere = {name for name, method in METHODS.items() if {"instructions", "chunks"} & set(method.needs)}
+        wanted = set(METHODS) - elsewhere - {"stored_prefix", "copy_input", "copy_demonstration"}
         assert set(summary["methods"]) == wanted and summary["queries"] == 24
         assert json.loads((out / "summary.json").read_text())["methods"] == summary["methods"]
         report = (out / "report.md").read_text()
