@@ -18,6 +18,7 @@ FOLDER, PAGE = HERE / "study", HERE / "study.md"
 TABLES = (
     "sni-kinds",
     "sni-objectives",
+    "sni-pretraining",
     "text-kinds",
     "text-gists",
     "text-objectives",

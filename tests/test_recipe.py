@@ -73,7 +73,8 @@ def test_every_recipe_is_whole(path, tmp_path, monkeypatch):
         assert (ROOT / recipe.tune).is_file()
     elif recipe.method == "table":
         for changes in recipe.rows.values():
-            kind = OmegaConf.load(ROOT / recipe.train).gist.kind
+            own = [change.removeprefix("gist.kind=") for change in changes if change.startswith("gist.kind=")]
+            (kind,) = own or [OmegaConf.load(ROOT / recipe.train).gist.kind]
             for start in (change.removeprefix("start_from=") for change in changes if change.startswith("start_from=")):
                 write_file(Path(start) / "hypernetwork.json", json.dumps({"kind": kind}))
             load_recipe(recipe.train, changes, data=False)
