@@ -206,8 +206,9 @@ def state_lines(recipe: Recipe, encoded: Sequence[EncodedEpisode]) -> list[str]:
     parts = {f"{chunks * gist.tokens} prefix rows": cost.state_bytes(chunks * gist.tokens)}
     if gist.kind == "hint":
         parts |= {f"{context} fused rows": cost.state_bytes(context)} if recipe.hint.fusion else {}
-        size = recipe.hint.adapter_size
-        parts |= {f"adapters of {size}": cost.module_bytes(0, size)} if size else {}
+        for kind, size in recipe.hint.sizes().items():
+            name = "adapters" if kind == "adapter" else f"LoRA beside {kind}"
+            parts[f"{name} of {size}"] = cost.module_bytes(0, {kind: size})
     said = " + ".join(f"{name} {size / 1e6:,.2f} MB" for name, size in parts.items())
     total = f" = {sum(parts.values()) / 1e6:,.2f} MB" if len(parts) > 1 else ""
     return [

@@ -15,7 +15,7 @@ that each query and each new token pays for reading it (`past`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from attention_masks import GistLayout, Segment
@@ -164,22 +164,32 @@ class ModelCost:
     def hint(self, context: int, prefix_rows: int, settings: HintSettings) -> int:
         """FLOPs of `HintHypernetwork.compress` for an instruction of `context` tokens alone.
 
-        The decoder over it, all layers; a cross-attention of L * (P + b) queries over it; an MLP for each of them and each kind
-        of parameter; and its keys and values in every layer, with LoRA, where it is fused. In a batch the queries are projected
-        once, and shorter instructions are padded to the longest in the cross-attention alone.
+        The decoder over it, all layers; a cross-attention of L * (P + sum of b) queries over it; an MLP for each of them and
+        each kind of parameter; and its keys and values in every layer, with LoRA, where it is fused. In a batch the queries are
+        projected once, and shorter instructions are padded to the longest in the cross-attention alone.
         """
         if context < 1:
             raise ValueError(f"compressing needs at least one token, not {context}")
-        hidden, width, size = self.hidden, self.kv_heads * self.head_dim, settings.adapter_size
-        inner, queries = settings.heads * math.ceil(hidden / settings.heads), self.layers * (prefix_rows + size)
+        hidden, width, sizes = self.hidden, self.kv_heads * self.head_dim, settings.sizes()
+        inner, columns = settings.heads * math.ceil(hidden / settings.heads), prefix_rows + sum(sizes.values())
+        queries = self.layers * columns
         looking = queries * (4 * hidden * inner + 4 * context * inner) + 4 * context * hidden * inner if queries else 0
-        outputs = prefix_rows * 2 * (hidden + width) + size * 2 * (hidden + hidden)
+        outputs = prefix_rows * 2 * (hidden + width)
+        outputs += sum(size * (2 * hidden + sum(self._beside(name))) for name, size in sizes.items())
         fused = 2 * context * 2 * (hidden * width + settings.fusion_rank * (hidden + width)) if settings.fusion else 0
         return self.encode(context) + looking + self.layers * (2 * settings.mlp_size * outputs + fused)
 
-    def adapters(self, rows: int, size: int) -> int:
-        """FLOPs of adapters with a bottleneck of `size` beside the MLPs of `rows` rows, in all layers."""
-        return rows * self.layers * 4 * self.hidden * size
+    def adapters(self, rows: int, sizes: Mapping[str, int]) -> int:
+        """FLOPs of adapters for `rows` rows, in all layers; `sizes` has b of each kind, see `hyperllama.adapters`."""
+        return rows * self.layers * sum(2 * size * sum(self._beside(name)) for name, size in sizes.items())
+
+    def late(self, prompt: int, gists: int) -> int:
+        """FLOPs that a prompt of `prompt` tokens saves where `gists` gists are seen by its last row only."""
+        return self.per_pair * (prompt - 1) * (gists + 1) if gists else 0
+
+    def _beside(self, kind: str) -> tuple[int, int]:
+        """What a module with a kind of adapters beside it reads and writes a row."""
+        return self.linears.get(kind, (self.hidden, self.hidden))
 
     def train(
         self,
@@ -242,10 +252,13 @@ class ModelCost:
         """Bytes of the keys and values of `rows` rows (gists of a prefix, or tokens of a cached context) in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * rows * bytes_per_element
 
-    def module_bytes(self, rows: int, adapter_size: int, bytes_per_element: int = 2) -> int:
-        """Bytes of a task module of HINT: the keys and values of `rows` rows, prefix and fused instruction, and adapters."""
-        matrices = 2 * self.layers * self.hidden * adapter_size * bytes_per_element
-        return self.state_bytes(rows, bytes_per_element) + matrices
+    def module_bytes(self, rows: int, sizes: Mapping[str, int], bytes_per_element: int = 2) -> int:
+        """Bytes of a task module of HINT: the keys and values of `rows` rows, prefix and fused instruction, and adapters.
+
+        `sizes` as in `adapters`.
+        """
+        matrices = self.layers * sum(size * sum(self._beside(name)) for name, size in sizes.items())
+        return self.state_bytes(rows, bytes_per_element) + matrices * bytes_per_element
 
 
 def rectangle(layout: GistLayout) -> int:

@@ -1,12 +1,14 @@
-"""Adapters that stand beside a decoder's MLPs (He et al. 2022, arXiv 2110.04366), several tasks' in one batch.
+"""Adapters: pairs of small matrices beside modules of a decoder, several tasks' in one batch.
 
-In every layer x -> MLP(x) + relu(x @ down) @ up, where x is what the MLP reads. The decoder is not touched: inside a context
-forward hooks add the second term, each row with its own task's matrices, by two batched products a layer.
+In every layer x -> module(x) + f(x @ down) @ up, where x is what the module reads. Beside an MLP f is a relu (He et al. 2022,
+arXiv 2110.04366), beside a projection of attention it is nothing: then the pair is LoRA (Hu et al. 2021, arXiv 2106.09685). The
+decoder is not touched: inside a context forward hooks add the second term, each row with its own task's matrices, by two
+batched products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -15,54 +17,65 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+LORA = ("q_proj", "v_proj")
+# The kinds of pairs, and which module of a layer each stands beside.
+PATHS = {"adapter": "mlp", **{name: f"self_attn.{name}" for name in LORA}}
+
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True, eq=False)
 class Adapters:
-    """One task's matrices of all L layers: down (L, hidden, b) and up (L, b, hidden). Raises ValueError if shapes disagree."""
+    """One task's pairs of all L layers by their kind (see `PATHS`): down (L, in, b) and up (L, b, out).
 
-    down: Tensor
-    up: Tensor
+    b may differ from one kind to another. Raises ValueError if shapes disagree, or nothing is there.
+    """
+
+    pairs: Pairs
 
     def __post_init__(self):
-        shape = tuple(self.down.shape)
-        if len(shape) != 3 or tuple(self.up.shape) != (shape[0], shape[2], shape[1]) or self.up.dtype != self.down.dtype:
-            raise ValueError(f"adapters need (L, hidden, b) and (L, b, hidden), not {shape} and {tuple(self.up.shape)}")
+        for name, (down, up) in self.pairs.items():
+            fit = down.ndim == up.ndim == 3 and down.shape[0] == up.shape[0] == self.layers and down.shape[2] == up.shape[1]
+            if name not in PATHS or not fit or up.dtype != down.dtype:
+                shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+                raise ValueError(f"adapters need (L, in, b) and (L, b, out) for {', '.join(PATHS)}; {name} has {shapes}")
+        if not self.pairs:
+            raise ValueError("adapters need at least one pair of matrices")
 
     @property
     def layers(self) -> int:
-        return self.down.shape[0]
+        return self.tensors[0].shape[0]
 
     @property
-    def hidden(self) -> int:
-        """The width of the model that they belong to."""
-        return self.down.shape[1]
+    def sizes(self) -> dict[str, int]:
+        """b of each kind: the bottleneck of an adapter, the rank of LoRA."""
+        return {name: down.shape[2] for name, (down, _) in self.pairs.items()}
 
     @property
-    def size(self) -> int:
-        """b, the bottleneck."""
-        return self.down.shape[2]
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(side for pair in self.pairs.values() for side in pair)
 
     @property
     def nbytes(self) -> int:
-        return self.down.nbytes + self.up.nbytes
+        return sum(side.nbytes for side in self.tensors)
 
     def equals(self, other: Adapters | None) -> bool:
         """Whether the other has the same form and the same bits, on whatever device."""
-        if other is None or self.down.shape != other.down.shape or self.down.dtype != other.down.dtype:
+        if other is None or self.pairs.keys() != other.pairs.keys():
             return False
-        return torch.equal(self.down.cpu(), other.down.cpu()) and torch.equal(self.up.cpu(), other.up.cpu())
+        both = [(own, theirs) for name in self.pairs for own, theirs in zip(self.pairs[name], other.pairs[name])]
+        return all(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu()) for a, b in both)
 
     def to(self, device=None, dtype=None) -> Adapters:
         """The same adapters on another device or in another dtype."""
-        return Adapters(self.down.to(device=device, dtype=dtype), self.up.to(device=device, dtype=dtype))
+        return Adapters({name: tuple(x.to(device=device, dtype=dtype) for x in pair) for name, pair in self.pairs.items()})
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Adapters of n tasks, layer by layer: down (L, n, hidden, b), up (L, n, b, hidden)."""
+    """Adapters of n tasks by their kind: down (L, n, in, b), up (L, n, b, out)."""
 
-    down: Tensor
-    up: Tensor
+    pairs: Pairs
 
     @classmethod
     def of(cls, tasks: Sequence[Adapters | None], model: PreTrainedModel) -> Stack | None:
@@ -71,20 +84,28 @@ class Stack:
         Smaller bottlenecks are filled up with zeros, and so is a task without: zeros add nothing. A task that comes several
         times is copied to the device once.
         """
-        if not any(tasks):
-            return None
         distinct = {id(one): one for one in tasks}
-        size = max(one.size for one in distinct.values() if one is not None)
-        form = next(one for one in distinct.values() if one is not None)
-        place = {"device": model.device, "dtype": model.dtype}
-        down = torch.zeros(form.layers, len(distinct), form.hidden, size, **place)
-        up = torch.zeros(form.layers, len(distinct), size, form.hidden, **place)
-        for i, one in enumerate(distinct.values()):
-            if one is not None:
-                down[:, i, :, : one.size], up[:, i, : one.size] = one.down.to(**place), one.up.to(**place)
         column = {key: i for i, key in enumerate(distinct)}
         rows = torch.tensor([column[id(one)] for one in tasks], device=model.device)
-        return cls(down.index_select(1, rows), up.index_select(1, rows))
+        pairs = {}
+        for name in PATHS:
+            owned = [None if one is None else one.pairs.get(name) for one in distinct.values()]
+            if any(owned):
+                pairs[name] = tuple(side.index_select(1, rows) for side in _side_by_side(owned, model))
+        return cls(pairs) if pairs else None
+
+
+def _side_by_side(owned: Sequence[tuple[Tensor, Tensor] | None], model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Pairs of n tasks and one kind as (L, n, in, b) and (L, n, b, out), of the largest b."""
+    down, up = next(pair for pair in owned if pair is not None)
+    size = max(pair[0].shape[2] for pair in owned if pair is not None)
+    place = {"device": model.device, "dtype": model.dtype}
+    downs = torch.zeros(down.shape[0], len(owned), down.shape[1], size, **place)
+    ups = torch.zeros(down.shape[0], len(owned), size, up.shape[2], **place)
+    for i, pair in enumerate(owned):
+        if pair is not None:
+            downs[:, i, :, : pair[0].shape[2]], ups[:, i, : pair[0].shape[2]] = (x.to(**place) for x in pair)
+    return downs, ups
 
 
 def rows_of(groups: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:
@@ -96,7 +117,7 @@ def rows_of(groups: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def adapted(model: PreTrainedModel, stack: Stack | None, groups: Sequence[Sequence[int]] | None = None) -> Iterator[None]:
-    """A context in which a decoder's MLPs have adapters beside them.
+    """A context in which modules of a decoder have adapters beside them.
 
     Without `groups` a batch (n, rows, hidden) has row i adapted by task i. With them a packed batch (1, T, hidden) has the rows
     groups[i] adapted by task i, and all others by none. No stack: nothing is changed.
@@ -106,11 +127,14 @@ def adapted(model: PreTrainedModel, stack: Stack | None, groups: Sequence[Sequen
         return
     chosen = None if groups is None else rows_of(groups, model.device)
 
-    def beside(layer: int):
+    def beside(name: str, layer: int):
+        down, up = (side[layer] for side in stack.pairs[name])
+
         def add(module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0] if chosen is None else args[0][0][chosen[0]]
+            inner = torch.bmm(x, down)
             # Under autocast products choose their dtype themselves; otherwise all are of the model's.
-            change = torch.bmm(torch.relu(torch.bmm(x, stack.down[layer])), stack.up[layer]).to(output.dtype)
+            change = torch.bmm(torch.relu(inner) if name == "adapter" else inner, up).to(output.dtype)
             if chosen is None:
                 return output + change
             rows, there = chosen
@@ -120,5 +144,6 @@ def adapted(model: PreTrainedModel, stack: Stack | None, groups: Sequence[Sequen
 
     with ExitStack() as hooks:
         for i, layer in enumerate(model.get_decoder().layers):
-            hooks.callback(layer.mlp.register_forward_hook(beside(i)).remove)
+            for name in stack.pairs:
+                hooks.callback(layer.get_submodule(PATHS[name]).register_forward_hook(beside(name, i)).remove)
         yield

@@ -55,6 +55,7 @@ class Hypernetwork(PackedModel, ABC):
     # rows as well, before its gists.
     trains_base = False
     keeps_context = False
+    late_context = False  # and whether only the rows that predict see them
 
     def __init__(
         self,
@@ -179,7 +180,8 @@ class Hypernetwork(PackedModel, ABC):
         gists = self.num_gists if gists is None else gists
         chunks = self.reading.chunks(torch.as_tensor(context).tolist(), getattr(context, "ends", ()))
         pieces = [(*chunk, *[PLACEHOLDER] * gists) for chunk in chunks]
-        return pieces, chunk_segments(self.reading, chunks, gists, first, whole=self.keeps_context)
+        shown = {"whole": self.keeps_context, "late": self.late_context}
+        return pieces, chunk_segments(self.reading, chunks, gists, first, **shown)
 
     @torch.no_grad()
     def encode(

@@ -2,7 +2,8 @@
 
 PEFT's prefix tuning (Li & Liang 2021, arXiv 2101.00190) and cartridges (Eyuboglu et al. 2025, arXiv 2506.06266) put one tensor
 `prompt_embeddings` (G, L * 2 * N * D) into the cache, each layer's keys before its values, and start the input at position G.
-That is how a `Prefix` is read, whose keys stand at 0 .. G-1, so nothing has to be rotated either way.
+That is how a `Prefix` is read, whose keys stand at 0 .. G-1, so nothing has to be rotated either way. A task module that is
+LoRA alone becomes an adapter of kind LORA.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
+from hyperllama.adapters import LORA, Pairs
 from hyperllama.backbone import load_config
 from hyperllama.data.episode import Example
 from hyperllama.data.text import Encoder, Limits, TextFormat
@@ -32,6 +35,7 @@ from hyperllama.prefix import Manifest, Prefix
 CONFIG, WEIGHTS, MANIFEST, CARD = "adapter_config.json", "adapter_model.safetensors", "hyperllama.json", "README.md"
 TENSOR, CHECKSUM = "prompt_embeddings", "hyperllama_sha256"
 KINDS = {"PREFIX_TUNING": "PrefixTuningConfig", "CARTRIDGE": "CartridgeConfig"}
+LORA_TENSOR = "base_model.model.model.layers.{layer}.self_attn.{name}.lora_{side}.weight"
 PROJECTION = {"embedding.weight", "transform.0.weight", "transform.0.bias", "transform.2.weight", "transform.2.bias"}
 STILL_TRUE = ("base", "rotary", "task", "instruction", "text_format")  # of a manifest, when its prefix is tuned further
 
@@ -41,36 +45,37 @@ def to_peft(prefix: Prefix, folder: str | Path, *, kind: Literal["prefix_tuning"
 
     It holds adapter_model.safetensors with `prompt_embeddings` (G, L * 2 * N * D) in the prefix's dtype, hyperllama.json with
     the manifest, README.md and, written last, adapter_config.json: without it a folder is no adapter. A cartridge has no frozen
-    tokens. Raises UserError for an unknown kind, a peft without cartridges, a prefix with adapters or without gists, or a
-    folder that holds a model or another kind of adapter, such as a hypernetwork; OSError when the disk refuses.
+    tokens. A task module that is LoRA and nothing else is written as PEFT's LORA, whatever `kind`. Raises UserError for an
+    unknown kind, a peft without cartridges, a task module that no adapter can be, or a folder that holds a model or another
+    kind of adapter, such as a hypernetwork; OSError when the disk refuses.
     """
     import peft
 
     folder, peft_type = Path(folder), kind.upper()
-    if prefix.adapters is not None:
-        raise UserError("an adapter beside an MLP with a non-linearity is no form of PEFT's; generate modules without adapters")
     if not hasattr(peft, KINDS.get(peft_type, "")):
         raise UserError(f"kind={kind!r}: peft {peft.__version__} has none; use prefix_tuning, or cartridge with a newer peft")
-    if not prefix.gists:
-        raise UserError("a prefix without gists cannot be an adapter; give one of at least one gist")
+    kinds = _lora_kinds(prefix)
     if folder.is_file() or (folder / "config.json").exists():  # a model would load the adapter beside it by itself
         raise UserError(f"{folder}: {'a file' if folder.is_file() else 'holds a model'}; give a new folder for the adapter")
-    if (folder / CONFIG).exists() and (held := str(_config(folder).get("peft_type"))) not in KINDS:
+    another = bool(kinds) and (folder / MANIFEST).exists()  # of a task module that was LoRA, which may be replaced
+    if not another and (folder / CONFIG).exists() and (held := str(_config(folder).get("peft_type"))) not in KINDS:
         raise UserError(f"{folder}: holds a {held} adapter, which would be overwritten; give a new folder")
-    # With grouped-query heads PEFT means keys and values here, not the model's hidden size and query heads.
-    sizes = {"token_dim": prefix.kv_heads * prefix.head_dim, "num_attention_heads": prefix.kv_heads}
-    sizes |= {"num_virtual_tokens": prefix.gists, "num_layers": prefix.layers, "num_transformer_submodules": 1}
-    sizes |= {"num_frozen_tokens": 0} if peft_type == "CARTRIDGE" else {}
-    base, config_class = prefix.manifest.base.name if prefix.manifest else None, getattr(peft, KINDS[peft_type])
-    config = config_class(task_type=peft.TaskType.CAUSAL_LM, base_model_name_or_path=base, inference_mode=True, **sizes)
+    base = prefix.manifest.base.name if prefix.manifest else None
+    if kinds:
+        rank = max(prefix.adapters.sizes.values())
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=kinds, lora_dropout=0.0)
+        tensors = _lora_tensors(prefix.adapters.pairs, rank)
+        checksum = sha256(*(f"{name}{_checksum(tensors[name])}" for name in sorted(tensors)))
+    else:
+        config = _prefix_config(peft, prefix, peft_type)
+        tensors = {TENSOR: _flat(prefix)}
+        checksum = _checksum(tensors[TENSOR])
+    config.task_type, config.base_model_name_or_path, config.inference_mode = peft.TaskType.CAUSAL_LM, base, True
     with TemporaryDirectory() as temporary:
         config.save_pretrained(temporary)
         config_text = (Path(temporary) / CONFIG).read_text(encoding="utf-8")
-    pairs = torch.stack([tensor.detach() for pair in zip(prefix.keys, prefix.values) for tensor in pair])  # (2L, N, G, D)
-    flat = pairs.permute(2, 0, 1, 3).flatten(1).cpu().contiguous()
-    checksum = _checksum(flat)
     (folder / CONFIG).unlink(missing_ok=True)
-    write_atomically(folder / WEIGHTS, safetensors.torch.save({TENSOR: flat}, {"format": "pt", CHECKSUM: checksum}))
+    write_atomically(folder / WEIGHTS, safetensors.torch.save(tensors, {"format": "pt", CHECKSUM: checksum}))
     (folder / MANIFEST).unlink(missing_ok=True)
     if prefix.manifest:
         ours = {"manifest": json.loads(prefix.manifest.to_json()), "sha256": checksum}
@@ -78,6 +83,46 @@ def to_peft(prefix: Prefix, folder: str | Path, *, kind: Literal["prefix_tuning"
     write_atomically(folder / CARD, _card(prefix))
     write_atomically(folder / CONFIG, config_text + "\n")
     return folder
+
+
+def _lora_kinds(prefix: Prefix) -> list[str]:
+    """The projections that a task module which is LoRA stands beside; none for a prefix. UserError for what PEFT cannot say."""
+    kinds = list(prefix.adapters.pairs) if prefix.adapters is not None else []
+    if set(kinds) - set(LORA):
+        raise UserError("an adapter beside an MLP with a non-linearity is no form of PEFT's; generate modules without adapters")
+    if kinds and prefix.gists:
+        raise UserError("PEFT has LoRA or keys and values, not both in one adapter; set gist.tokens to 0 and fusion to false")
+    if prefix.late:
+        raise UserError("PEFT shows a prefix to all rows, but some of this one are for answers only; set fusion_visibility=all")
+    if not kinds and not prefix.gists:
+        raise UserError("a prefix without gists cannot be an adapter; give one of at least one gist")
+    return sorted(kinds)
+
+
+def _prefix_config(peft, prefix: Prefix, peft_type: str):
+    # With grouped-query heads PEFT means keys and values here, not the model's hidden size and query heads.
+    sizes = {"token_dim": prefix.kv_heads * prefix.head_dim, "num_attention_heads": prefix.kv_heads}
+    sizes |= {"num_virtual_tokens": prefix.gists, "num_layers": prefix.layers, "num_transformer_submodules": 1}
+    sizes |= {"num_frozen_tokens": 0} if peft_type == "CARTRIDGE" else {}
+    return getattr(peft, KINDS[peft_type])(**sizes)
+
+
+def _flat(prefix: Prefix) -> Tensor:
+    """(G, L * 2 * N * D), each layer's keys before its values."""
+    pairs = torch.stack([tensor.detach() for pair in zip(prefix.keys, prefix.values) for tensor in pair])  # (2L, N, G, D)
+    return pairs.permute(2, 0, 1, 3).flatten(1).cpu().contiguous()
+
+
+def _lora_tensors(pairs: Pairs, rank: int) -> dict[str, Tensor]:
+    """LoRA by PEFT's names: A (rank, in) and B (out, rank) of each layer, filled up with zeros to one rank."""
+    tensors = {}
+    for name, (down, up) in pairs.items():
+        missing = rank - down.shape[2]
+        sides = {"A": pad(down.transpose(1, 2), (0, 0, 0, missing)), "B": pad(up.transpose(1, 2), (0, missing))}
+        for side, layers in sides.items():
+            for layer, weight in enumerate(layers):
+                tensors[LORA_TENSOR.format(layer=layer, name=name, side=side)] = weight.detach().cpu().contiguous()
+    return tensors
 
 
 def from_peft(
@@ -238,14 +283,18 @@ def _checksum(flat: Tensor) -> str:
 def _card(prefix: Prefix) -> str:
     made = prefix.manifest
     base, query = (made.base.name, made.text_format.get("query")) if made else (None, None)
+    if prefix.gists:
+        what, ours = f"Keys and values of {prefix.gists} gists", " or `hyperllama.export.from_peft(folder)`"
+    else:
+        what, ours = "LoRA that was generated from an instruction,", ""
     return f"""---
 base_model: {json.dumps(base)}
 library_name: peft
 ---
 
-# A soft prefix{f": {made.task}" if made and made.task else ""}
+# {"A soft prefix" if prefix.gists else "LoRA"}{f": {made.task}" if made and made.task else ""}
 
-Keys and values of {prefix.gists} gists at {prefix.layers} layers of {base or "a model that is not recorded"}, for
-`PeftModel.from_pretrained(model, folder)` or `hyperllama.export.from_peft(folder)`.
+{what} at {prefix.layers} layers of {base or "a model that is not recorded"}, for
+`PeftModel.from_pretrained(model, folder)`{ours}.
 Queries have no start token{f", and are {json.dumps(query)}" if query else ""}.
 """

@@ -17,14 +17,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from attention_masks import rotate
-from hyperllama.adapters import Adapters
+from hyperllama.adapters import PATHS, Adapters
 from hyperllama.backbone import BaseIdentity
 from hyperllama.errors import UserError
 from hyperllama.files import canonical_json, sha256, write_atomically
 
 FORMAT_VERSION = 1
 SCALES = {"keys": "keys_scale", "values": "values_scale"}
-ADAPTERS = ("adapters_down", "adapters_up")
+LATE = ("late_keys", "late_values")
+ADAPTERS = tuple(f"{name}_{side}" for name in PATHS for side in ("down", "up"))
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ class Prefix:
     Keys are canonical: rotated so that the gists stand at positions 0 .. G-1, and a reader starts at G. So a prefix needs
     no memory of how long its context was, and prefixes of different contexts go into one batch.
 
-    A task module of HINT has `adapters` too, beside the MLPs of the rows that read it; then there may be no keys (G = 0).
-    `Reader` applies them; what knows keys and values only (a cache, PEFT) refuses them.
+    A task module of HINT may have `adapters` too, for the rows that read it; then there may be no keys (G = 0). Its first
+    `late` gists may be there for those rows only that predict an answer: from the last row of a prompt on. `Reader` follows
+    both; what knows keys and values only (a cache, PEFT) refuses them.
 
     Raises ValueError if shapes disagree.
     """
@@ -83,8 +85,10 @@ class Prefix:
         values: Sequence[Tensor],
         manifest: Manifest | None = None,
         adapters: Adapters | None = None,
+        late: int = 0,
     ):
         self.keys, self.values, self.manifest, self.adapters = tuple(keys), tuple(values), manifest, adapters
+        self.late = late
         if not self.keys or len(self.keys) != len(self.values):
             raise ValueError(
                 f"a prefix needs as many keys as values, one pair a layer, not {len(self.keys)} and {len(self.values)}"
@@ -95,6 +99,8 @@ class Prefix:
             raise ValueError(f"a prefix needs keys and values of one shape (kv_heads, gists, head_dim) and dtype, not {shapes}")
         if adapters is not None and adapters.layers != len(self.keys):
             raise ValueError(f"a prefix of {len(self.keys)} layers needs adapters of as many, not of {adapters.layers}")
+        if not 0 <= late <= self.gists:
+            raise ValueError(f"of a prefix of {self.gists} gists 0 .. {self.gists} can be late, not {late}")
 
     @property
     def layers(self) -> int:
@@ -122,30 +128,31 @@ class Prefix:
         return sum(t.nbytes for t in (*self.keys, *self.values)) + (self.adapters.nbytes if self.adapters else 0)
 
     def __repr__(self) -> str:
-        made = f", adapters={self.adapters.size}" if self.adapters else ""
+        made = f", late={self.late}" if self.late else ""
+        made += f", adapters={self.adapters.sizes}" if self.adapters else ""
         made += f", task={self.manifest.task!r}, base={self.manifest.base.name!r}" if self.manifest else ""
         return f"Prefix(gists={self.gists}, layers={self.layers}, kv_heads={self.kv_heads}, head_dim={self.head_dim}{made})"
 
     def __eq__(self, other) -> bool:
         if not isinstance(other, Prefix):
             return NotImplemented
-        same_form = (self.layers, self.dtype, self.manifest) == (other.layers, other.dtype, other.manifest)
+        forms = [(one.layers, one.dtype, one.late, one.manifest) for one in (self, other)]
+        same_form = forms[0] == forms[1]
         pairs = zip((*self.keys, *self.values), (*other.keys, *other.values))
         same_rows = same_form and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
         return same_rows and (other.adapters is None if self.adapters is None else self.adapters.equals(other.adapters))
 
     __hash__ = None  # tensors can change
 
-    def refuse_adapters(self, what: str) -> None:
-        """UserError if there are adapters, for whoever can read keys and values only; `what` begins the sentence."""
-        if self.adapters is not None:
-            raise UserError(
-                f"{what} keys and values only, but this task module has adapters; read it with generate or evaluate"
-            )
+    def refuse_modules(self, what: str) -> None:
+        """UserError unless all there is are keys and values that every reader sees; `what` begins the sentence."""
+        if self.adapters is not None or self.late:
+            has = "adapters" if self.adapters is not None else "rows that only answers see"
+            raise UserError(f"{what} keys and values only, but this task module has {has}; read it with generate or evaluate")
 
     def truncate(self, gists: int) -> Prefix:
         """The first `gists` gists, for prefixes that were trained to stand alone at any length. ValueError beyond 1 .. G."""
-        self.refuse_adapters("truncating is for prefixes of")
+        self.refuse_modules("truncating is for prefixes of")
         if not 1 <= gists <= self.gists:
             raise ValueError(f"a prefix of {self.gists} gists can be cut to 1 .. {self.gists} of them, not {gists}")
         return Prefix([k[:, :gists] for k in self.keys], [v[:, :gists] for v in self.values], self.manifest)
@@ -158,7 +165,7 @@ class Prefix:
         """
         manifest = second.manifest
         for part in (first, second):
-            part.refuse_adapters("concatenation is for prefixes of")
+            part.refuse_modules("concatenation is for prefixes of")
         if first.manifest is None or manifest is None or "inv_freq" not in manifest.rotary:
             raise UserError(
                 "a prefix without its base's rotary frequencies cannot be concatenated; compress its examples again"
@@ -173,14 +180,14 @@ class Prefix:
     def to(self, device=None, dtype=None) -> Prefix:
         """The same prefix on another device or in another dtype."""
         move = [tuple(t.to(device=device, dtype=dtype) for t in side) for side in (self.keys, self.values)]
-        return Prefix(*move, self.manifest, self.adapters and self.adapters.to(device, dtype))
+        return Prefix(*move, self.manifest, self.adapters and self.adapters.to(device, dtype), self.late)
 
     def to_cache(self, device=None, dtype=None) -> DynamicCache:
         """A fresh cache of one row for `model.generate(past_key_values=...)` or a forward pass.
 
-        The attention mask must cover the prefix: ones (1, G + prompt tokens). UserError for a prefix with adapters.
+        The attention mask must cover the prefix: ones (1, G + prompt tokens). UserError for a task module with more.
         """
-        self.refuse_adapters("a cache holds")
+        self.refuse_modules("a cache holds")
         return Prefix.stack([self], device=device, dtype=dtype)[0]
 
     @staticmethod
@@ -239,15 +246,17 @@ class Prefix:
 
         `quantize="int8"` stores a quarter of the bytes of float32; `load` gives float32 back. Returns the relative error of
         keys and values (root mean square), which the manifest then holds too; nothing is lost otherwise. UserError for
-        a prefix with adapters, which are not quantised. Atomic: a crash or a full disk (OSError) leaves the file that was there
+        a task module with more than that. Atomic: a crash or a full disk (OSError) leaves the file that was there
         whole.
         """
         if quantize:
-            self.refuse_adapters("int8 is for files of")
-        tensors = {"keys": torch.stack(self.keys).cpu().contiguous(), "values": torch.stack(self.values).cpu().contiguous()}
-        if self.adapters is not None:
-            sides = (self.adapters.down, self.adapters.up)
-            tensors |= {name: side.cpu().contiguous() for name, side in zip(ADAPTERS, sides)}
+            self.refuse_modules("int8 is for files of")
+        sides = {"keys": torch.stack(self.keys).cpu(), "values": torch.stack(self.values).cpu()}
+        tensors = {name: side[:, :, self.late :].contiguous() for name, side in sides.items()}
+        if self.late:
+            tensors |= {f"late_{name}": side[:, :, : self.late].contiguous() for name, side in sides.items()}
+        for name, pair in self.adapters.pairs.items() if self.adapters else ():
+            tensors |= {f"{name}_{side}": x.cpu().contiguous() for side, x in zip(("down", "up"), pair)}
         lost: dict[str, float] = {}
         if quantize:
             tensors, lost = _quantized(tensors)
@@ -276,8 +285,9 @@ class Prefix:
             raise UserError(
                 f"{path}: not a whole prefix file ({error}); copy it again, or compress the examples again"
             ) from error
-        forms = ({"keys", "values"}, {"keys", "values", *SCALES.values()}, {"keys", "values", *ADAPTERS})
-        if "hyperllama" not in metadata or set(tensors) not in forms:
+        more = set(tensors) - {"keys", "values"}
+        known = {"keys", "values"} <= set(tensors) and (more <= {*LATE, *ADAPTERS} or more == set(SCALES.values()))
+        if "hyperllama" not in metadata or not known:
             raise UserError(f"{path}: a safetensors file, but not a prefix; make one with hyperllama compress")
         if metadata.get("sha256") != _checksum(metadata["hyperllama"], tensors):
             raise UserError(f"{path}: damaged, its checksum does not match; copy it again, or compress the examples again")
@@ -288,8 +298,12 @@ class Prefix:
         for side, scale in SCALES.items():
             if scale in tensors:
                 tensors[side] = tensors[side].float() * tensors[scale]
-        adapters = Adapters(*(tensors[name] for name in ADAPTERS)) if ADAPTERS[0] in tensors else None
-        prefix = cls(tensors["keys"].unbind(), tensors["values"].unbind(), manifest, adapters)
+        pairs = {name: (tensors[f"{name}_down"], tensors[f"{name}_up"]) for name in PATHS if f"{name}_down" in tensors}
+        late = tensors[LATE[0]].shape[2] if LATE[0] in tensors else 0
+        sides = [tensors[side] for side in ("keys", "values")]
+        if late:
+            sides = [torch.cat([tensors[name], side], 2) for name, side in zip(LATE, sides)]
+        prefix = cls(*(side.unbind() for side in sides), manifest, Adapters(pairs) if pairs else None, late)
         if identity is not None:
             prefix.check(identity, str(path))
         return prefix

@@ -49,7 +49,7 @@ class PrefixTuner(PackedModel):
     ):
         super().__init__(base, tokenizer, backend)
         for prefix in starts.values():
-            prefix.refuse_adapters("prefix tuning starts from")
+            prefix.refuse_modules("prefix tuning starts from")
         shapes = {(p.layers, p.kv_heads, p.gists, p.head_dim) for p in starts.values()}
         if len(shapes) != 1:
             raise UserError(

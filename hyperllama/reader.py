@@ -56,9 +56,11 @@ class Reader:
         """Continue each prompt behind its own prefix; different tasks and lengths may share a batch.
 
         `prompts` are token ids; `prefixes` one for each, or None to read without; `settings` go to transformers' `generate`
-        verbatim, apart from `num_return_sequences`: an answer a prompt. A batch has at most `batch_size` rows, and with
-        `batch_tokens` no more prefix rows and prompt tokens, padding included, unless one row has. Returns the new tokens of
-        each row, up to its end token. Raises UserError for a prefix of another base, or where the model's positions end.
+        verbatim, apart from `num_return_sequences`: an answer a prompt. Where a prefix has late rows, a prompt is read up to
+        its last token first, and that token is all of it that `generate` sees, for a repetition penalty say. A batch has at
+        most `batch_size` rows, and with `batch_tokens` no more prefix rows and prompt tokens, padding included, unless one row
+        has. Returns the new tokens of each row, up to its end token. Raises UserError for a prefix of another base, or where
+        the model's positions end.
         """
         if settings.get("num_return_sequences", 1) != 1:
             raise ValueError("a reader gives one answer a prompt: repeat the prompt instead of num_return_sequences")
@@ -81,13 +83,10 @@ class Reader:
         pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         if not all(len(prompt) for prompt in prompts):
             raise UserError("a prompt is empty after tokenisation: give an input, or a query template with text of its own")
-        longest = max(map(len, prompts))
-        ids = torch.full((len(prompts), longest), pad)
-        mask = torch.zeros_like(ids)
-        for i, prompt in enumerate(prompts):
-            ids[i, longest - len(prompt) :] = torch.as_tensor(prompt)
-            mask[i, longest - len(prompt) :] = 1
-        ids, mask = ids.to(device), mask.to(device)  # two transfers, not two a row
+        if prefixes is not None and any(prefix.late for prefix in prefixes):
+            prefixes, prompts = self._read_inputs(prompts, prefixes, pad), [prompt[-1:] for prompt in prompts]
+        ids, mask = _padded(prompts, pad, device)
+        longest = ids.shape[1]
         cache, stack = {}, None
         if prefixes is not None:
             # Beam search repeats each prompt, but not a cache that it is given.
@@ -106,6 +105,43 @@ class Reader:
             output = self.model.generate(ids, attention_mask=mask, **cache, **settings)[:, longest:].tolist()
         ends = settings["eos_token_id"]  # one, several or none; what follows is padding
         return [_until(row, set(ends) if isinstance(ends, list) else {ends}) for row in output]
+
+    def _read_inputs(self, prompts, prefixes, pad: int) -> list[Prefix]:
+        """For each prompt its prefix and, behind it, its rows but the last, which have not seen late gists."""
+        if max(map(len, prompts)) == 1:
+            return [Prefix(p.keys, p.values, p.manifest, p.adapters) for p in prefixes]
+        ids, mask = _padded([prompt[:-1] for prompt in prompts], pad, self.model.device)
+        # Late gists are left out, but what comes after them stands where it would stand behind them.
+        early = [Prefix([k[:, p.late :] for k in p.keys], [v[:, p.late :] for v in p.values]) for p in prefixes]
+        cache, gists = Prefix.stack(early, device=self.model.device, dtype=self.model.dtype)
+        starts = torch.tensor([prefix.gists for prefix in prefixes], device=self.model.device)
+        places = (starts[:, None] + mask.cumsum(1) - 1).clamp(min=0)
+        mask = torch.cat([gists.to(mask.dtype), mask], 1)
+        with adapted(self.model, Stack.of([prefix.adapters for prefix in prefixes], self.model)):
+            self.model.get_decoder()(ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True)
+        longer = []
+        for i, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
+            first = mask.shape[1] - (len(prompt) - 1)
+            sides = [
+                [torch.cat([own.to(rows), rows[i, :, first:]], 1) for own, rows in zip(side, computed, strict=True)]
+                for side, computed in (
+                    (prefix.keys, [layer.keys for layer in cache.layers]),
+                    (prefix.values, [layer.values for layer in cache.layers]),
+                )
+            ]
+            longer.append(Prefix(*sides, prefix.manifest, prefix.adapters))
+        return longer
+
+
+def _padded(prompts: Sequence[Sequence[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, longest), padded on the left, and which of them are real, as ones and zeros."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, longest - len(prompt) :] = torch.as_tensor(prompt)
+        mask[i, longest - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)  # two transfers, not two a row
 
 
 @contextmanager

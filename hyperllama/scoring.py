@@ -1,8 +1,8 @@
 """The likelihood of continuations behind prefixes, packed: queries of one task share its prefix, choices share their prompt.
 
-A prefix stands in the packed row as a segment of placeholder rows whose keys and values are replaced at every layer; its
-adapters, if it has any, act on the rows that read it. A prompt with several continuations is a segment that they all read, so
-it is computed once.
+A prefix stands in the packed row once, as placeholder rows whose keys and values are replaced at every layer; its adapters, if
+it has any, act on the rows that read it. A prompt with several continuations is a segment that they all read, so that it is
+computed once.
 """
 
 from __future__ import annotations
@@ -85,10 +85,19 @@ def _batches(questions: Sequence[Question], batch_tokens: int, vocabulary: int):
 
 @dataclass
 class _Row:
-    """A packed row as it grows."""
+    """A packed row as it grows: token ids and segments. Begin with `add_prefixes`."""
 
     ids: list[int] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
+    prefixes: list[Prefix] = field(default_factory=list)
+    _places: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def add_prefixes(self, prefixes: Sequence[Prefix | None]) -> None:
+        """Append the distinct ones among them that have gists; late gists are a segment of their own."""
+        for prefix in {id(p): p for p in prefixes if p is not None and p.gists}.values():
+            parts = [n for n in (prefix.late, prefix.gists - prefix.late) if n]
+            self._places[id(prefix)] = tuple(self.add([0] * n, gists=n)[0] for n in parts)
+            self.prefixes.append(prefix)
 
     def add(self, ids: Sequence[int], gists: int = 0, reads: tuple[int, ...] = ()) -> tuple[int, int]:
         """Append a segment; returns its index and its first row."""
@@ -97,13 +106,16 @@ class _Row:
         self.segments.append(Segment(len(ids), gists=gists, reads=reads))
         return len(self.segments) - 1, first
 
+    def reads(self, prefix: Prefix | None, late: bool = True) -> tuple[int, ...]:
+        """The segments that are read behind a prefix; without `late`, by rows that do not see its late gists."""
+        places = self._places.get(id(prefix), ())
+        return places[1:] if places and prefix.late and not late else places
+
 
 def _likelihoods(model: PreTrainedModel, questions: Sequence[Question], backend: str) -> tuple[Tensor, Tensor]:
     """Log-probabilities (rows, V) of a packed pass, and which of these rows predicts each token of each continuation."""
-    row, places = _Row(), dict[int, int]()
-    prefixes = {id(q.prefix): q.prefix for q in questions if q.prefix is not None and q.prefix.gists}
-    for key, prefix in prefixes.items():
-        places[key], _ = row.add([0] * prefix.gists, gists=prefix.gists)
+    row = _Row()
+    row.add_prefixes([question.prefix for question in questions])
     # For each continuation, the rows that predict its tokens; choices share the row that predicts their first.
     predicting: list[list[int]] = []
     # The rows that each task's adapters act on.
@@ -111,17 +123,20 @@ def _likelihoods(model: PreTrainedModel, questions: Sequence[Question], backend:
     acted_on: dict[int, list[int]] = {key: [] for key in adapters}
     for question in questions:
         asked_from = len(row.ids)
-        reads = (places[id(question.prefix)],) if id(question.prefix) in places else ()
+        reads, asked = row.reads(question.prefix), question.prompt
+        if question.prefix is not None and question.prefix.late and len(asked) > 1:  # only the last row sees late gists
+            before, _ = row.add(asked[:-1], gists=len(asked) - 1, reads=row.reads(question.prefix, late=False))
+            reads, asked = (*reads, before), asked[-1:]
         if len(question.continuations) == 1:
             (only,) = question.continuations
-            _, first = row.add([*question.prompt, *only[:-1]], reads=reads)
-            start = first + len(question.prompt) - 1
+            _, first = row.add([*asked, *only[:-1]], reads=reads)
+            start = first + len(asked) - 1
             predicting.append(list(range(start, start + len(only))))
             acted_on.get(id(question.prefix), []).extend(range(asked_from, len(row.ids)))
             continue
-        prompt, first = row.add(question.prompt, gists=len(question.prompt), reads=reads)
+        prompt, first = row.add(asked, gists=len(asked), reads=reads)
         for continuation in question.continuations:
-            predicting.append([first + len(question.prompt) - 1])
+            predicting.append([first + len(asked) - 1])
             if len(continuation) > 1:
                 _, start = row.add(continuation[:-1], reads=(*reads, prompt))
                 predicting[-1] += range(start, start + len(continuation) - 1)
@@ -135,7 +150,7 @@ def _likelihoods(model: PreTrainedModel, questions: Sequence[Question], backend:
             input_ids=torch.tensor([row.ids], device=device),
             use_cache=False,
             logits_to_keep=torch.tensor(head_rows, device=device),
-            **packed_arguments(model, layout, backend, prefix_states(model, layout, list(prefixes.values()))),
+            **packed_arguments(model, layout, backend, prefix_states(model, layout, row.prefixes)),
         ).logits[0]
     rows = torch.tensor([place[r] for rows in predicting for r in rows], device=device)
     return logits.float().log_softmax(-1), rows

@@ -152,8 +152,9 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
 def packing_of(recipe: Recipe) -> Packing:
     """What of an episode a recipe's hypernetwork is trained on."""
     again, taught = recipe.objectives.reconstruction > 0, recipe.objectives.distillation > 0
-    whole = recipe.gist.kind == "hint" and recipe.hint.fusion
-    return Packing(recipe.gist.tokens, recipe.gist.reading, recipe.gist.elastic, reconstruct=again, teach=taught, whole=whole)
+    hint = recipe.hint if recipe.gist.kind == "hint" else None
+    shown = {"whole": hint is not None and hint.fusion, "late": hint is not None and hint.late_fusion}
+    return Packing(recipe.gist.tokens, recipe.gist.reading, recipe.gist.elastic, reconstruct=again, teach=taught, **shown)
 
 
 def make_hypernetwork(recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Hypernetwork:
@@ -359,7 +360,9 @@ def inspect(path: str | Path) -> dict:
         prefix = Prefix.load(path)
         sizes = {"gists": prefix.gists, "layers": prefix.layers, "kv_heads": prefix.kv_heads, "head_dim": prefix.head_dim}
         if prefix.adapters is not None:
-            sizes |= {"adapter_size": prefix.adapters.size, "adapter_bytes": prefix.adapters.nbytes}
+            sizes |= {"adapters": prefix.adapters.sizes, "adapter_bytes": prefix.adapters.nbytes}
+        if prefix.late:
+            sizes["late_rows"] = prefix.late
         sizes |= {"dtype": str(prefix.dtype).removeprefix("torch."), "file_bytes": path.stat().st_size}
         return {
             "prefix": str(path),

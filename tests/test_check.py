@@ -57,12 +57,14 @@ def test_the_memory_of_a_task_module_at_7b(recipe):
         "model.name_or_path=meta-llama/Llama-2-7b-hf",
         "gist.kind=hint",
         "hint.adapter_size=64",
+        "hint.lora_rank=8",
         "limits.context_tokens=512",
     ]
     text = check(recipe, seven, hardware=Hardware.of(gpus=8))
     row, matrices = 2 * 32 * 4096 * 2 / 1e6, 2 * 32 * 4096 * 64 * 2 / 1e6
     parts = f"4 prefix rows {4 * row:.2f} MB + 512 fused rows {512 * row:.2f} MB + adapters of 64 {matrices:.2f} MB"
-    assert f"state of a task {parts} = {516 * row + matrices:.2f} MB in bf16, for a context of 512 tokens" in text
+    parts += "".join(f" + LoRA beside {name} of 8 {matrices / 8:.2f} MB" for name in ("q_proj", "v_proj"))
+    assert f"state of a task {parts} = {516 * row + 1.25 * matrices:.2f} MB in bf16, for a context of 512 tokens" in text
     assert f"cached: {512 * row:.2f} MB" in text and "planned for gist.kind=lora, not for hint" in text
 
 

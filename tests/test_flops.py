@@ -90,23 +90,36 @@ def test_compressing(base, lengths, gists, targets):
     assert {cost.state_bytes(gists, bytes_per_element=4)} == {prefix.nbytes for prefix in made}
 
 
-@pytest.mark.parametrize("rows, size, fusion, rank", [(3, 4, True, 2), (0, 5, False, 2), (4, 0, True, 0), (0, 0, True, 3)])
+@pytest.mark.parametrize(
+    "rows, size, lora, fusion, rank",
+    [(3, 4, 0, True, 2), (0, 5, 2, False, 2), (4, 0, 0, True, 0), (0, 0, 0, True, 3), (0, 0, 3, False, 1)],
+)
 @pytest.mark.parametrize("context", [1, 23])
-def test_compressing_with_hint(base, context, rows, size, fusion, rank):
-    hint = HintSettings(adapter_size=size, fusion=fusion, fusion_rank=rank, heads=3, mlp_size=20)
+def test_compressing_with_hint(base, context, rows, size, lora, fusion, rank):
+    hint = HintSettings(adapter_size=size, lora_rank=lora, fusion=fusion, fusion_rank=rank, heads=3, mlp_size=20)
     cost, hypernetwork, made = ModelCost.of(base.config), HintHypernetwork(base, gists=rows, hint=hint), []
     assert close(cost.hint(context, rows, hint), counted(lambda: made.extend(hypernetwork.compress([tokens(context)[0]]))))
     (prefix,) = made
     assert prefix.gists == rows + fusion * context
-    matrices = prefix.adapters.nbytes if size else 0
-    assert prefix.nbytes == cost.state_bytes(prefix.gists, 4) + matrices == cost.module_bytes(prefix.gists, size, 4)
+    matrices, sizes = (prefix.adapters.nbytes, prefix.adapters.sizes) if size or lora else (0, {})
+    assert prefix.nbytes == cost.state_bytes(prefix.gists, 4) + matrices == cost.module_bytes(prefix.gists, sizes, 4)
 
     def read_with_modules():
         with adapted(base, Stack.of([prefix.adapters], base)):
             read(base, 7, Prefix.stack([prefix])[0] if prefix.gists else None)
 
-    reading = cost.read(7, past=prefix.gists, head_rows=1) + cost.adapters(7, size)
+    reading = cost.read(7, past=prefix.gists, head_rows=1) + cost.adapters(7, sizes)
     assert close(reading, counted(read_with_modules))
+
+
+@pytest.mark.parametrize("prompt", [1, 9])
+def test_reading_late_rows(base, prompt):
+    cost, hint = ModelCost.of(base.config), HintSettings(adapter_size=3, fusion_visibility="targets", heads=3, mlp_size=20)
+    (prefix,) = HintHypernetwork(base, gists=2, hint=hint).compress([tokens(12)[0]])
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4}
+    counter = counted(lambda: Reader(base, _Tokenizer()).generate(tokens(prompt).tolist(), [prefix], **settings))
+    reading = cost.generate(prompt, 4, past=14) - cost.late(prompt, 12) + cost.adapters(prompt + 3, {"adapter": 3})
+    assert close(reading, counter)
 
 
 @pytest.mark.parametrize("prompt, answer, past", [(1, 1, 0), (9, 1, 4), (3, 2, 0), (12, 6, 0), (5, 9, 11)])

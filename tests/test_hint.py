@@ -1,5 +1,6 @@
 """HINT: what an instruction becomes, alone, in a batch and in a file; and that the base without modules is the base."""
 
+import dataclasses
 import json
 
 import pytest
@@ -21,8 +22,17 @@ from hyperllama.prefix import Manifest, Prefix
 from hyperllama.reader import Reader
 from hyperllama.scoring import Question
 
-# Prefix rows, bottleneck and fusion: all together, and each alone.
-FORMS = {"all": (3, 4, True), "adapters": (0, 4, False), "prefix": (3, 0, False), "fusion": (0, 0, True), "fused": (0, 4, True)}
+# Prefix rows, bottleneck, rank of LoRA and fusion: all together, each alone, and fusion for rows that predict.
+FORMS = {
+    "all": (3, 4, 2, "all"),
+    "adapters": (0, 4, 0, None),
+    "lora": (0, 0, 3, None),
+    "prefix": (3, 0, 0, None),
+    "fusion": (0, 0, 0, "all"),
+    "fused": (0, 4, 0, "all"),
+    "late": (3, 4, 2, "targets"),
+    "late fusion": (0, 0, 0, "targets"),
+}
 CONTEXTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [31], [40, 41, 42, 43]]
 EPISODES = [
     EncodedEpisode((5, 6, 7, 8, 9, 10, 11), (((12, 13), (14, 15)), ((16,), (17,)))),
@@ -32,11 +42,9 @@ EPISODES = [
 
 def made(form="all", base=None, trained=True, regime="frozen", **settings):
     """A hypernetwork for one of `FORMS`; `trained`: with weights that all do something."""
-    rows, size, fusion = FORMS[form]
     base = tiny_base() if base is None else base
     torch.manual_seed(1)
-    hint = HintSettings(adapter_size=size, fusion=fusion, fusion_rank=2, mlp_size=16, heads=2, regime=regime)
-    hypernetwork = HintHypernetwork(base, gists=rows, hint=hint, **settings)
+    hypernetwork = HintHypernetwork(base, gists=FORMS[form][0], hint=hint_settings(form, regime), **settings)
     with torch.no_grad():
         for name, parameter in hypernetwork.trainable().items():
             if trained and not name.startswith("base."):
@@ -44,8 +52,18 @@ def made(form="all", base=None, trained=True, regime="frozen", **settings):
     return hypernetwork
 
 
+def hint_settings(form, regime="frozen"):
+    _, size, rank, seen = FORMS[form]
+    shown = {"fusion": bool(seen), "fusion_visibility": seen or "all", "fusion_rank": 2}
+    return HintSettings(adapter_size=size, lora_rank=rank, mlp_size=16, heads=2, regime=regime, **shown)
+
+
+def packing(hypernetwork, **more):
+    return Packing(hypernetwork.num_gists, whole=hypernetwork.keeps_context, late=hypernetwork.late_context, **more)
+
+
 def tensors(prefix):
-    own = (prefix.adapters.down, prefix.adapters.up) if prefix.adapters else ()
+    own = prefix.adapters.tensors if prefix.adapters else ()
     return (*prefix.keys, *prefix.values, *own)
 
 
@@ -59,12 +77,14 @@ def questions(prefixes):
     return [Question(*asked[i % 3], prefix) for i, prefix in enumerate(prefixes)]
 
 
+@pytest.mark.parametrize("form", ["adapters", "lora"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_at_step_0_adapters_alone_are_the_base(kind):
+def test_at_step_0_adapters_alone_are_the_base(kind, form):
     base = tiny_base(kind)
-    hypernetwork = made("adapters", base, trained=False)
+    hypernetwork = made(form, base, trained=False)
     prefixes = hypernetwork.compress(CONTEXTS)
-    assert all(prefix.gists == 0 and prefix.adapters.down.any() and not prefix.adapters.up.any() for prefix in prefixes)
+    for prefix in prefixes:
+        assert prefix.gists == 0 and all(down.any() and not up.any() for down, up in prefix.adapters.pairs.values())
     reader = Reader(base, _Tokenizer())
     assert reader.score(questions(prefixes)) == reader.score(questions([None] * 4))
     prompts = [[5, 6, 7], [8, 9], [3], [50, 51, 52, 53]]
@@ -91,6 +111,7 @@ def test_padding_has_no_part_in_what_is_generated():
     states = [torch.randn(n, 32) for n in (2, 9)]
     short, _ = (generator([state]) for state in states)
     padded = generator(states)
+    assert short.keys() == padded.keys() and {"prefix_keys", "adapter_up", "q_proj_down", "v_proj_up"} < padded.keys()
     for name, own in short.items():
         torch.testing.assert_close(padded[name][:, :1], own, atol=1e-6, rtol=1e-5)
     assert (padded["adapter_down"][:, 0] - padded["adapter_down"][:, 1]).abs().max() > 1e-3, "instructions differ"
@@ -118,18 +139,76 @@ def test_adapters_are_what_the_formula_says():
     """Beside each MLP, on all rows of a task; the hooks are gone afterwards."""
     base = tiny_base()
     ids, before = torch.tensor([[5, 6, 7]]), base(torch.tensor([[5, 6, 7]])).logits
-    task = Adapters(0.3 * torch.randn(2, 32, 4), 0.3 * torch.randn(2, 4, 32))
+    down, up = 0.3 * torch.randn(2, 32, 4), 0.3 * torch.randn(2, 4, 32)
+    task = Adapters({"adapter": (down, up)})
     with adapted(base, Stack.of([task], base)):
         found = base(ids).logits
     for i, layer in enumerate(base.model.layers):
         own = layer.mlp.forward
-        layer.mlp.forward = lambda x, own=own, i=i: own(x) + (x @ task.down[i]).relu() @ task.up[i]
+        layer.mlp.forward = lambda x, own=own, i=i: own(x) + (x @ down[i]).relu() @ up[i]
     torch.testing.assert_close(found, base(ids).logits)
     for layer in base.model.layers:
         del layer.mlp.forward
     assert torch.equal(base(ids).logits, before) and not torch.allclose(found, before)
-    with pytest.raises(ValueError, match="adapters need"):
-        Adapters(task.down, task.down)
+    for wrong in ({"adapter": (down, down)}, {"o_proj": (down, up)}, {"adapter": (down, up), "q_proj": (down[:1], up[:1])}, {}):
+        with pytest.raises(ValueError, match="adapters need"):
+            Adapters(wrong)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_lora_is_added_to_the_weights_and_is_peft_s(kind, tmp_path, saved_base):
+    """One task's LoRA is a change of two matrices; stock PEFT reads it as LORA."""
+    from peft import PeftModel
+
+    base = tiny_base(kind)
+    (prefix,) = made("lora", base).compress([[5, 6, 7]])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with adapted(base, Stack.of([prefix.adapters], base)), torch.no_grad():
+        found = base(ids).logits
+    assert (prefix.to_peft(tmp_path) / "adapter_config.json").is_file()
+    assert "LoRA" in (tmp_path / "README.md").read_text()
+    with torch.no_grad():
+        torch.testing.assert_close(PeftModel.from_pretrained(tiny_base(kind), tmp_path)(ids).logits, found)
+        assert not torch.allclose(base(ids).logits, found)
+        for i, layer in enumerate(base.model.layers):
+            for name, (down, up) in prefix.adapters.pairs.items():
+                getattr(layer.self_attn, name).weight += (down[i] @ up[i]).T
+        torch.testing.assert_close(base(ids).logits, found)
+    prefix.to_peft(tmp_path)  # over the one before
+    rows = Prefix(*_rows(base, 2))
+    with pytest.raises(UserError, match="holds a LORA adapter"):
+        rows.to_peft(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["late", "late fusion"])
+def test_late_rows_are_for_what_predicts(form):
+    """The oracle is a pass without any packing: a mask of four dimensions says who sees the first rows."""
+    base = tiny_base()
+    hypernetwork, reader = made(form, base), Reader(base, _Tokenizer())
+    (prefix,) = hypernetwork.compress([[5, 6, 7]])
+    assert prefix.late == 3 and prefix.gists == 3 + hypernetwork.num_gists
+    prompt, answer = [11, 12, 13, 14], [15, 16, 17]
+    ids, past = torch.tensor([prompt + answer[:-1]]), prefix.gists
+    visible = torch.ones(ids.shape[1], past + ids.shape[1], dtype=torch.bool).tril(past)
+    visible[: len(prompt) - 1, : prefix.late] = False
+    whole = Prefix(prefix.keys, prefix.values)  # as if all rows were for all
+    with torch.no_grad(), adapted(base, Stack.of([prefix.adapters], base)):
+        mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
+        places = torch.arange(past, past + ids.shape[1])[None]
+        logits = base(ids, past_key_values=whole.to_cache(), attention_mask=mask, position_ids=places).logits[0]
+    likelihoods = logits[len(prompt) - 1 :].log_softmax(-1)
+    expected = sum(likelihoods[i, token].item() for i, token in enumerate(answer))
+    for continuations in ((tuple(answer),), (tuple(answer), (20,))):
+        scores = reader.score([Question(tuple(prompt), continuations, prefix)])[0]
+        assert scores[0] == pytest.approx(expected, abs=1e-4)
+    whole.adapters = prefix.adapters
+    assert reader.score([Question(tuple(prompt), (tuple(answer),), whole)])[0][0] != pytest.approx(expected, abs=1e-3)
+    greedy = reader.generate([prompt], [prefix], max_new_tokens=6, min_new_tokens=6)[0]
+    chosen = [reader.score([Question(tuple(prompt), tuple((*greedy[:i], t) for t in range(97)), prefix)])[0] for i in range(3)]
+    assert [max(range(97), key=scores.__getitem__) for scores in chosen] == greedy[:3]
+    episode = EncodedEpisode((5, 6, 7), ((tuple(prompt), tuple(answer)),))
+    loss = hypernetwork(pack_gist([episode], packing(hypernetwork)))
+    assert loss.sum.item() == pytest.approx(-expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -141,9 +220,10 @@ def test_a_module_file_holds_everything(form, tmp_path, saved_base):
     prefix.save(path)
     loaded = Prefix.load(path, hypernetwork.identity)
     assert loaded == prefix and loaded.nbytes == sum(t.nbytes for t in tensors(prefix))
+    assert loaded.late == prefix.late == (3 if "late" in form else 0) and loaded.to("cpu").late == loaded.late
     assert loaded.manifest.context_tokens == 3 and loaded.to(dtype=torch.bfloat16).nbytes * 2 == loaded.nbytes
     if prefix.adapters is not None:
-        changed = Adapters(prefix.adapters.down, prefix.adapters.up + 1)
+        changed = Adapters({kind: (down, up + 1) for kind, (down, up) in prefix.adapters.pairs.items()})
         assert Prefix(prefix.keys, prefix.values, prefix.manifest, changed) != prefix
         assert Prefix(prefix.keys, prefix.values, prefix.manifest) != prefix
     damaged = bytearray(path.read_bytes())
@@ -153,10 +233,13 @@ def test_a_module_file_holds_everything(form, tmp_path, saved_base):
         Prefix.load(path)
 
 
-def test_what_reads_keys_and_values_only_refuses_adapters(tmp_path):
+@pytest.mark.parametrize(
+    "has, no_peft", [("adapters", "non-linearity is no form"), ("rows that only answers see", "to all rows")]
+)
+def test_what_reads_keys_and_values_only_refuses_more(tmp_path, has, no_peft):
     from hyperllama.prefix_tuning import PrefixTuner
 
-    hypernetwork = made()
+    hypernetwork = made("all" if has == "adapters" else "late fusion")
     (prefix,) = hypernetwork.compress([[5, 6, 7]])
     for refused in (
         lambda: prefix.to_cache(),
@@ -165,9 +248,9 @@ def test_what_reads_keys_and_values_only_refuses_adapters(tmp_path):
         lambda: prefix.save(tmp_path / "p.safetensors", quantize="int8"),
         lambda: PrefixTuner(hypernetwork.base, {"t": prefix}),
     ):
-        with pytest.raises(UserError, match="keys and values only, but this task module has adapters"):
+        with pytest.raises(UserError, match=f"keys and values only, but this task module has {has}"):
             refused()
-    with pytest.raises(UserError, match="non-linearity is no form of PEFT's"):
+    with pytest.raises(UserError, match=no_peft):
         prefix.to_peft(tmp_path / "peft")
     assert not list(tmp_path.iterdir())
     (rows,) = made("prefix").compress([[5, 6, 7]])
@@ -179,8 +262,7 @@ def test_fused_rows_come_first_and_the_prefix_stands_where_it_always_stands():
     hypernetwork = made("all")
     (prefix,) = hypernetwork.compress([[5, 6, 7]])
     assert prefix.gists == 3 + 3
-    hypernetwork.fusion, hint = None, HintSettings(adapter_size=4, fusion=False, mlp_size=16, heads=2)
-    hypernetwork.hint = hint
+    hypernetwork.fusion, hypernetwork.hint = None, dataclasses.replace(hypernetwork.hint, fusion=False)
     (alone,) = hypernetwork.compress([[5, 6, 7]])
     assert alone.gists == 3
     for a, b in zip(prefix.values, alone.values):
@@ -203,7 +285,7 @@ def test_the_paper_regime_trains_the_model_too(form, tmp_path, saved_base):
     hypernetwork = made(form, base, tokenizer=tokenizer, regime="paper")
     before = hypernetwork.identity
     optimizer = torch.optim.SGD(hypernetwork.trainable().values(), lr=1e-2)
-    hypernetwork(pack_gist(EPISODES, Packing(hypernetwork.num_gists, whole=hypernetwork.keeps_context))).mean.backward()
+    hypernetwork(pack_gist(EPISODES, packing(hypernetwork))).mean.backward()
     assert all(p.grad is not None for p in base.parameters())
     optimizer.step()
     assert hypernetwork.identity.weights != before.weights
@@ -222,6 +304,8 @@ def test_what_makes_no_sense_is_refused(tmp_path):
     for settings, said in (
         ({"hint": HintSettings(adapter_size=0, fusion=False), "gists": 0}, "nothing is generated"),
         ({"hint": HintSettings(heads=0)}, "heads must be at least 1"),
+        ({"hint": HintSettings(lora_rank=-1)}, "lora_rank must be at least 0"),
+        ({"hint": HintSettings(fusion=False, fusion_visibility="targets")}, "rows that are not there"),
         ({"reading": Reading("parallel", 4)}, "choose single"),
         ({"elastic": True}, "one size"),
         ({"gists": -1}, "at least"),
@@ -239,14 +323,18 @@ def test_what_makes_no_sense_is_refused(tmp_path):
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.sampled_from(list(FORMS)))
 def test_readers_of_a_batch_are_known(lengths, form):
     """Every row of the read region belongs to the context that it reads, whatever is compressed."""
-    rows, _, fusion = FORMS[form]
+    rows, _, _, seen = FORMS[form]
     episodes = [
         EncodedEpisode(tuple([10 + i] * n), (((30 + i,), (40 + i,)), ((50 + i, 60 + i), (70 + i,))))
         for i, n in enumerate(lengths)
     ]
-    ids, layout, reading = pack_gist(episodes, Packing(rows, whole=fusion)).halves()
-    assert len(layout.segments) == len(lengths) and ids.shape[1] == sum(lengths) + rows * len(lengths)
-    owners = [int(ids[0, start]) - 10 for start in layout.row_starts]  # contexts are sorted by length
+    shown = {"whole": bool(seen), "late": seen == "targets"}
+    ids, layout, reading = pack_gist(episodes, Packing(rows, **shown)).halves()
+    assert len(layout.segments) == len(lengths) * (2 if rows and shown["late"] else 1) and ids.shape[1] == sum(
+        lengths
+    ) + rows * len(lengths)
+    own_rows = [start for start in layout.row_starts if ids[0, start]]
+    owners = [int(ids[0, start]) - 10 for start in own_rows]  # contexts are sorted by length
     for own, group in zip(owners, reading.reader_rows(), strict=True):
         assert sorted(reading.ids[0, group].tolist()) == [30 + own, 50 + own, 60 + own]
 

@@ -15,6 +15,8 @@ from hyperllama.prefix import Prefix
 RECIPES = Path(__file__).parent.parent / "recipes" / "hint"
 FEW = ["training.max_steps=2", "training.save_steps=2", "training.use_cpu=true", "training.disable_tqdm=true"]
 SMALL = ["hint.adapter_size=4", "hint.mlp_size=8", "hint.fusion_rank=2", "training.per_device_train_batch_size=2"]
+LORA_ALONE = ["gist.tokens=0", "hint.fusion=false", "hint.adapter_size=0", "hint.lora_rank=2"]
+LATE = ["hint.fusion_visibility=targets"]
 
 
 def test_instructions_name_categories_and_their_symbols():
@@ -81,7 +83,7 @@ def test_instructions_that_cannot_be_are_refused(changes, problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [[], ["hint.regime=paper"], ["gist.tokens=0", "hint.fusion=false"]], ids=str)
+@pytest.mark.parametrize("changes", [[], ["hint.regime=paper"], LORA_ALONE, LATE], ids=str)
 def test_the_quickstart_of_hint(tmp_path, changes):
     """From the recipes to a task module that is evaluated, compressed, inspected and generated from."""
     sizes = ["hidden_size=16", "intermediate_size=16", "num_hidden_layers=2", "num_attention_heads=2", "num_key_value_heads=2"]
@@ -89,7 +91,7 @@ def test_the_quickstart_of_hint(tmp_path, changes):
     run, base = tmp_path / "run", f"model.name_or_path={tmp_path}/base"
     workflows.train(RECIPES / "hypernetwork.yaml", [*FEW, *SMALL, *changes, base, f"output={run}"])
     found = workflows.inspect(run)
-    assert found["kind"] == "hint" and found["finished"] and found["hint"]["adapter_size"] == 4
+    assert found["kind"] == "hint" and found["finished"] and found["hint"]["mlp_size"] == 8
     summary = evaluate(RECIPES / "evaluate.yaml", ["episodes=5", f"hypernetwork={run}", f"output={tmp_path}/evaluation"])
     ours, fused = summary["methods"]["prefix"], "hint.fusion=false" not in changes
     rows = found["gists"] + 16 * fused  # the start token, 4 categories of 3 words and 3 commas
@@ -98,7 +100,10 @@ def test_the_quickstart_of_hint(tmp_path, changes):
     task = write(tmp_path / "task.jsonl", lines([{"input": "w1", "output": "s1"}]))
     ((path, _),) = workflows.compress(run, [task], tmp_path / "p.safetensors", instruction="call a <1> , call b <2>")
     said = workflows.inspect(path)
-    assert said["adapter_size"] == 4 and said["adapter_bytes"] == 2 * 2 * 16 * 4 * 4
+    size, lora = (0, 2) if changes == LORA_ALONE else (4, 0)
+    assert said["adapters"] == ({"q_proj": 2, "v_proj": 2} if lora else {"adapter": 4})
+    assert said["adapter_bytes"] == 2 * 2 * 16 * (size + 2 * lora) * 4
+    assert said.get("late_rows", 0) == (said["gists"] - found["gists"] if changes == LATE else 0)
     assert said["gists"] == found["gists"] + Prefix.load(path).manifest.context_tokens * fused
     assert len(workflows.generate(path, ["w2", "w3"], max_new_tokens=2)) == 2
 

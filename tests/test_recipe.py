@@ -169,7 +169,7 @@ def test_a_good_recipe_with_overrides(tmp_path):
         ("gist: {kind: hint, tokens: -1}", "{file}: gist.tokens: at least 0, not -1"),
         (
             "{gist: {kind: hint, tokens: 0}, hint: {adapter_size: 0, fusion: false}}",
-            "{file}: hint: nothing is generated: give gist.tokens, adapter_size or fusion",
+            "{file}: hint: nothing is generated: give gist.tokens, adapter_size, lora_rank or fusion",
         ),
         ("gist: {kind: hint, elastic: true}", "{file}: gist.elastic: the modules of hint have one size; set it to false"),
         (

@@ -95,7 +95,7 @@ class Packing:
     `elastic` draws how many gists a batch has: 1, 2, 4, ... up to all; a gist never sees those after it, so the first few stand
     alone. `reconstruct` adds a segment in which each context is said again (in-context autoencoder, Ge et al. 2023, arXiv
     2307.06945), `teach` the same queries behind their whole contexts. `whole` has a context's own rows read too, before its
-    gists; then there may be none.
+    gists; then there may be none. With `late` only the rows that predict see these, and a query's rows before them do not.
     """
 
     gists: int
@@ -104,6 +104,7 @@ class Packing:
     reconstruct: bool = False
     teach: bool = False
     whole: bool = False
+    late: bool = False
 
     def drawn_gists(self, episodes: Sequence[EncodedEpisode]) -> int:
         """How many gists the batch of these episodes has: always the same for the same episodes of the stream."""
@@ -113,12 +114,15 @@ class Packing:
 
 
 def chunk_segments(
-    reading: Reading, chunks: Sequence[Sequence[int]], gists: int, first: int, *, whole: bool = False
+    reading: Reading, chunks: Sequence[Sequence[int]], gists: int, first: int, *, whole: bool = False, late: bool = False
 ) -> list[Segment]:
     """A segment for each chunk of a context, which ends in its gists; the first of them is segment `first` of its layout.
 
-    `whole`: all rows of a segment are read like gists.
+    `whole`: all rows of a segment are read like gists. `late`: its gists are a segment of their own, to be read apart.
     """
+    if late:
+        apart = [(len(chunk), gists) if gists else (len(chunk),) for chunk in chunks]
+        return [Segment(n, gists=n) for rows in apart for n in rows]
     earlier = [range(first, first + i) if reading.graph == "recurrent" else () for i in range(len(chunks))]
     rows = [len(chunk) + gists for chunk in chunks]
     return [Segment(n, gists=n if whole else gists, reads=reads) for n, reads in zip(rows, earlier, strict=True)]
@@ -157,7 +161,7 @@ def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> Gis
     pieces, segments, own, owners = [], [], [], []
     for episode in contexts:
         chunks = packing.reading.chunks(episode.context, [end for _, end in episode.answers])
-        made = chunk_segments(packing.reading, chunks, gists, len(segments), whole=packing.whole)
+        made = chunk_segments(packing.reading, chunks, gists, len(segments), whole=packing.whole, late=packing.late)
         own.append(tuple(len(segments) + i for i, segment in enumerate(made) if segment.gists))
         owners += [len(own) - 1] * len(made)
         segments += made
@@ -167,7 +171,7 @@ def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> Gis
         readers += [(None, episode.context, i) for i, episode in enumerate(contexts)]
     readers.sort(key=lambda r: len(r[0] or (PLACEHOLDER,)) + len(r[1]))
     compressed = len(segments)
-    places = list(zip(readers, _append(pieces, segments, readers, own), strict=True))
+    places = list(zip(readers, _append(pieces, segments, owners, readers, own, late=packing.late), strict=True))
     asked, again = ([one for one in places if (one[0][0] is None) == said_again] for said_again in (False, True))
     rows = [row for _, predicting in asked + again for row in predicting]
     targets = [token for (_, answer, _), _ in asked + again for token in answer]
@@ -176,21 +180,29 @@ def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> Gis
         answers=sum(len(answer) for (_, answer, _), _ in asked),
         marker_rows=torch.tensor([predicting[0] for _, predicting in again]) if again else None,
         contexts=compressed,
-        owners=(*owners, *(context for *_, context in readers)),
+        owners=tuple(owners),
         teacher=_teacher(contexts, [reader for reader, _ in asked]) if packing.teach else None,
     )
 
 
-def _append(pieces: list, segments: list[Segment], readers, reads: Sequence[tuple[int, ...]]) -> list[range]:
+def _append(
+    pieces: list, segments: list[Segment], owners: list[int], readers, reads: Sequence[tuple[int, ...]], *, late: bool = False
+) -> list[range]:
     """Append readers (prompt or None for a marker, answer, context), each reading `reads` of its context.
 
+    `late`: what stands before the first row that predicts is a segment of its own, and does not read the first of `reads`.
     Returns the rows that predict each one's answer.
     """
     row, predicting = sum(map(len, pieces)), []
     for prompt, answer, context in readers:
         piece = (*(prompt or (PLACEHOLDER,)), *answer[:-1])  # the last answer token is predicted, never read
         pieces.append(piece)
-        segments.append(Segment(len(piece), reads=reads[context]))
+        seen, before = reads[context], len(piece) - len(answer) if late else 0
+        if before:
+            segments.append(Segment(before, gists=before, reads=seen[1:]))
+            seen = (*seen, len(segments) - 1)
+        segments.append(Segment(len(piece) - before, reads=seen))
+        owners += [context] * (2 if before else 1)
         row += len(piece)
         predicting.append(range(row - len(answer), row))
     return predicting
@@ -200,7 +212,7 @@ def _teacher(contexts: Sequence[EncodedEpisode], queries) -> GistBatch:
     """Whole contexts, all of whose rows are read by the queries in their order."""
     pieces = [episode.context for episode in contexts]
     segments = [Segment(len(piece), gists=len(piece)) for piece in pieces]
-    predicting = _append(pieces, segments, queries, [(i,) for i in range(len(contexts))])
+    predicting = _append(pieces, segments, [], queries, [(i,) for i in range(len(contexts))])
     rows = [row for one in predicting for row in one]
     return _batch(pieces, segments, rows, [token for _, answer, _ in queries for token in answer], contexts)
 

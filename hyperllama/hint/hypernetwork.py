@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
-from hyperllama.adapters import Adapters, Stack, adapted
+from hyperllama.adapters import LORA, Adapters, Stack, adapted
 from hyperllama.backbone import (
     BaseIdentity,
     head_dim,
@@ -69,7 +69,10 @@ class HintHypernetwork(Hypernetwork):
             raise UserError("objectives.distillation: the regime paper changes the model that would teach; set it to 0")
         config = base.config
         sizes = (config.hidden_size, config.num_hidden_layers, kv_heads(config), head_dim(config), self.num_gists)
-        self.generator = Generator(*sizes, self.hint).to(base.device) if self.num_gists or self.hint.adapter_size else None
+        attention = base.get_decoder().layers[0].self_attn
+        widths = {"adapter": config.hidden_size, **{name: getattr(attention, name).out_features for name in LORA}}
+        pairs = {name: (size, widths[name]) for name, size in self.hint.sizes().items()}
+        self.generator = Generator(*sizes, pairs, self.hint).to(base.device) if self.num_gists or pairs else None
         self.fusion = Fusion(base, self.hint.fusion_rank) if self.hint.fusion else None
         self.folder: Path | None = None
         base.requires_grad_(self.trains_base)
@@ -81,6 +84,10 @@ class HintHypernetwork(Hypernetwork):
     @property
     def keeps_context(self) -> bool:
         return self.hint.fusion
+
+    @property
+    def late_context(self) -> bool:
+        return self.hint.late_fusion
 
     @property
     def identity(self) -> BaseIdentity:
@@ -110,20 +117,26 @@ class HintHypernetwork(Hypernetwork):
     def task_modules(
         self, ids: Tensor, layout: GistLayout, *, chunk_rows: int | None = CHUNK_ROWS
     ) -> tuple[States, Stack | None]:
-        """What instructions become: rows as `gist_states` gives them, and adapters, a task for each segment of `layout`.
+        """What instructions become: rows as `gist_states` gives them, and adapters, of each task in the order of `layout`.
 
-        The last `num_gists` rows of a segment stand for prefix rows and are not read.
+        The last `num_gists` rows of a task stand for prefix rows and are not read.
         """
-        tokens = [segment.tokens - self.num_gists for segment in layout.segments]
+        rows = [segment.tokens for segment in layout.segments]
+        rows = [sum(rows[i : i + self._segments]) for i in range(0, len(rows), self._segments)]
+        tokens = [n - self.num_gists for n in rows]
         if min(tokens) < 1:
             raise UserError("hint needs at least one token of instruction or examples for each task")
-        own = [piece[:, :n] for piece, n in zip(ids.split([s.tokens for s in layout.segments], 1), tokens, strict=True)]
+        own = [piece[:, :n] for piece, n in zip(ids.split(rows, 1), tokens, strict=True)]
         encoded = self.hyperencode(torch.cat(own, 1), GistLayout([Segment(n) for n in tokens]), chunk_rows)
         made = self.generator(encoded.split(tokens)) if self.generator is not None else {}
-        stack = None
-        if "adapter_down" in made:
-            stack = Stack(made["adapter_down"].to(self.base.dtype), made["adapter_up"].to(self.base.dtype))
-        return self._rows(layout, tokens, encoded, made), stack
+        kinds = self.hint.sizes()
+        pairs = {kind: tuple(made[f"{kind}_{side}"].to(self.base.dtype) for side in ("down", "up")) for kind in kinds}
+        return self._rows(layout, tokens, encoded, made), Stack(pairs) if pairs else None
+
+    @property
+    def _segments(self) -> int:
+        """How many segments of a layout are one task: where fused rows are read apart, the prefix rows are another one."""
+        return 2 if self.hint.late_fusion and self.num_gists else 1
 
     def hyperencode(self, ids: Tensor, layout: GistLayout, chunk_rows: int | None = None) -> Tensor:
         """Final normalised states (T, hidden) of packed instructions; with gradients only where the base is trained."""
@@ -168,13 +181,16 @@ class HintHypernetwork(Hypernetwork):
     def encode(
         self, ids: Tensor, layout: GistLayout, readers: Sequence[Sequence[int]], *, chunk_rows: int = CHUNK_ROWS
     ) -> list[Prefix]:
-        """As of every hypernetwork, with adapters in the prefixes; a reader reads one segment. ValueError if it reads more."""
+        """As of every hypernetwork, with adapters in the prefixes; a reader reads the segments of one task."""
         layout = layout.to(self.base.device)
         states, stack = self.task_modules(ids.to(self.base.device), layout, chunk_rows=chunk_rows)
         prefixes = prefixes_of(states, layout, readers, inverse_frequencies(self.base))
-        for prefix, (segment,) in zip(prefixes, readers, strict=True):
+        for prefix, reads in zip(prefixes, readers, strict=True):
+            task = reads[0] // self._segments
             if stack is not None:
-                prefix.adapters = Adapters(stack.down[:, segment].clone(), stack.up[:, segment].clone())
+                pairs = {kind: tuple(side[:, task].clone() for side in pair) for kind, pair in stack.pairs.items()}
+                prefix.adapters = Adapters(pairs)
+            prefix.late = layout.segments[reads[0]].tokens if self.hint.late_fusion else 0
         return prefixes
 
     def save_weights(self, folder: Path) -> list[str]:
