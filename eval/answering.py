@@ -149,10 +149,11 @@ def _cost(bench: Bench, reader: Reader, state: State, query: Query, kind: Kind) 
     def ask(prompt: int, past: int) -> int:
         return cost.generate(prompt, lengths[0], past=past) if kind == "text" else cost.score(prompt, lengths, past=past)
 
+    maker = state.maker or (bench.hypernetwork if state.gists else None)
     if not state.tokens:
         encode = 0
-    elif (state.gists or state.compressed) and bench.hypernetwork is not None:
-        encode = _compressing(cost, bench.hypernetwork, state)
+    elif maker is not None:
+        encode = _compressing(cost, maker, state)
     else:
         encode = cost.encode(state.tokens + state.gists)
     asked = ask(len(query.prompt), rows)
@@ -173,5 +174,6 @@ def _compressing(cost: ModelCost, hypernetwork: Hypernetwork, state: State) -> i
         return cost.hint(state.tokens, hypernetwork.num_gists, hypernetwork.hint)
     if hypernetwork.kind == "pooling":
         lora = (hypernetwork.lora.rank, hypernetwork.lora.targets) if hypernetwork.lora else ()
-        return sum(cost.pool(s.tokens - s.gists, s.gists, *lora) for s in layout.segments)
+        attended = hypernetwork.attended
+        return sum(cost.pool(s.tokens - s.gists, s.gists, *lora, attended=attended) for s in layout.segments)
     return layout.tokens * cost.per_row + cost.per_pair * rectangle(layout)

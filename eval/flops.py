@@ -151,15 +151,18 @@ class ModelCost:
         rows = layout.tokens * (self._context_row() + self._lora_row(rank, targets))
         return rows + self._per_pair_and_layer * (self.layers - 1) * rectangle(layout)
 
-    def pool(self, context: int, gists: int, rank: int = 0, targets: str | Sequence[str] = "all-linear") -> int:
+    def pool(
+        self, context: int, gists: int, rank: int = 0, targets: str | Sequence[str] = "all-linear", *, attended: int = 0
+    ) -> int:
         """FLOPs of `PoolingHypernetwork.compress` for a context of `context` tokens: the decoder over it, perhaps with LoRA,
-        and in each layer scores, means and maps.
+        and in each layer scores, means and maps; with `attended`, the scores of so many last tokens once more.
         """
         layout = GistLayout([Segment(context, gists=context)])
         read = self.compress_packed(layout, rank, targets) if rank else self.encode(context)
         scores_and_means = 3 * 2 * gists * context * self.kv_heads * self.head_dim
         maps = 2 * 2 * gists * self.kv_heads * self.head_dim**2
-        return read + self.layers * (scores_and_means + maps)
+        choosing = min(attended, context) * self._per_pair_and_layer // 2 * context
+        return read + self.layers * (scores_and_means + maps + choosing)
 
     def hint(self, context: int, prefix_rows: int, settings: HintSettings) -> int:
         """FLOPs of `HintHypernetwork.compress` for an instruction of `context` tokens alone.

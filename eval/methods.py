@@ -20,8 +20,11 @@ from hyperllama.data.episode import Episode, Example
 from hyperllama.data.text import Encoder, Limits
 from hyperllama.encoding import last_rows, mean_pooled
 from hyperllama.errors import UserError
+from hyperllama.pooling import PoolingHypernetwork
 from hyperllama.prefix import Prefix
 from hyperllama.reader import Reader
+
+ATTENDING = 64  # so many of the last tokens choose what the control of attended tokens keeps
 
 Role = Literal["ours", "context", "budget", "control", "copy"]
 
@@ -31,14 +34,14 @@ class State:
     """What queries of one episode read (None: nothing), and the tokens that were read to make it.
 
     `gists` says how many gist rows were computed beside them, 0 for plain full attention; `demonstrations` how many fitted;
-    `compressed` whether the bench's hypernetwork made it.
+    `maker` which hypernetwork made it, if the bench has it.
     """
 
     prefix: Prefix | None
     tokens: int
     gists: int = 0
     demonstrations: int = 0
-    compressed: bool = False
+    maker: Hypernetwork | None = None
 
 
 @dataclass
@@ -85,18 +88,19 @@ class Bench:
         self._whole.update(zip(new, made, strict=True))
         return [State(self._whole.get(key), len(key[1])) for key in keys]
 
-    def compressed(self, contexts: Sequence[list[int]]) -> list[State]:
-        """States of the hypernetwork's prefixes, in passes of at most `batch_tokens` tokens."""
+    def compressed(self, contexts: Sequence[list[int]], maker: Hypernetwork | None = None) -> list[State]:
+        """States of prefixes by the hypernetwork, or by another `maker`, in passes of at most `batch_tokens` tokens."""
+        maker, gists = (self.hypernetwork, self.gists) if maker is None else (maker, None)
         prefixes: list[Prefix] = []
         batch: list[list[int]] = []
         for context in contexts:
             if batch and sum(len(c) + self.budget for c in batch) + len(context) > self.batch_tokens:
-                prefixes += self.hypernetwork.compress(batch, gists=self.gists)
+                prefixes += maker.compress(batch, gists=gists)
                 batch = []
             batch.append(context)
-        prefixes += self.hypernetwork.compress(batch, gists=self.gists)
+        prefixes += maker.compress(batch, gists=gists) if batch else []
         pairs = zip(prefixes, contexts, strict=True)
-        return [State(prefix, len(context), prefix.gists, compressed=True) for prefix, context in pairs]
+        return [State(prefix, len(context), prefix.gists, maker=maker) for prefix, context in pairs]
 
     def forget(self) -> None:
         """Let go of the states that are kept: the next episodes are others."""
@@ -229,6 +233,21 @@ def last_tokens(bench: Bench, indices: Sequence[int]) -> list[State]:
         dataclasses.replace(state, prefix=state.prefix and last_rows(state.prefix, bench.budget, inv_freq))
         for state in full_context(bench, indices)
     ]
+
+
+@method("most attended keys and values", "budget", "model", "budget")
+def attended_tokens(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """The keys and values of the context's first token, its last ones, and those that the last ones attend to most.
+
+    For each head its own, without any training (Li et al. 2024, arXiv 2404.14469).
+    """
+    contexts = [bench.context(bench.episodes[i]) for i in indices]
+    model, long = bench.reader.model, [len(context) > bench.budget for context in contexts]
+    settings = {"attended": ATTENDING, "sharpness": 1e4, "tokenizer": bench.reader.tokenizer}
+    chooser = PoolingHypernetwork(model, gists=bench.budget, **settings)
+    chosen = iter(bench.compressed([context for context, cut in zip(contexts, long) if cut], chooser))
+    whole = iter(bench.whole([context for context, cut in zip(contexts, long) if not cut]))
+    return [next(chosen if cut else whole) for cut in long]
 
 
 @method("mean-pooled keys and values", "budget", "model", "budget")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 from pathlib import Path
 
 import safetensors.torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
+from hyperllama.attended import attention_received, kept_queries, most_attended
 from hyperllama.backbone import head_dim, inverse_frequencies, kv_heads
 from hyperllama.chunks import CHUNK_ROWS
 from hyperllama.compressor import Hypernetwork, States
@@ -34,13 +36,15 @@ class PoolingHypernetwork(Hypernetwork):
     With `recency` 0 shares are equal, and with `sharpness` 1 training starts from mean pooling with soft edges. With a recency
     r a share at distance d from the end of T tokens is as wide as d + r * T (r * T at least a token): the last tokens have most
     rows. The first row is then the first token's, where attention rests (Xiao et al. 2023, arXiv 2309.17453). A sharpness of
-    some hundreds starts from the token in the middle of each share, as it is. With a `rank` the context is read with LoRA of
+    some hundreds starts from the token in the middle of each share, as it is. With `attended` w, rows do not begin with shares
+    but, for each key-value head, with the tokens that the last w of the context attend to most, see `hyperllama.attended`;
+    nearness then counts in tokens. With a `rank` the context is read with LoRA of
     that rank (and `alpha`, `dropout`, `targets`, see `RowLora`), so that a token's row can gather what stands around it;
     without, nothing of the decoder is trained, and training needs no backward pass through the context.
     """
 
     kind = "pooling"
-    own_settings = ("gists", "elastic", "recency", "sharpness", "rank", "alpha", "dropout", "targets")
+    own_settings = ("gists", "elastic", "recency", "sharpness", "attended", "rank", "alpha", "dropout", "targets")
 
     def __init__(
         self,
@@ -48,6 +52,7 @@ class PoolingHypernetwork(Hypernetwork):
         *,
         recency: float = 0.0,
         sharpness: float = 1.0,
+        attended: int = 0,
         rank: int = 0,
         alpha: float = 32.0,
         dropout: float = 0.0,
@@ -59,8 +64,10 @@ class PoolingHypernetwork(Hypernetwork):
             raise UserError("gist.graph: pooling reads chunks one by one, so they cannot read each other; choose parallel")
         if recency < 0 or sharpness <= 0:
             raise UserError(f"pooling: recency must not be negative and sharpness above 0, not {recency} and {sharpness}")
+        if attended < 0 or (attended and recency):
+            raise UserError(f"pooling: rows begin with attended tokens or with shares, not both {attended} and {recency}")
         layers, heads, width = base.config.num_hidden_layers, kv_heads(base.config), head_dim(base.config)
-        gists, self.recency, self.sharpness = self.num_gists, recency, sharpness
+        gists, self.recency, self.sharpness, self.attended = self.num_gists, recency, sharpness, attended
         place = {"device": base.device, "dtype": torch.float32}
         self.queries = nn.Parameter(torch.zeros(layers, heads, gists, width, **place))
         # Of each row and head: how sharply it looks at its own share of the context.
@@ -69,7 +76,7 @@ class PoolingHypernetwork(Hypernetwork):
         self.lora = RowLora(base, rank=rank, alpha=alpha, dropout=dropout, targets=targets) if rank else None
 
     def settings(self) -> dict:
-        own = {"recency": self.recency, "sharpness": self.sharpness, "rank": 0}
+        own = {"recency": self.recency, "sharpness": self.sharpness, "attended": self.attended, "rank": 0}
         if lora := self.lora:
             own |= {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout.p, "targets": lora.targets}
         return {**super().settings(), **own}
@@ -82,15 +89,20 @@ class PoolingHypernetwork(Hypernetwork):
             raise UserError("pooling needs at least one token of context for each prefix")
         whole = GistLayout([Segment(n, gists=n) for n in tokens]).to(ids.device)
         own = [piece[:, :n] for piece, n in zip(ids.split([s.tokens for s in layout.segments], 1), tokens, strict=True)]
-        read = self._read(torch.cat(own, 1), whole, chunk_rows)
         inv_freq, places = inverse_frequencies(self.base), layout.positions[layout.gist_rows]
+        ends = [range(end - min(n, self.attended), end) for n, end in zip(tokens, accumulate(tokens))]
+        asking = torch.tensor([row for rows in ends for row in rows], dtype=torch.long, device=ids.device)
+        with kept_queries(self.base, asking) if self.attended else nullcontext() as queries:
+            read = self._read(torch.cat(own, 1), whole, chunk_rows)
         states = []
         for layer, (keys, values) in enumerate(read):
+            received: list[Tensor | None] = [None] * len(tokens)
+            if self.attended:
+                asked = rotate(queries[layer], whole.positions[asking], inv_freq).split([len(rows) for rows in ends], 1)
+                received = [attention_received(q, k) for q, k in zip(asked, keys.split(tokens, 1), strict=True)]
             keys = rotate(keys.float(), -whole.positions, inv_freq)
-            pooled = [
-                self._pool(layer, k, v, gists)
-                for k, v, gists in zip(keys.split(tokens, 1), values.float().split(tokens, 1), counts, strict=True)
-            ]
+            contexts = zip(keys.split(tokens, 1), values.float().split(tokens, 1), counts, received, strict=True)
+            pooled = [self._pool(layer, *context) for context in contexts]
             keys, new_values = (torch.cat(side, 1) for side in zip(*pooled, strict=True))
             states.append((rotate(keys, places, inv_freq).to(values.dtype), new_values.to(values.dtype)))
         return states
@@ -100,11 +112,15 @@ class PoolingHypernetwork(Hypernetwork):
         with nullcontext() if self.lora else torch.no_grad():
             return gist_rows(self.base, whole, backend=self.backend, chunk_rows=chunk_rows, **inputs)
 
-    def _pool(self, layer: int, keys: Tensor, values: Tensor, gists: int) -> tuple[Tensor, Tensor]:
-        """keys without positions and values (N, T, D) -> (N, gists, D) each."""
-        places = in_shares(keys.shape[1], gists, self.recency).to(keys.device)
-        centres = torch.arange(gists, device=keys.device) + 0.5
-        away = (places[None] - centres[:, None]).square() * 2  # (gists, T)
+    def _pool(self, layer: int, keys: Tensor, values: Tensor, gists: int, received: Tensor | None) -> tuple[Tensor, Tensor]:
+        """keys without positions and values (N, T, D), attention received (N, T) -> (N, gists, D) each."""
+        if received is not None and keys.shape[1] > gists:
+            places = torch.arange(keys.shape[1], device=keys.device)
+            centres = most_attended(received, gists)  # (N, gists)
+        else:
+            places = in_shares(keys.shape[1], gists, self.recency).to(keys.device)
+            centres = torch.arange(gists, device=keys.device)[None] + 0.5
+        away = (places - centres[..., None]).square() * 2  # (N or 1, gists, T)
         scores = self.queries[layer, :, :gists] @ keys.transpose(1, 2) * keys.shape[2] ** -0.5
         weights = (scores - away * self.log_sharpness[layer, :, :gists, None].exp()).softmax(-1)
         pooled = [weights @ x for x in (keys, values)]

@@ -162,7 +162,8 @@ def make_hypernetwork(recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrain
     gist = recipe.gist
     settings = {"gists": gist.tokens, "reading": gist.reading, "elastic": gist.elastic, "mix": recipe.objectives}
     if gist.kind == "pooling":
-        settings |= {"recency": recipe.pooling.recency, "sharpness": recipe.pooling.sharpness}
+        pooling = recipe.pooling
+        settings |= {"recency": pooling.recency, "sharpness": pooling.sharpness, "attended": pooling.attended}
     if gist.kind == "lora" or (gist.kind == "pooling" and recipe.pooling.lora):
         lora = recipe.lora
         settings |= {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout}

@@ -45,7 +45,7 @@ LAYERS = [
         "hyperllama.checkpoints",
     },
     {"hyperllama.prefix", "hyperllama.environment"},
-    {"hyperllama.last_layer", "hyperllama.chunks", "hyperllama.adapters"},
+    {"hyperllama.last_layer", "hyperllama.chunks", "hyperllama.adapters", "hyperllama.attended"},
     {"hyperllama.data.stream", "hyperllama.data.mixture", "hyperllama.data.dealing"},
     {"hyperllama.backbone", "hyperllama.data.packing", "hyperllama.objectives"},
     {"hyperllama.mix", "hyperllama.data.reading", "hyperllama.hint.settings"},

@@ -172,7 +172,7 @@ class TestMethods:
         assert {need for method in METHODS.values() for need in method.needs} == set(NEEDS)
 
     def test_budgets_are_kept(self, bench):
-        for name in ("fewer_demonstrations", "cut_context", "last_tokens", "mean_pool", "prefix"):
+        for name in ("fewer_demonstrations", "cut_context", "last_tokens", "attended_tokens", "mean_pool", "prefix"):
             states = METHODS[name].run(bench, range(4))
             assert all(0 < state.prefix.gists <= 3 for state in states), name
         bench.forget()

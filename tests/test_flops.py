@@ -15,6 +15,7 @@ from hyperllama.backbone import random_base
 from hyperllama.errors import UserError
 from hyperllama.hint.hypernetwork import HintHypernetwork
 from hyperllama.hint.settings import HintSettings
+from hyperllama.pooling import PoolingHypernetwork
 from hyperllama.prefix import Prefix
 from hyperllama.reader import Reader
 
@@ -110,6 +111,15 @@ def test_compressing_with_hint(base, context, rows, size, lora, fusion, rank):
 
     reading = cost.read(7, past=prefix.gists, head_rows=1) + cost.adapters(7, sizes)
     assert close(reading, counted(read_with_modules))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("context, attended", [(23, 0), (23, 5), (4, 9)])
+def test_compressing_with_pooling(base, context, attended, rank):
+    cost, hypernetwork = ModelCost.of(base.config), PoolingHypernetwork(base, gists=3, attended=attended, rank=rank)
+    counter = counted(lambda: hypernetwork.compress([tokens(context)[0]]))
+    hypernetwork.remove()
+    assert close(cost.pool(context, 3, *([rank] if rank else []), attended=attended), counter)
 
 
 @pytest.mark.parametrize("prompt", [1, 9])

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from conftest import tiny_base
+from conftest import ARCHITECTURES, tiny_base
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, kl_div
 
+from attention_masks import rotate
 from hyperllama.adapters import Stack, adapted
+from hyperllama.backbone import inverse_frequencies
 from hyperllama.data.packing import Packing, nested_gists, pack_gist
 from hyperllama.data.reading import Reading
 from hyperllama.data.text import ContextIds, EncodedEpisode
@@ -25,8 +27,12 @@ EPISODES = [
     EncodedEpisode((20, 21, 22), (((23, 24, 25), (26, 27, 28)),), answers=((1, 3),), index=4),
 ]
 # Every kind, and pooling with all that it can have.
-ALL = [*KINDS, "pooling with LoRA"]
-OWN = {"lora": {"rank": 4}, "pooling with LoRA": {"rank": 4, "recency": 0.2, "sharpness": 4.0}}
+ALL = [*KINDS, "pooling with LoRA", "pooling of attended tokens"]
+OWN = {
+    "lora": {"rank": 4},
+    "pooling with LoRA": {"rank": 4, "recency": 0.2, "sharpness": 4.0},
+    "pooling of attended tokens": {"attended": 3, "sharpness": 2.0},
+}
 GRAPHS = {name: Reading(name, 4) for name in ("single", "recurrent", "parallel")}
 
 
@@ -54,7 +60,7 @@ def context_of(episode):
     return ids
 
 
-REFUSED = [("pooling", "recurrent"), ("pooling with LoRA", "recurrent"), ("hint", "recurrent"), ("hint", "parallel")]
+REFUSED = [*((kind, "recurrent") for kind in ALL if "pooling" in kind), ("hint", "recurrent"), ("hint", "parallel")]
 CASES = [(kind, graph) for kind in ALL for graph in GRAPHS if (kind, graph) not in REFUSED]
 
 
@@ -144,6 +150,31 @@ def test_tokens_stand_in_order_within_the_shares_of_the_rows(tokens, rows, recen
     if recency and tokens > rows > 1:
         assert places[0] == 0.5 and places[1] > 1  # the first row is the first token's alone
         assert (places[1:].diff().diff() > -1e-4).all()  # and shares grow narrower to the end
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_attended_rows_are_tokens_as_they_are_those_that_the_last_ones_attend_to(kind):
+    base, contexts, rows = tiny_base(kind), [list(range(3, 43)), list(range(50, 71))], 8
+    hypernetwork = KINDS["pooling"](base, gists=rows, attended=5, sharpness=1e4)
+    oracle = tiny_base(kind)
+    oracle.set_attn_implementation("eager")
+    for prefix, context in zip(hypernetwork.compress(contexts), contexts, strict=True):
+        with torch.no_grad():
+            found = oracle(torch.tensor([context]), output_attentions=True)
+        (whole,) = Reader(base, None).encode([context])
+        for layer, attentions in enumerate(found.attentions):
+            heads = attentions[0, :, -5:].unflatten(0, (prefix.kv_heads, -1)).mean((1, 2))  # (N, T)
+            for head, received in enumerate(heads):
+                middle = received[1:-2].topk(rows - 3).indices + 1
+                kept = [0, *sorted(middle.tolist()), len(context) - 2, len(context) - 1]
+                torch.testing.assert_close(prefix.values[layer][head], whole.values[layer][head, kept])
+                back = rotate(whole.keys[layer][head, kept], torch.arange(rows) - torch.tensor(kept), inverse_frequencies(base))
+                torch.testing.assert_close(prefix.keys[layer][head], back, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_begin_in_one_way():
+    with pytest.raises(UserError, match="attended tokens or with shares"):
+        KINDS["pooling"](tiny_base(), attended=5, recency=0.1)
 
 
 def test_lora_changes_nothing_before_it_is_trained():

@@ -1,0 +1,62 @@
+"""Which tokens of a context its last tokens attend to: a choice of rows that needs no training (Li et al. 2024, SnapKV).
+
+arXiv 2404.14469, without its pooling of neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hyperllama.backbone import head_dim
+
+
+@contextmanager
+def kept_queries(model: PreTrainedModel, rows: Tensor) -> Iterator[list[Tensor]]:
+    """A context in which a pass over a packed row keeps the queries of some of its `rows`.
+
+    The list grows by one tensor (H, rows, D) a layer: as the layer projects and normalises them, without positions.
+    """
+    kept: list[Tensor] = []
+
+    def keep(attention):
+        def hook(module, args, output: Tensor) -> None:
+            queries = output[0].detach()[rows].unflatten(-1, (-1, head_dim(model.config)))
+            norm = getattr(attention, "q_norm", None)  # Qwen3 normalises queries
+            kept.append((queries if norm is None else norm(queries)).transpose(0, 1))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for layer in model.get_decoder().layers:
+            hooks.callback(layer.self_attn.q_proj.register_forward_hook(keep(layer.self_attn)).remove)
+        yield kept
+
+
+@torch.no_grad()
+def attention_received(queries: Tensor, keys: Tensor) -> Tensor:
+    """How much attention each token gets from the last ones, (N, T): a mean over them and over the heads that share keys.
+
+    queries (H, w, D) of the last w tokens and keys (N, T, D), both with positions.
+    """
+    groups = queries.float().unflatten(0, (keys.shape[0], -1))  # (N, H / N, w, D)
+    scores = groups @ keys.float()[:, None].transpose(2, 3) * keys.shape[2] ** -0.5
+    window, tokens = scores.shape[2:]
+    hidden = torch.ones(window, tokens, dtype=torch.bool, device=keys.device).triu(tokens - window + 1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1).mean((1, 2))
+
+
+def most_attended(received: Tensor, rows: int) -> Tensor:
+    """`rows` tokens for each key-value head, (N, rows), in their order: the first, the last quarter, the most attended to.
+
+    `received` (N, T), T at least `rows`. The first token is where attention rests (Xiao et al. 2023, arXiv 2309.17453).
+    """
+    score = received.clone()
+    score[:, 0] = torch.inf
+    if rows // 4:
+        score[:, -(rows // 4) :] = torch.inf
+    return score.topk(rows, dim=1).indices.sort(1).values
