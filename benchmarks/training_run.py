@@ -30,7 +30,8 @@ from hyperllama.data.packing import GistBatch, pack_gist
 from hyperllama.data.stream import Collator
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.hypernetwork import GistHypernetwork
-from hyperllama.recipe import Recipe, load_recipe
+from hyperllama.recipe import Recipe
+from hyperllama.recipe_files import load_recipe
 from hyperllama.training import GistTrainer, training_arguments
 
 WARMUP = 3  # steps that do not count: allocators and kernels settle

@@ -27,7 +27,8 @@ from hyperllama.data.templates import TemplateSource
 from hyperllama.data.text import EncodedEpisode, Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
-from hyperllama.recipe import AnyRecipe, EvaluationRecipe, Recipe, load_any_recipe
+from hyperllama.recipe import AnyRecipe, EvaluationRecipe, Recipe
+from hyperllama.recipe_files import load_any_recipe
 from hyperllama.sources import make_source
 from hyperllama.workflows import packing_of
 

@@ -21,7 +21,8 @@ from hyperllama import workflows
 from hyperllama.data.episode import Episode
 from hyperllama.data.synthetic import SyntheticSource
 from hyperllama.files import write_atomically
-from hyperllama.recipe import EvaluationRecipe, load_recipe
+from hyperllama.recipe import EvaluationRecipe
+from hyperllama.recipe_files import load_recipe
 
 METHODS = ("no_context", "swapped_prefix", "prefix", "full_context")
 RECIPES = Path(__file__).parent.parent / "recipes" / "quickstart"

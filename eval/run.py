@@ -29,7 +29,8 @@ from hyperllama.environment import versions
 from hyperllama.errors import UserError
 from hyperllama.files import whole_json_lines, write_atomically
 from hyperllama.reader import Reader
-from hyperllama.recipe import EvaluationRecipe, differences, load_recipe, save_recipe
+from hyperllama.recipe import EvaluationRecipe
+from hyperllama.recipe_files import differences, load_recipe, save_recipe
 from hyperllama.sources import make_source
 
 EXAMPLES, SUMMARY, RECIPE = "examples", "summary.json", "recipe.yaml"

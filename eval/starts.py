@@ -16,7 +16,8 @@ import numpy as np
 from eval.intervals import Bootstrap
 from hyperllama.errors import UserError
 from hyperllama.files import read_json, whole_json_lines, write_atomically
-from hyperllama.recipe import StudyRecipe, TuneRecipe, load_recipe
+from hyperllama.recipe import StudyRecipe, TuneRecipe
+from hyperllama.recipe_files import load_recipe
 from hyperllama.tune import full_attention, tune
 from hyperllama.tuning import CURVES
 

@@ -19,7 +19,8 @@ from eval.metrics import METRICS
 from eval.run import evaluate
 from eval.summary import OURS
 from hyperllama.files import read_json, sha256, write_atomically
-from hyperllama.recipe import EvaluationRecipe, Recipe, TableRecipe, load_recipe
+from hyperllama.recipe import EvaluationRecipe, Recipe, TableRecipe
+from hyperllama.recipe_files import load_recipe
 from hyperllama.workflows import RESULT, train
 
 RESULTS, TABLE = "results.json", "table.md"

@@ -194,7 +194,8 @@ def study(
     _workflows()
     from eval.starts import study as compare_starts
     from eval.tables import table
-    from hyperllama.recipe import TableRecipe, load_any_recipe
+    from hyperllama.recipe import TableRecipe
+    from hyperllama.recipe_files import load_any_recipe
 
     is_table = isinstance(load_any_recipe(recipe, overrides or ()), TableRecipe)
     typer.echo((table if is_table else compare_starts)(recipe, overrides or ()))

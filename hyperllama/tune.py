@@ -27,7 +27,8 @@ from hyperllama.files import plain_name, whole_json_lines, write_atomically
 from hyperllama.prefix import Manifest, Prefix
 from hyperllama.prefix_tuning import PrefixTuner, demonstrations_start, random_start, vocabulary_start
 from hyperllama.reader import Reader
-from hyperllama.recipe import StartRecipe, TuneRecipe, load_recipe, save_recipe
+from hyperllama.recipe import StartRecipe, TuneRecipe
+from hyperllama.recipe_files import load_recipe, save_recipe
 from hyperllama.sources import make_source
 from hyperllama.training import GistTrainer, training_arguments
 from hyperllama.tuning import CURVES, CURVES_PLOT, Curves, TuningStream, TuningTask, plot_curves, score_tasks

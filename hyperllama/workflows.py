@@ -45,7 +45,8 @@ from hyperllama.kinds import KINDS, load_hypernetwork_onto
 from hyperllama.prefix import Prefix
 from hyperllama.quality import fewest_gists, leave_one_out
 from hyperllama.reader import Reader
-from hyperllama.recipe import Recipe, differences, load_recipe, save_recipe
+from hyperllama.recipe import Recipe
+from hyperllama.recipe_files import differences, load_recipe, save_recipe
 from hyperllama.sources import make_source
 from hyperllama.store import PrefixStore
 from hyperllama.training import METRICS, GistTrainer, training_arguments

@@ -24,7 +24,7 @@ LAYERS = [
     {"hyperllama.kinds"},
     {"hyperllama.two_pass", "hyperllama.pooling", "hyperllama.hint.hypernetwork"},
     {
-        "hyperllama.recipe",
+        "hyperllama.recipe_files",
         "hyperllama.training",
         "hyperllama.reader",
         "hyperllama.hypernetwork",
@@ -39,6 +39,7 @@ LAYERS = [
         "hyperllama.export",
         "hyperllama.store",
         "hyperllama.lora",
+        "hyperllama.recipe",
         "hyperllama.recipe_checks",
         "hyperllama.hint.generator",
         "hyperllama.hint.fusion",

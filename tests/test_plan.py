@@ -17,7 +17,8 @@ from hyperllama import backbone, cli
 from hyperllama.data.packing import pack_gist
 from hyperllama.errors import UserError
 from hyperllama.hypernetwork import GistHypernetwork
-from hyperllama.recipe import LoraRecipe, ModelRecipe, Recipe, load_recipe
+from hyperllama.recipe import LoraRecipe, ModelRecipe, Recipe
+from hyperllama.recipe_files import load_recipe
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_7B |= {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096}

@@ -7,7 +7,8 @@ from data_files import write
 
 from eval.tables import markdown, table
 from hyperllama.errors import UserError
-from hyperllama.recipe import StudyRecipe, load_any_recipe
+from hyperllama.recipe import StudyRecipe
+from hyperllama.recipe_files import load_any_recipe
 from hyperllama.workflows import train
 
 LANGUAGE = "{source: synthetic, shots: 4, queries: 2, synthetic: {categories: 10, task_categories: 4, symbols: 8}}"

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from hyperllama import workflows
 from hyperllama.backbone import check_config, random_base
 from hyperllama.data.vocabulary import train_tokenizer
-from hyperllama.recipe import load_recipe
+from hyperllama.recipe_files import load_recipe
 from hyperllama.sources import make_source
 
 ROOT = Path(__file__).parent.parent
