@@ -147,9 +147,10 @@ def test_a_step_keeps_its_episodes_on_another_number_of_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_pooling_over_a_partitioned_base(recipe, tmp_path):
+@pytest.mark.parametrize("kind", ["pooling", "hint"])
+def test_other_kinds_over_a_partitioned_base(recipe, tmp_path, kind):
     pytest.importorskip("deepspeed")
-    changes = ["gist.kind=pooling", "training.max_steps=6"]
+    changes = [f"gist.kind={kind}", "training.max_steps=6", "hint.mlp_size=8", "hint.lora_rank=2"]
     workflows.train(recipe, [*changes, "training.gradient_accumulation_steps=2"])
     run = tmp_path / "ranks"
     torchrun("train", recipe, f"output={run}", *changes, f"deepspeed={zero_settings(tmp_path, 3)}")
