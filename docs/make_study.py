@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from math import fsum
 from pathlib import Path
 
 from docs.hint_lengths import draw_lengths
@@ -42,6 +43,7 @@ TABLES = (
 def page() -> str:
     """The page as it should be, from the files in docs/study: NAME.json are results, NAME.md what they say."""
     parts = [(FOLDER / "intro.md").read_text(encoding="utf-8").rstrip()]
+    trained: set[float] = set()  # minutes of each run; a run that tables share is there once
     for name in TABLES:
         file, words = FOLDER / f"{name}.json", FOLDER / f"{name}.md"
         if not file.is_file():
@@ -53,8 +55,11 @@ def page() -> str:
         if (FOLDER / f"{name}.png").is_file():
             parts.append(f"![{results['question']}](study/{name}.png)")
         parts.append(markdown(results).rstrip())
-        minutes = sum(cell["minutes"] for cell in {(c["row"], c["seed"]): c for c in results["cells"]}.values())
-        parts.append(f"Training took {minutes:,.0f} minutes in all.")
+        minutes = {cell["minutes"] for cell in results["cells"]}
+        trained |= minutes
+        parts.append(f"Training took {fsum(minutes):,.0f} minutes in all.")
+    hours = f"Training for these tables took {fsum(trained) / 60:.1f} hours, on a core a run"
+    parts += ["## What all of it took", f"{hours}; runs that tables share are counted once, bases and evaluations are not."]
     return "\n\n".join(parts) + "\n"
 
 

@@ -152,16 +152,16 @@ class ModelCost:
         return rows + self._per_pair_and_layer * (self.layers - 1) * rectangle(layout)
 
     def pool(
-        self, context: int, gists: int, rank: int = 0, targets: str | Sequence[str] = "all-linear", *, attended: int = 0
+        self, context: int, gists: int, rank: int = 0, targets: str | Sequence[str] = "all-linear", *, attended: float = 0.0
     ) -> int:
         """FLOPs of `PoolingHypernetwork.compress` for a context of `context` tokens: the decoder over it, perhaps with LoRA,
-        and in each layer scores, means and maps; with `attended`, the scores of so many last tokens once more.
+        and in each layer scores, means and maps; with `attended`, the scores of that share of its tokens once more.
         """
         layout = GistLayout([Segment(context, gists=context)])
         read = self.compress_packed(layout, rank, targets) if rank else self.encode(context)
         scores_and_means = 3 * 2 * gists * context * self.kv_heads * self.head_dim
         maps = 2 * 2 * gists * self.kv_heads * self.head_dim**2
-        choosing = min(attended, context) * self._per_pair_and_layer // 2 * context
+        choosing = math.ceil(attended * context) * self._per_pair_and_layer // 2 * context
         return read + self.layers * (scores_and_means + maps + choosing)
 
     def hint(self, context: int, prefix_rows: int, settings: HintSettings) -> int:

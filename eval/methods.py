@@ -24,8 +24,6 @@ from hyperllama.pooling import PoolingHypernetwork
 from hyperllama.prefix import Prefix
 from hyperllama.reader import Reader
 
-ATTENDING = 64  # so many of the last tokens choose what the control of attended tokens keeps
-
 Role = Literal["ours", "context", "budget", "control", "copy"]
 
 
@@ -237,13 +235,13 @@ def last_tokens(bench: Bench, indices: Sequence[int]) -> list[State]:
 
 @method("most attended keys and values", "budget", "model", "budget")
 def attended_tokens(bench: Bench, indices: Sequence[int]) -> list[State]:
-    """The keys and values of the context's first token, its last ones, and those that the last ones attend to most.
+    """The keys and values of the context's first token, its last ones, and those that its second half attends to most.
 
-    For each head its own, without any training (Li et al. 2024, arXiv 2404.14469).
+    For each head its own, without any training (after Li et al. 2024, arXiv 2404.14469).
     """
     contexts = [bench.context(bench.episodes[i]) for i in indices]
     model, long = bench.reader.model, [len(context) > bench.budget for context in contexts]
-    settings = {"attended": ATTENDING, "sharpness": 1e4, "tokenizer": bench.reader.tokenizer}
+    settings = {"attended": 0.5, "sharpness": 1e4, "tokenizer": bench.reader.tokenizer}
     chooser = PoolingHypernetwork(model, gists=bench.budget, **settings)
     chosen = iter(bench.compressed([context for context, cut in zip(contexts, long) if cut], chooser))
     whole = iter(bench.whole([context for context, cut in zip(contexts, long) if not cut]))

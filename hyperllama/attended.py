@@ -1,6 +1,7 @@
-"""Which tokens of a context its last tokens attend to: a choice of rows that needs no training (Li et al. 2024, SnapKV).
+"""Which tokens of a context its later tokens attend to: a choice of rows that needs no training.
 
-arXiv 2404.14469, without its pooling of neighbours.
+After SnapKV (Li et al. 2024, arXiv 2404.14469), whose last 64 tokens choose by the mean of their attention. Here a share of the
+context chooses by the root mean square, which a few sharp looks raise more than many faint ones (docs/log.md).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def kept_queries(model: PreTrainedModel, rows: Tensor) -> Iterator[list[Tensor]]
 
 @torch.no_grad()
 def attention_received(queries: Tensor, keys: Tensor) -> Tensor:
-    """How much attention each token gets from the last ones, (N, T): a mean over them and over the heads that share keys.
+    """How much attention each token gets from the last ones, (N, T): root mean square over them and the heads that share keys.
 
     queries (H, w, D) of the last w tokens and keys (N, T, D), both with positions.
     """
@@ -47,7 +48,7 @@ def attention_received(queries: Tensor, keys: Tensor) -> Tensor:
     scores = groups @ keys.float()[:, None].transpose(2, 3) * keys.shape[2] ** -0.5
     window, tokens = scores.shape[2:]
     hidden = torch.ones(window, tokens, dtype=torch.bool, device=keys.device).triu(tokens - window + 1)
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1).mean((1, 2))
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1).square().mean((1, 2)).sqrt()
 
 
 def most_attended(received: Tensor, rows: int) -> Tensor:

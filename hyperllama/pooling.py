@@ -36,8 +36,8 @@ class PoolingHypernetwork(Hypernetwork):
     With `recency` 0 shares are equal, and with `sharpness` 1 training starts from mean pooling with soft edges. With a recency
     r a share at distance d from the end of T tokens is as wide as d + r * T (r * T at least a token): the last tokens have most
     rows. The first row is then the first token's, where attention rests (Xiao et al. 2023, arXiv 2309.17453). A sharpness of
-    some hundreds starts from the token in the middle of each share, as it is. With `attended` w, rows do not begin with shares
-    but, for each key-value head, with the tokens that the last w of the context attend to most, see `hyperllama.attended`;
+    some hundreds starts from the token in the middle of each share, as it is. With `attended` a, rows do not begin with shares
+    but, for each key-value head, with the tokens that the last a * T of the context attend to most, see `hyperllama.attended`;
     nearness then counts in tokens. With a `rank` the context is read with LoRA of
     that rank (and `alpha`, `dropout`, `targets`, see `RowLora`), so that a token's row can gather what stands around it;
     without, nothing of the decoder is trained, and training needs no backward pass through the context.
@@ -52,7 +52,7 @@ class PoolingHypernetwork(Hypernetwork):
         *,
         recency: float = 0.0,
         sharpness: float = 1.0,
-        attended: int = 0,
+        attended: float = 0.0,
         rank: int = 0,
         alpha: float = 32.0,
         dropout: float = 0.0,
@@ -64,8 +64,8 @@ class PoolingHypernetwork(Hypernetwork):
             raise UserError("gist.graph: pooling reads chunks one by one, so they cannot read each other; choose parallel")
         if recency < 0 or sharpness <= 0:
             raise UserError(f"pooling: recency must not be negative and sharpness above 0, not {recency} and {sharpness}")
-        if attended < 0 or (attended and recency):
-            raise UserError(f"pooling: rows begin with attended tokens or with shares, not both {attended} and {recency}")
+        if not 0 <= attended <= 1 or (attended and recency):
+            raise UserError(f"pooling: attended is a share of the context, beside recency 0, not {attended} beside {recency}")
         layers, heads, width = base.config.num_hidden_layers, kv_heads(base.config), head_dim(base.config)
         gists, self.recency, self.sharpness, self.attended = self.num_gists, recency, sharpness, attended
         place = {"device": base.device, "dtype": torch.float32}
@@ -90,7 +90,7 @@ class PoolingHypernetwork(Hypernetwork):
         whole = GistLayout([Segment(n, gists=n) for n in tokens]).to(ids.device)
         own = [piece[:, :n] for piece, n in zip(ids.split([s.tokens for s in layout.segments], 1), tokens, strict=True)]
         inv_freq, places = inverse_frequencies(self.base), layout.positions[layout.gist_rows]
-        ends = [range(end - min(n, self.attended), end) for n, end in zip(tokens, accumulate(tokens))]
+        ends = [range(end - math.ceil(self.attended * n), end) for n, end in zip(tokens, accumulate(tokens))]
         asking = torch.tensor([row for rows in ends for row in rows], dtype=torch.long, device=ids.device)
         with kept_queries(self.base, asking) if self.attended else nullcontext() as queries:
             read = self._read(torch.cat(own, 1), whole, chunk_rows)

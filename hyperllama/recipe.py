@@ -69,7 +69,7 @@ class PoolingRecipe:
 
     recency: float = 0.0
     sharpness: float = 1.0
-    attended: int = 0
+    attended: float = 0.0
     lora: bool = False
 
 

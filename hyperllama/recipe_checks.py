@@ -139,7 +139,7 @@ def _hypernetwork(recipe: Any, check: _Checks) -> None:
     check(not pooled, "gist.reading.graph: pooling reads chunks one by one, so they cannot read each other; choose parallel")
     check(recipe.pooling.recency >= 0, f"pooling.recency: 0 or more, not {recipe.pooling.recency}")
     check(recipe.pooling.sharpness > 0, f"pooling.sharpness: above 0, not {recipe.pooling.sharpness}")
-    check(recipe.pooling.attended >= 0, f"pooling.attended: 0 or more, not {recipe.pooling.attended}")
+    check(0 <= recipe.pooling.attended <= 1, f"pooling.attended: a share from 0 to 1, not {recipe.pooling.attended}")
     both = recipe.pooling.attended and recipe.pooling.recency
     check(not both, "pooling.attended: rows begin with attended tokens or, by recency, with shares; set one of them to 0")
     if gist.kind == "hint":

@@ -114,7 +114,7 @@ def test_compressing_with_hint(base, context, rows, size, lora, fusion, rank):
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("context, attended", [(23, 0), (23, 5), (4, 9)])
+@pytest.mark.parametrize("context, attended", [(23, 0.0), (23, 0.3), (4, 1.0)])
 def test_compressing_with_pooling(base, context, attended, rank):
     cost, hypernetwork = ModelCost.of(base.config), PoolingHypernetwork(base, gists=3, attended=attended, rank=rank)
     counter = counted(lambda: hypernetwork.compress([tokens(context)[0]]))

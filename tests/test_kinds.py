@@ -1,5 +1,7 @@
 """Every kind of hypernetwork, every reading graph and every objective: one packed batch is compress, store, load, read."""
 
+import math
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_base
@@ -31,7 +33,7 @@ ALL = [*KINDS, "pooling with LoRA", "pooling of attended tokens"]
 OWN = {
     "lora": {"rank": 4},
     "pooling with LoRA": {"rank": 4, "recency": 0.2, "sharpness": 4.0},
-    "pooling of attended tokens": {"attended": 3, "sharpness": 2.0},
+    "pooling of attended tokens": {"attended": 0.4, "sharpness": 2.0},
 }
 GRAPHS = {name: Reading(name, 4) for name in ("single", "recurrent", "parallel")}
 
@@ -155,7 +157,7 @@ def test_tokens_stand_in_order_within_the_shares_of_the_rows(tokens, rows, recen
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_attended_rows_are_tokens_as_they_are_those_that_the_last_ones_attend_to(kind):
     base, contexts, rows = tiny_base(kind), [list(range(3, 43)), list(range(50, 71))], 8
-    hypernetwork = KINDS["pooling"](base, gists=rows, attended=5, sharpness=1e4)
+    hypernetwork = KINDS["pooling"](base, gists=rows, attended=0.25, sharpness=1e4)
     oracle = tiny_base(kind)
     oracle.set_attn_implementation("eager")
     for prefix, context in zip(hypernetwork.compress(contexts), contexts, strict=True):
@@ -163,7 +165,8 @@ def test_attended_rows_are_tokens_as_they_are_those_that_the_last_ones_attend_to
             found = oracle(torch.tensor([context]), output_attentions=True)
         (whole,) = Reader(base, None).encode([context])
         for layer, attentions in enumerate(found.attentions):
-            heads = attentions[0, :, -5:].unflatten(0, (prefix.kv_heads, -1)).mean((1, 2))  # (N, T)
+            asking = attentions[0, :, -math.ceil(len(context) / 4) :]
+            heads = asking.unflatten(0, (prefix.kv_heads, -1)).square().mean((1, 2)).sqrt()  # (N, T)
             for head, received in enumerate(heads):
                 middle = received[1:-2].topk(rows - 3).indices + 1
                 kept = [0, *sorted(middle.tolist()), len(context) - 2, len(context) - 1]
@@ -173,8 +176,8 @@ def test_attended_rows_are_tokens_as_they_are_those_that_the_last_ones_attend_to
 
 
 def test_rows_begin_in_one_way():
-    with pytest.raises(UserError, match="attended tokens or with shares"):
-        KINDS["pooling"](tiny_base(), attended=5, recency=0.1)
+    with pytest.raises(UserError, match="beside recency 0"):
+        KINDS["pooling"](tiny_base(), attended=0.5, recency=0.1)
 
 
 def test_lora_changes_nothing_before_it_is_trained():
