@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from hyperllama.backbone import head_dim
 
+SCORES = 2**25  # entries of a block of scores: 128 MiB
+
 
 @contextmanager
 def kept_queries(model: PreTrainedModel, rows: Tensor) -> Iterator[list[Tensor]]:
@@ -42,13 +44,18 @@ def kept_queries(model: PreTrainedModel, rows: Tensor) -> Iterator[list[Tensor]]
 def attention_received(queries: Tensor, keys: Tensor) -> Tensor:
     """How much attention each token gets from the last ones, (N, T): root mean square over them and the heads that share keys.
 
-    queries (H, w, D) of the last w tokens and keys (N, T, D), both with positions.
+    queries (H, w, D) of the last w tokens and keys (N, T, D), both with positions. Some queries at a time, so that a long
+    context has not all of its scores in memory.
     """
-    groups = queries.float().unflatten(0, (keys.shape[0], -1))  # (N, H / N, w, D)
-    scores = groups @ keys.float()[:, None].transpose(2, 3) * keys.shape[2] ** -0.5
-    window, tokens = scores.shape[2:]
-    hidden = torch.ones(window, tokens, dtype=torch.bool, device=keys.device).triu(tokens - window + 1)
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1).square().mean((1, 2)).sqrt()
+    heads, window, _ = queries.shape
+    tokens, columns = keys.shape[1], torch.arange(keys.shape[1], device=keys.device)
+    squares = keys.new_zeros(keys.shape[0], tokens, dtype=torch.float32)
+    for block in torch.arange(window, device=keys.device).split(max(1, SCORES // (heads * tokens))):
+        groups = queries[:, block].float().unflatten(0, (keys.shape[0], -1))  # (N, H / N, block, D)
+        scores = groups @ keys.float()[:, None].transpose(2, 3) * keys.shape[2] ** -0.5
+        hidden = columns > (block + tokens - window)[:, None]
+        squares += scores.masked_fill(hidden, -torch.inf).softmax(-1).square().sum((1, 2))
+    return (squares * keys.shape[0] / (heads * window)).sqrt()
 
 
 def most_attended(received: Tensor, rows: int) -> Tensor:

@@ -155,7 +155,8 @@ def test_tokens_stand_in_order_within_the_shares_of_the_rows(tokens, rows, recen
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_attended_rows_are_tokens_as_they_are_those_that_the_last_ones_attend_to(kind):
+def test_attended_rows_are_tokens_as_they_are_those_that_the_last_ones_attend_to(kind, monkeypatch):
+    monkeypatch.setattr("hyperllama.attended.SCORES", 500)  # several blocks of queries
     base, contexts, rows = tiny_base(kind), [list(range(3, 43)), list(range(50, 71))], 8
     hypernetwork = KINDS["pooling"](base, gists=rows, attended=0.25, sharpness=1e4)
     oracle = tiny_base(kind)
