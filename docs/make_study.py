@@ -18,6 +18,7 @@ FOLDER, PAGE = HERE / "study", HERE / "study.md"
 # The order of the page: what a reader asks first.
 TABLES = (
     "sni-kinds",
+    "sni-seeds",
     "sni-objectives",
     "sni-pretraining",
     "text-kinds",
