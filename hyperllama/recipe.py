@@ -64,12 +64,13 @@ class LoraRecipe:
 @dataclass(frozen=True)
 class PoolingRecipe:
     """Of gist.kind "pooling": see `hyperllama.pooling.PoolingHypernetwork`. `lora`: contexts are read with LoRA, as the
-    recipe's `lora` says.
+    recipe's `lora` says. Rows begin with single tokens that the second half of a context attends to: what won on real tasks and
+    on text. Many demonstrations of a word each are better mixed: {attended: 0, sharpness: 1}.
     """
 
     recency: float = 0.0
-    sharpness: float = 1.0
-    attended: float = 0.0
+    sharpness: float = 400.0
+    attended: float = 0.5
     lora: bool = False
 
 
