@@ -7,8 +7,10 @@ BIN := .venv/bin
 quickstart: .venv/.installed
 	$(BIN)/python -m eval.quickstart
 
+# Two processes with a thread each: much of the time goes to waiting for runs that are started, killed and started again.
+WORKERS ?= 2
 test: .venv/.installed-test
-	$(BIN)/python -m pytest --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 -n $(WORKERS) --dist worksteal
 
 lint: .venv/.installed-test
 	$(BIN)/ruff format --check .

@@ -40,7 +40,7 @@ setup(
         "deepspeed": ["deepspeed>=0.19"],
         "quant": ["bitsandbytes>=0.45"],
         "lm-eval": ["lm_eval>=0.4.9"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14"],
     },
     entry_points={"console_scripts": ["hyperllama = hyperllama.cli:main"]},
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
