@@ -11,6 +11,7 @@ from hyperllama import workflows
 from hyperllama.data.synthetic import SyntheticLanguage, SyntheticSource
 from hyperllama.errors import UserError
 from hyperllama.prefix import Prefix
+from hyperllama.tune import tune
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "hint"
 FEW = ["training.max_steps=2", "training.save_steps=2", "training.use_cpu=true", "training.disable_tqdm=true"]
@@ -106,6 +107,11 @@ def test_the_quickstart_of_hint(tmp_path, changes):
     assert said.get("late_rows", 0) == (said["gists"] - found["gists"] if changes == LATE else 0)
     assert said["gists"] == found["gists"] + Prefix.load(path).manifest.context_tokens * fused
     assert len(workflows.generate(path, ["w2", "w3"], max_new_tokens=2)) == 2
+    with pytest.raises(UserError, match="prefix tuning starts from keys and values only"):
+        tune(
+            RECIPES.parent / "quickstart" / "tune.yaml",
+            [f"start.hypernetwork={run}", "episodes=1", "training.use_cpu=true", f"output={tmp_path}/tuned"],
+        )
 
 
 @pytest.mark.slow
