@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -32,7 +33,7 @@ class State:
     """What queries of one episode read (None: nothing), and the tokens that were read to make it.
 
     `gists` says how many gist rows were computed beside them, 0 for plain full attention; `demonstrations` how many fitted;
-    `maker` which hypernetwork made it, if the bench has it.
+    `maker` which hypernetwork made it, if that was here.
     """
 
     prefix: Prefix | None
@@ -99,6 +100,12 @@ class Bench:
         prefixes += maker.compress(batch, gists=gists) if batch else []
         pairs = zip(prefixes, contexts, strict=True)
         return [State(prefix, len(context), prefix.gists, maker=maker) for prefix, context in pairs]
+
+    @cached_property
+    def chooser(self) -> PoolingHypernetwork:
+        """Untrained, it keeps tokens as they are, as many as the budget: those that the second half of a context attends to."""
+        settings = {"attended": 0.5, "sharpness": 1e4, "tokenizer": self.reader.tokenizer}
+        return PoolingHypernetwork(self.reader.model, gists=self.budget, **settings)
 
     def forget(self) -> None:
         """Let go of the states that are kept: the next episodes are others."""
@@ -240,10 +247,8 @@ def attended_tokens(bench: Bench, indices: Sequence[int]) -> list[State]:
     For each head its own, without any training (after Li et al. 2024, arXiv 2404.14469).
     """
     contexts = [bench.context(bench.episodes[i]) for i in indices]
-    model, long = bench.reader.model, [len(context) > bench.budget for context in contexts]
-    settings = {"attended": 0.5, "sharpness": 1e4, "tokenizer": bench.reader.tokenizer}
-    chooser = PoolingHypernetwork(model, gists=bench.budget, **settings)
-    chosen = iter(bench.compressed([context for context, cut in zip(contexts, long) if cut], chooser))
+    long = [len(context) > bench.budget for context in contexts]
+    chosen = iter(bench.compressed([context for context, cut in zip(contexts, long) if cut], bench.chooser))
     whole = iter(bench.whole([context for context, cut in zip(contexts, long) if not cut]))
     return [next(chosen if cut else whole) for cut in long]
 

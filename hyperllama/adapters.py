@@ -84,6 +84,8 @@ class Stack:
         Smaller bottlenecks are filled up with zeros, and so is a task without: zeros add nothing. A task that comes several
         times is copied to the device once.
         """
+        if not any(tasks):
+            return None
         distinct = {id(one): one for one in tasks}
         column = {key: i for i, key in enumerate(distinct)}
         rows = torch.tensor([column[id(one)] for one in tasks], device=model.device)
@@ -92,7 +94,7 @@ class Stack:
             owned = [None if one is None else one.pairs.get(name) for one in distinct.values()]
             if any(owned):
                 pairs[name] = tuple(side.index_select(1, rows) for side in _side_by_side(owned, model))
-        return cls(pairs) if pairs else None
+        return cls(pairs)
 
 
 def _side_by_side(owned: Sequence[tuple[Tensor, Tensor] | None], model: PreTrainedModel) -> tuple[Tensor, Tensor]:

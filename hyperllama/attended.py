@@ -47,15 +47,15 @@ def attention_received(queries: Tensor, keys: Tensor) -> Tensor:
     queries (H, w, D) of the last w tokens and keys (N, T, D), both with positions. Some queries at a time, so that a long
     context has not all of its scores in memory.
     """
-    heads, window, _ = queries.shape
-    tokens, columns = keys.shape[1], torch.arange(keys.shape[1], device=keys.device)
-    squares = keys.new_zeros(keys.shape[0], tokens, dtype=torch.float32)
+    (heads, window, _), (kv_heads, tokens, width) = queries.shape, keys.shape
+    columns, looked_at = torch.arange(tokens, device=keys.device), keys.float()[:, None].transpose(2, 3)  # (N, 1, D, T)
+    squares = keys.new_zeros(kv_heads, tokens, dtype=torch.float32)
     for block in torch.arange(window, device=keys.device).split(max(1, SCORES // (heads * tokens))):
-        groups = queries[:, block].float().unflatten(0, (keys.shape[0], -1))  # (N, H / N, block, D)
-        scores = groups @ keys.float()[:, None].transpose(2, 3) * keys.shape[2] ** -0.5
+        groups = queries[:, block].float().unflatten(0, (kv_heads, -1))  # (N, H / N, block, D)
+        scores = groups @ looked_at * width**-0.5
         hidden = columns > (block + tokens - window)[:, None]
         squares += scores.masked_fill(hidden, -torch.inf).softmax(-1).square().sum((1, 2))
-    return (squares * keys.shape[0] / (heads * window)).sqrt()
+    return (squares * kv_heads / (heads * window)).sqrt()
 
 
 def most_attended(received: Tensor, rows: int) -> Tensor:

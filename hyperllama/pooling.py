@@ -38,9 +38,9 @@ class PoolingHypernetwork(Hypernetwork):
     rows. The first row is then the first token's, where attention rests (Xiao et al. 2023, arXiv 2309.17453). A sharpness of
     some hundreds starts from the token in the middle of each share, as it is. With `attended` a, rows do not begin with shares
     but, for each key-value head, with the tokens that the last a * T of the context attend to most, see `hyperllama.attended`;
-    nearness then counts in tokens. With a `rank` the context is read with LoRA of
-    that rank (and `alpha`, `dropout`, `targets`, see `RowLora`), so that a token's row can gather what stands around it;
-    without, nothing of the decoder is trained, and training needs no backward pass through the context.
+    nearness then counts in tokens. With a `rank` the context is read with LoRA of that rank (and `alpha`, `dropout`,
+    `targets`, see `RowLora`), so that a token's row can gather what stands around it; without, nothing of the decoder is
+    trained, and training needs no backward pass through the context.
     """
 
     kind = "pooling"
@@ -113,7 +113,7 @@ class PoolingHypernetwork(Hypernetwork):
             return gist_rows(self.base, whole, backend=self.backend, chunk_rows=chunk_rows, **inputs)
 
     def _pool(self, layer: int, keys: Tensor, values: Tensor, gists: int, received: Tensor | None) -> tuple[Tensor, Tensor]:
-        """keys without positions and values (N, T, D), attention received (N, T) -> (N, gists, D) each."""
+        """keys without positions and values (N, T, D), attention received (N, T) or None -> (N, gists, D) each."""
         if received is not None and keys.shape[1] > gists:
             places = torch.arange(keys.shape[1], device=keys.device)
             centres = most_attended(received, gists)  # (N, gists)

@@ -111,9 +111,13 @@ class Reader:
         if max(map(len, prompts)) == 1:
             return [Prefix(p.keys, p.values, p.manifest, p.adapters) for p in prefixes]
         ids, mask = _padded([prompt[:-1] for prompt in prompts], pad, self.model.device)
-        # Late gists are left out, but what comes after them stands where it would stand behind them.
-        early = [Prefix([k[:, p.late :] for k in p.keys], [v[:, p.late :] for v in p.values]) for p in prefixes]
-        cache, gists = Prefix.stack(early, device=self.model.device, dtype=self.model.dtype)
+        # Late gists are left out, but what comes after them stands where it would stand behind them. A task is
+        # cut once, so that `stack` moves it once.
+        distinct = {id(p): p for p in prefixes}
+        early = {
+            key: Prefix([k[:, p.late :] for k in p.keys], [v[:, p.late :] for v in p.values]) for key, p in distinct.items()
+        }
+        cache, gists = Prefix.stack([early[id(p)] for p in prefixes], device=self.model.device, dtype=self.model.dtype)
         starts = torch.tensor([prefix.gists for prefix in prefixes], device=self.model.device)
         places = (starts[:, None] + mask.cumsum(1) - 1).clamp(min=0)
         mask = torch.cat([gists.to(mask.dtype), mask], 1)
