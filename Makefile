@@ -1,8 +1,12 @@
 # Each target sets up what it needs in .venv on a fresh machine, and reuses it afterwards.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := -m pip install --quiet --disable-pip-version-check
+EXTRAS := test,tensorboard,deepspeed,quant,lm-eval
+# What is built takes its setuptools from there too; the second name is that of newer versions of pip.
+TESTED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: quickstart test lint format benchmarks gpu clean
+.PHONY: quickstart test test-newest constraints lint format benchmarks gpu clean
 
 quickstart: .venv/.installed
 	$(BIN)/python -m eval.quickstart
@@ -11,6 +15,21 @@ quickstart: .venv/.installed
 WORKERS ?= 2
 test: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 -n $(WORKERS) --dist worksteal
+
+# The same with what is newest within the ranges of setup.py; docs/versions.md says what fails and why. TORCH= takes the newest
+# torch too, which for Linux brings gigabytes of CUDA.
+TORCH ?= torch==2.13.0
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python $(PIP) --upgrade --upgrade-strategy eager $(TORCH) -e ".[$(EXTRAS)]"
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+# Writes constraints.txt anew: the newest of everything but what held-back.txt names. Run the tests before it is committed.
+constraints:
+	folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && $(PYTHON) -m venv $$folder && \
+	PIP_CONSTRAINT=held-back.txt $$folder/bin/python $(PIP) --upgrade setuptools -e ".[$(EXTRAS)]" && \
+	{ grep '^#' constraints.txt; $$folder/bin/python -m pip freeze --all --exclude-editable | grep -v '^pip='; } | \
+	sed 's/^\(torch==[0-9.]*\).*/\1/' > $$folder/new.txt && cp $$folder/new.txt constraints.txt
 
 lint: .venv/.installed-test
 	$(BIN)/ruff format --check .
@@ -40,15 +59,15 @@ gpu:
 	$(PYTHON) -m benchmarks.serving --layers 24 --hidden 2048 --new 64 --rounds 10 --json $(OUT)/gpu_serving.json
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-newest runs .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/.installed: .venv/bin/python setup.py
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+.venv/.installed: .venv/bin/python setup.py constraints.txt
+	$(TESTED) $(BIN)/python $(PIP) -e .
 	touch $@
 
-.venv/.installed-test: .venv/bin/python setup.py
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,tensorboard,deepspeed,quant,lm-eval]"
+.venv/.installed-test: .venv/bin/python setup.py constraints.txt
+	$(TESTED) $(BIN)/python $(PIP) -e ".[$(EXTRAS)]"
 	touch $@ .venv/.installed

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from hyperllama.backbone import cache_argument
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.hypernetwork import GistHypernetwork
 from hyperllama.objectives import TokenLoss, answer_cross_entropy
@@ -39,7 +40,8 @@ def two_pass(hypernetwork: GistHypernetwork, episodes: Sequence[EncodedEpisode])
     is_gist = torch.zeros_like(mask).scatter(1, gist_columns, True)
     embeds = embeds.masked_scatter(is_gist[..., None], hypernetwork.gists.to(embeds.dtype).repeat(len(rows), 1))
     with _stock(hypernetwork, torch.ones_like(mask)):
-        cache = base.get_decoder()(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=True).past_key_values
+        cache, decoder = DynamicCache(), base.get_decoder()
+        decoder(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=True, **cache_argument(decoder, cache))
     owner = torch.tensor([i for i, episode in enumerate(episodes) for _ in episode.queries], device=device)
     prefix = []
     for keys, values, *_ in cache:
@@ -49,11 +51,11 @@ def two_pass(hypernetwork: GistHypernetwork, episodes: Sequence[EncodedEpisode])
     ids, mask = _pad_right([(*prompt, *answer[:-1]) for prompt, answer in queries], device)
     sees_gists = torch.ones(len(queries), gists, dtype=torch.long, device=device)
     with _stock(hypernetwork, None):
-        hidden = base.get_decoder()(
+        hidden = decoder(
             input_ids=ids,
             attention_mask=torch.cat([sees_gists, mask.long()], 1),
             position_ids=ends[owner][:, None] + torch.arange(ids.shape[1], device=device),
-            past_key_values=DynamicCache(prefix),
+            **cache_argument(decoder, DynamicCache(prefix)),
             use_cache=True,
         ).last_hidden_state
     places = [(i, len(p) - 1 + j) for i, (p, a) in enumerate(queries) for j in range(len(a))]

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.measure import machine, median_ratio, paired, parser, write_json
 from benchmarks.training_step import GISTS, VOCABULARY, benchmark_hypernetwork, ragged_episodes
+from hyperllama.backbone import cache_argument
 from hyperllama.prefix import Prefix
 from hyperllama.scoring import Question, continuation_scores
 
@@ -73,7 +74,7 @@ def padded(model, rows: list[tuple[tuple[int, ...], tuple[int, ...], Prefix]]) -
         ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row, device=model.device), 1
     positions = GISTS + torch.arange(longest, device=model.device).expand(len(rows), -1)
     mask = torch.cat([gists.to(mask.dtype), mask], dim=1)
-    logits = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    logits = model(ids, attention_mask=mask, position_ids=positions, **cache_argument(model, cache)).logits
     scores = []
     for i, (prompt, choice, _) in enumerate(rows):
         likely = logits[i, len(prompt) - 1 : len(prompt) - 1 + len(choice)].float().log_softmax(-1)

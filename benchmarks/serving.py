@@ -32,7 +32,7 @@ from transformers import DynamicCache, set_seed
 
 from benchmarks.measure import machine, median_ratio, paired, parser, peak_bytes, write_json
 from benchmarks.training_step import GISTS, VOCABULARY
-from hyperllama.backbone import random_base
+from hyperllama.backbone import cache_argument, random_base
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.hypernetwork import GistHypernetwork
 from hyperllama.prefix import Prefix
@@ -120,7 +120,7 @@ class Serving:
     def prefill(self, tokens: list[int]) -> DynamicCache:
         """The cache of a text, by the plain model."""
         cache = DynamicCache()
-        self.model(input_ids=self._ids([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.model(input_ids=self._ids([tokens]), **cache_argument(self.model, cache), use_cache=True, logits_to_keep=1)
         return cache
 
     def from_prefix(self) -> list[list[int]]:
@@ -133,7 +133,7 @@ class Serving:
         """Stock: a copy of the cache for every row. `generate` wants the tokens behind the cache too, and does not run them."""
         cache = copy.deepcopy(self.caches[name])
         cache.batch_repeat_interleave(len(self.queries))
-        return self.stock([[*self.prompts[name], *query] for query in self.queries], past_key_values=cache)
+        return self.stock([[*self.prompts[name], *query] for query in self.queries], **cache_argument(self.model, cache))
 
     def from_whole_prompts(self) -> list[list[int]]:
         """Stock: the context in every row."""
@@ -151,8 +151,8 @@ class Serving:
         ids = self._ids([self.queries[row]])
         mask = torch.ones(1, self.prefix.gists + ids.shape[1], dtype=torch.long, device=ids.device)
         settings = {"max_new_tokens": self.new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        cache = self.prefix.to_cache()
-        return self.model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)[0, ids.shape[1] :].tolist()
+        settings |= cache_argument(self.model, self.prefix.to_cache())
+        return self.model.generate(ids, attention_mask=mask, **settings)[0, ids.shape[1] :].tolist()
 
     def _ids(self, rows: list[list[int]]) -> Tensor:
         return torch.tensor(rows, device=self.model.device)

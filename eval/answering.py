@@ -1,4 +1,9 @@
-"""From states to scored examples: one line of results for every query, with what it cost."""
+"""From states to scored examples: one line of results for every query, with what it cost.
+
+A line holds all that was scored, so that its metrics can be computed again from it alone: `input` and `references` (of a window
+of plain text its prompt and its continuation), the `answer` up to its end, and `generated`, all that the model said, where that
+is more; or `choices` with their `scores`, log-probabilities in nats.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +26,16 @@ Kind = Literal["text", "choices", "loss"]
 
 @dataclass(frozen=True)
 class Query:
-    """One thing that is asked: token ids of the prompt and of each continuation, the right one first unless it is a choice."""
+    """One thing that is asked: token ids of the prompt and of each continuation, the right one first unless it is a choice.
+
+    `input` and `references` are the same as text: answers that count as right, of which there is one unless text is generated.
+    """
 
     place: int  # in the episode's queries
     prompt: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
     right: int = 0
+    input: str = ""
     references: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
 
@@ -48,18 +57,25 @@ def kind_of(episodes: Sequence[Episode], wanted: str) -> Kind:
         return kinds.pop()
     if wanted == "choices" and kinds != {"choices"}:
         raise UserError("metric: choices needs data in which every query has choices; use text or loss")
-    if wanted == "text" and "loss" in kinds:
+    if wanted in ("text", "exact_match") and "loss" in kinds:
         raise UserError("metric: windows of plain text have no answers to generate; use loss")
-    return wanted
+    return "text" if wanted == "exact_match" else wanted
 
 
 def queries_of(bench: Bench, episode: Episode, kind: Kind) -> list[Query]:
     """The queries of an episode that fit; UserError for one that does not, unless the limits say to skip it."""
     encoder = bench.encoder
     if encoder is None:  # methods that answer by themselves need no tokens
-        return [Query(i, (), (), references=query.references or (query.output,)) for i, query in enumerate(episode.queries)]
+        return [
+            Query(i, (), (), input=query.input, references=query.references or (query.output,))
+            for i, query in enumerate(episode.queries)
+        ]
     if episode.window is not None:
-        return [Query(i, prompt, (answer,)) for i, (prompt, answer) in enumerate(encoder.encode(episode).queries)]
+        decode = encoder.tokenizer.decode
+        return [
+            Query(i, prompt, (answer,), input=decode(prompt), references=(decode(answer),))
+            for i, (prompt, answer) in enumerate(encoder.encode(episode).queries)
+        ]
     found = []
     for i, query in enumerate(episode.queries):
         answers = query.choices if kind == "choices" else (query.output,)
@@ -79,9 +95,25 @@ def queries_of(bench: Bench, episode: Episode, kind: Kind) -> list[Query]:
                     "correct the data, or evaluate with metric=text"
                 )
             right = query.choices.index(query.output)
-        references = query.references or (query.output,)
-        found.append(Query(i, prompt, continuations, right, references, query.choices))
+        # A likelihood is that of the output, whatever else counts as right in text.
+        references = (kind == "text" and query.references) or (query.output,)
+        found.append(Query(i, prompt, continuations, right, query.input, references, query.choices))
     return found
+
+
+def before_queries(bench: Bench, i: int) -> dict[str, Any]:
+    """What stands before the queries of an episode where all of it is read, as text: a line of episodes.jsonl.
+
+    Instruction, the demonstrations that fit, and how many were dropped; of a window of plain text its context.
+    """
+    episode = bench.episodes[i]
+    line = {"episode": i, "task": episode.task, "category": episode.category}
+    if episode.window is not None:
+        return line | {"context": bench.encoder.tokenizer.decode(bench.context(episode))}
+    given = episode.demonstrations
+    shown = given if bench.encoder is None else [given[place] for place in bench.context(episode).shown]
+    texts = [{"input": example.input, "output": example.output} for example in shown]
+    return line | {"instruction": episode.instruction, "demonstrations": texts, "dropped": len(given) - len(shown)}
 
 
 def results(
@@ -108,8 +140,8 @@ def results(
 
 def _line(bench: Bench, method: Method, i: int, query: Query, total: int) -> dict[str, Any]:
     episode = bench.episodes[i]
-    place = {"episode": i, "query": query.place, "of": total}
-    return {"method": method.name, **place, "task": episode.task, "category": episode.category, "weight": 1}
+    place = {"episode": i, "query": query.place, "of": total, "task": episode.task, "category": episode.category}
+    return {"method": method.name, **place, "input": query.input, "references": list(query.references), "weight": 1}
 
 
 def _generated(reader: Reader, flat, generation: dict, bench: Bench) -> Iterator[dict[str, Any]]:
@@ -117,11 +149,13 @@ def _generated(reader: Reader, flat, generation: dict, bench: Bench) -> Iterator
     prompts = [list(query.prompt) for _, _, query, _ in flat]
     if all(prefix is None for prefix in prefixes):
         prefixes = None
-    settings = {"max_new_tokens": bench.encoder.format.answer_tokens, **generation}
+    encoder = bench.encoder
+    settings = {"max_new_tokens": encoder.format.answer_tokens, "stop": encoder.format.separator, **generation}
     answers = reader.generate(prompts, prefixes, batch_size=256, batch_tokens=bench.batch_tokens, **settings)
     for (_, _, query, _), tokens in zip(flat, answers, strict=True):
-        answer = bench.encoder.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        yield {"answer": answer, "metrics": score_text(answer, query.references)}
+        answer, generated = encoder.answer_of(tokens), encoder.tokenizer.decode(tokens, skip_special_tokens=True)
+        more = {"generated": generated} if generated.strip() != answer else {}
+        yield {"answer": answer, **more, "metrics": score_text(answer, query.references)}
 
 
 def _scored(reader: Reader, flat, kind: Kind, bench: Bench) -> Iterator[dict[str, Any]]:
@@ -130,7 +164,8 @@ def _scored(reader: Reader, flat, kind: Kind, bench: Bench) -> Iterator[dict[str
         if kind == "choices":
             best = max(range(len(scores)), key=scores.__getitem__)
             chance = 1 / len(scores)
-            yield {"answer": query.choices[best], "metrics": score_choices(scores, query.right), "chance": chance}
+            found = {"answer": query.choices[best], "choices": list(query.choices), "scores": scores}
+            yield {**found, "metrics": score_choices(scores, query.right), "chance": chance}
         else:
             yield {"metrics": {"loss": -scores[0]}, "weight": len(query.continuations[0])}
 

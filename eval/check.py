@@ -17,7 +17,7 @@ from eval.run import check_leaks
 from eval.sizing import Hardware
 from hyperllama.backbone import check_config, find_config, load_tokenizer, random_config
 from hyperllama.compressor import read_config
-from hyperllama.data.episode import Episode, Source
+from hyperllama.data.episode import Source
 from hyperllama.data.leaks import find_leaks
 from hyperllama.data.mixture import MixtureSource
 from hyperllama.data.p3 import P3Source
@@ -78,14 +78,13 @@ def _data_report(
         raise UserError(f"{hub} is on the hub, which a plan does not ask; check without --gpus reads it")
     source = make_source(recipe.data)
     encoder, made = _encoder(recipe, source, local)
-    drawn = list(_draw(recipe, source, encoder, episodes))
-    encoded = [encoded for _, encoded in drawn]
+    encoded = list(_draw(recipe, source, encoder, episodes))
     lines = [f"{recipe_path}: method {recipe.method}, data {recipe.data}", *_data(source), f"tokenizer       {made}", ""]
     lines += _figures(recipe, encoded)
     lines += state_lines(recipe, encoded) if isinstance(recipe, Recipe) else []
     lines += ["", *_leaks(recipe, source, against)]
     lines += ["", *_mask(recipe, encoded)]
-    lines += ["", "one episode as text, | between what is tokenised by itself:", "", *_text(encoder, *drawn[0])]
+    lines += ["", "one episode as text, | between what is tokenised by itself:", "", *_text(encoder, encoded)]
     return lines, encoded, len(encoder.tokenizer), len(source) or None
 
 
@@ -112,18 +111,17 @@ def _encoder(recipe: AnyRecipe, source: Source, local: bool) -> tuple[Encoder, s
     return Encoder(tokenizer, text_format, limits), f"of {name}, {len(tokenizer):,} tokens"
 
 
-def _draw(recipe: AnyRecipe, source: Source, encoder: Encoder, count: int) -> Iterator[tuple[Episode, EncodedEpisode]]:
+def _draw(recipe: AnyRecipe, source: Source, encoder: Encoder, count: int) -> Iterator[EncodedEpisode]:
     data = recipe.data
     if isinstance(recipe, EvaluationRecipe):
         drawn = source.evaluation(shots=data.shots, queries=data.queries, episodes=recipe.episodes, seed=recipe.seed)
-        yield from ((episode, encoder.encode(episode)) for episode in drawn[:count])
+        yield from map(encoder.encode, drawn[:count])
         return
     fewest = data.shots if data.min_shots is None else data.min_shots
     stream = EpisodeStream(
         source, encoder, seed=recipe.seed, length=count, shots=data.shots, min_shots=fewest, queries=data.queries
     )
-    for i in range(count):
-        yield stream.episode(i), stream[i]
+    yield from (stream[i] for i in range(count))
 
 
 def _data(source: Source) -> list[str]:
@@ -236,13 +234,14 @@ def _mask(recipe: AnyRecipe, encoded: Sequence[EncodedEpisode]) -> list[str]:
         size, packing = 1, recipe.budget or (read_config(recipe.hypernetwork)["gists"] if recipe.hypernetwork else 16)
     full = isinstance(recipe, Recipe) and recipe.method == "full_attention"
     batch = list(encoded[:size])
-    whole = (pack_full(batch) if full else pack_gist(batch, packing)).layout
+    packed = pack_full(batch) if full else pack_gist(batch, packing)
+    whole = packed.layout
     while len(batch) > 1 and sum(1 + len(e.queries) for e in batch) > MASK_ROWS // 4:
         batch.pop()
     layout = (pack_full(batch) if full else pack_gist(batch, packing)).layout
     unit = max(1, math.ceil(layout.tokens / MASK_ROWS))
     drawn = GistLayout([_shrunk(segment, unit) for segment in layout.segments])
-    kinds = Counter("context" if segment.gists else "query" for segment in whole.segments)
+    kinds = Counter("context" if segment.gists else "query" for segment in whole.segments[packed.sinks :])
     counts = ", ".join(
         f"{n} {kind if n == 1 else {'context': 'contexts', 'query': 'queries'}[kind]}" for kind, n in kinds.items()
     )
@@ -258,14 +257,17 @@ def _shrunk(segment: Segment, unit: int) -> Segment:
     return Segment(rest + gists, gists=gists, reads=segment.reads)
 
 
-def _text(encoder: Encoder, episode: Episode, encoded: EncodedEpisode) -> list[str]:
+def _text(encoder: Encoder, episodes: Sequence[EncodedEpisode]) -> list[str]:
+    """The first episode that asks anything: its task, counts and text are all read from its token ids' own record."""
     decode = encoder.tokenizer.decode
+    encoded = next((episode for episode in episodes if episode.queries), episodes[0])
     ends = sorted({end for span in encoded.answers for end in span} | {len(encoded.context)})
     pieces, start = [], 0
     for end in ends:
         pieces.append(decode(list(encoded.context[start:end])))
         start = end
     query = Random(0).choice(encoded.queries) if encoded.queries else ((), ())
-    shown = [f"context of {episode.task or 'the first episode'}:", "|".join(pieces)]
+    counts = f"{encoded.demonstrations} demonstrations, {encoded.dropped_demonstrations} dropped"
+    shown = [f"context of {encoded.task or 'an episode without a name'} ({counts}):", "|".join(pieces)]
     shown += ["", "a query and its answer:", f"{decode(list(query[0]))}|{decode(list(query[1]))}"]
     return [line for part in shown for line in part.split("\n")]

@@ -15,6 +15,11 @@ import sys
 import time
 from pathlib import Path
 
+from hyperllama.noise import quiet
+
+if __name__ == "__main__":
+    quiet()  # before any library is imported
+
 from eval.report import draw_quality
 from eval.run import evaluate
 from hyperllama import workflows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def _markdown(summary: dict[str, Any], costs: bool):
             cells.append(difference(method["ours_minus_this"][head], head) if "ours_minus_this" in method else "")
         bold = "**" if name == summary["ours"] else ""
         yield f"| {bold}{method['label']}{bold} | {ROLES[method['role']]} | {' | '.join(cells)} |"
+    yield from _mistake_table(summary)
     if costs:
         yield from _cost_table(summary)
     yield "\n## The methods\n"
@@ -64,6 +66,34 @@ def _markdown(summary: dict[str, Any], costs: bool):
     if summary["categories"]:
         yield from _category_table(summary)
     yield f"\n{', '.join(f'{name} {version}' for name, version in summary['versions'].items())}"
+
+
+def _mistake_table(summary: dict[str, Any]):
+    yield "\n## Telling mistakes\n"
+    found = summary["mistakes"]
+    if found is None:
+        yield "Left out: it holds full attention against another method, and one of the two was not evaluated."
+        return
+    full, other = (summary["methods"][found[side]]["label"] for side in ("full", "other"))
+    if not found["rows"]:
+        yield f"There are no {found['what'].partition(';')[0]}: _{full}_ against _{other}_."
+        return
+    yield f"At most ten {found['what']}. Every task comes once before one comes twice."
+    yield f"Full attention is _{full}_, the other method _{other}_. Texts are cut short; they are whole in examples/.\n"
+    yield f"| task | input | reference | {full} | {other} |"
+    yield "|---" * 5 + "|"
+    for row in found["rows"]:
+        first, *more = row["references"]
+        reference = _cell(first) + (f" (or {len(more)} more)" if more else "")
+        answers = (_cell(x) if isinstance(x, str) else f"{x:.3f} nats a token" for x in (row["full"], row["other"]))
+        yield f"| {_cell(row['task'])} | {_cell(row['input'])} | {reference} | {' | '.join(answers)} |"
+
+
+def _cell(text: str, most: int = 60) -> str:
+    """Text of the data as a cell of a table: short, on one line, and with nothing in it that Markdown or HTML would read."""
+    text = "⏎".join(re.split("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]", text))
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", text).strip() or "_nothing_"
 
 
 def _cost_table(summary: dict[str, Any]):

@@ -1,8 +1,9 @@
 """`hyperllama evaluate`: methods side by side on the same examples, resumable and shared out over ranks.
 
-Leaves in `output`: examples/rank*.jsonl (a line an example and method), summary.json, report.md, quality.png, cost.png, and the
-resolved recipe. Ranks (torchrun, or RANK and WORLD_SIZE set by hand) take every n-th episode and need no connection: whoever
-finishes last finds all lines there and writes the report.
+Leaves in `output`: examples/rank*.jsonl (a line an example and method, see `eval.answering`), episodes.jsonl (what stands
+before the queries of each episode), summary.json, report.md, quality.png, cost.png, and the resolved recipe. Ranks (torchrun,
+or RANK and WORLD_SIZE set by hand) take every n-th episode and need no connection: whoever finishes last finds all lines
+there and writes the report.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.answering import Kind, Query, kind_of, queries_of, results
+from eval.answering import Kind, Query, before_queries, kind_of, queries_of, results
 from eval.methods import METHODS, NEEDS, Bench, Method, found_in, instruction_fits
 from eval.report import write_report
 from eval.summary import summarise
@@ -33,7 +34,7 @@ from hyperllama.recipe import EvaluationRecipe
 from hyperllama.recipe_files import differences, load_recipe, save_recipe
 from hyperllama.sources import make_source
 
-EXAMPLES, SUMMARY, RECIPE = "examples", "summary.json", "recipe.yaml"
+EXAMPLES, EPISODES, SUMMARY, RECIPE = "examples", "episodes.jsonl", "summary.json", "recipe.yaml"
 # May change between one start and the next: what is there stays valid.
 FREE = ("methods", "resamples", "batch_tokens", "leaks")
 GROUP_QUERIES = 2000
@@ -58,6 +59,7 @@ def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str
                 f"{output} holds an evaluation of another recipe (it differs in {', '.join(sorted(changed))}); "
                 "set output to a new folder, or remove this one"
             )
+    refuse_older(output)
     names = [recipe.model, recipe.multi_task]
     for name in filter(None, names):
         check_config(load_config(name), name)
@@ -79,8 +81,10 @@ def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str
     write_atomically(output / RECIPE, resolved)
     offered = sum(len(e.queries or (1,)) for e in episodes)
     bench.episodes = episodes = readable(episodes, bench.encoder) if bench.encoder else episodes
+    methods = applicable(recipe, episodes, kind)  # what is left may lack what all had, such as a second task
     asked = {i: queries_of(bench, episode, kind) for i, episode in enumerate(episodes)}
     run = Run(output / EXAMPLES, rank, [method.name for method in methods], {i: len(q) for i, q in asked.items()})
+    keep_episodes(output, [before_queries(bench, i) for i in range(len(episodes))], asked, run.lines())
     for method, indices in run.left(bench, asked, range(rank, len(episodes), ranks)):
         run.write(results(bench, method, indices, [asked[i] for i in indices], kind, recipe.generation))
     lines = run.lines()
@@ -92,6 +96,32 @@ def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str
     write_atomically(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     write_report(summary, output)
     return summary | {"report": str(output / "report.md")}
+
+
+def refuse_older(output: Path) -> None:
+    """UserError if the results in a folder are those of a version that left inputs and references out of them."""
+    for path in sorted((output / EXAMPLES).glob("rank*.jsonl")):
+        if any("input" not in line for line in whole_json_lines(path)[:1]):
+            raise UserError(
+                f"{output} holds results of an older version, without inputs; remove it, or set output to a new folder"
+            )
+
+
+def keep_episodes(output: Path, episodes: Sequence[dict], asked: dict[int, list[Query]], lines: Sequence[dict]) -> None:
+    """Write what result lines name by number.
+
+    UserError if it is not what the folder has already, or if `lines`, the results there, are of other queries than are asked:
+    then the data has changed.
+    """
+    path = output / EPISODES
+    text = "".join(json.dumps(episode, ensure_ascii=False) + "\n" for episode in episodes)
+    same = not path.is_file() or path.read_text(encoding="utf-8") == text
+    texts = {(i, query.place): (query.input, list(query.references)) for i, queries in asked.items() for query in queries}
+    if not same or any((x["input"], x["references"]) != texts.get((x["episode"], x["query"])) for x in lines):
+        raise UserError(
+            f"{output} holds results of other data than the recipe gives now; remove it, or set output to a new folder"
+        )
+    write_atomically(path, text)
 
 
 def readable(episodes: Sequence[Episode], encoder: Encoder) -> list[Episode]:
@@ -189,7 +219,7 @@ def make_bench(recipe: EvaluationRecipe, episodes: Sequence[Episode]) -> Bench:
         hypernetwork, encoder = workflows.load_hypernetwork(recipe.hypernetwork, recipe.model, dtype=recipe.dtype)
         base, tokenizer = hypernetwork.base, encoder.tokenizer
         shared["gists"] = recipe.gists or hypernetwork.num_gists
-        shared["budget"] = recipe.budget or max(1, shared["gists"])
+        shared["budget"] = recipe.budget or max(1, shared["gists"] + (hypernetwork.sink is not None))
     else:
         base, tokenizer = load_base(name, dtype=recipe.dtype), load_tokenizer(name)
     text_format = recipe.format or (encoder.format if encoder else TextFormat())
@@ -220,6 +250,8 @@ def applicable(recipe: EvaluationRecipe, episodes: Sequence[Episode], kind: Kind
             raise UserError(f"methods: {method.name} needs {'; '.join(missing)}; give it, or leave the method out")
         if not missing and (not recipe.methods or method.name in recipe.methods):
             chosen.append(method)
+    if not chosen:
+        raise UserError("methods: none can run on this data without a model; name a model or a hypernetwork")
     return chosen
 
 
@@ -247,6 +279,7 @@ def describe(recipe: EvaluationRecipe, bench: Bench, episodes, kind: Kind, leaks
     """What was evaluated, for the summary."""
     return {
         "kind": kind,
+        "metric": recipe.metric,
         "data": str(recipe.data),
         "shots": recipe.data.shots,
         "episodes": len(episodes),

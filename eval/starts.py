@@ -90,7 +90,7 @@ def summarise(
         entry: dict[str, Any] = {"full_attention": vars(bootstrap.mean(levels)), "tasks": len(levels), "starts": {}}
         ends = {}
         for start in recipe.starts:
-            steps, curves = _curves([runs[start, size, seed] for seed in recipe.seeds], metric)
+            steps, curves = _curves([(runs[start, size, seed], list(full[size, seed])) for seed in recipe.seeds], metric)
             # Row 0 is the tasks as they are, the others are resamples.
             counts = np.vstack([np.ones(len(levels)), bootstrap.counts])
             reached = sign * (counts @ (curves - np.asarray(levels)[:, None])) / len(levels) >= -TOLERANCE - 1e-9
@@ -119,15 +119,15 @@ def _first(steps: Sequence[int], reached: np.ndarray) -> dict[str, int | None]:
     return {name: int(step) if np.isfinite(step) else None for name, step in named.items()}
 
 
-def _curves(runs: Sequence[list[dict]], metric: str) -> tuple[list[int], np.ndarray]:
-    """Steps, and a row of values for each task of each run; a run that stopped early keeps its last value."""
-    steps = sorted({line["step"] for lines in runs for line in lines})
+def _curves(runs: Sequence[tuple[list[dict], list[str]]], metric: str) -> tuple[list[int], np.ndarray]:
+    """Steps, and a row of values for each task of each run, by name; a run that stopped early keeps its last value."""
+    steps = sorted({line["step"] for lines, _ in runs for line in lines})
     rows = []
-    for lines in runs:
+    for lines, names in runs:
         tasks = defaultdict(dict)
         for line in lines:
             tasks[line["task"]][line["step"]] = line[metric]
-        for values in tasks.values():
+        for values in (tasks[name] for name in names):
             row, last = [], None
             for step in steps:
                 last = values.get(step, last)

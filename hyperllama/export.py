@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 import yaml
+from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
@@ -37,7 +40,7 @@ TENSOR, CHECKSUM = "prompt_embeddings", "hyperllama_sha256"
 KINDS = {"PREFIX_TUNING": "PrefixTuningConfig", "CARTRIDGE": "CartridgeConfig"}
 LORA_TENSOR = "base_model.model.model.layers.{layer}.self_attn.{name}.lora_{side}.weight"
 PROJECTION = {"embedding.weight", "transform.0.weight", "transform.0.bias", "transform.2.weight", "transform.2.bias"}
-STILL_TRUE = ("base", "rotary", "task", "instruction", "text_format")  # of a manifest, when its prefix is tuned further
+STILL_TRUE = ("base", "rotary", "task", "instruction", "text_format", "sink")  # of a manifest, when its prefix is tuned further
 
 
 def to_peft(prefix: Prefix, folder: str | Path, *, kind: Literal["prefix_tuning", "cartridge"] = "prefix_tuning") -> Path:
@@ -47,7 +50,7 @@ def to_peft(prefix: Prefix, folder: str | Path, *, kind: Literal["prefix_tuning"
     the manifest, README.md and, written last, adapter_config.json: without it a folder is no adapter. A cartridge has no frozen
     tokens. A task module that is LoRA and nothing else is written as PEFT's LORA, whatever `kind`. Raises UserError for an
     unknown kind, a peft without cartridges, a task module that no adapter can be, or a folder that holds a model or another
-    kind of adapter, such as a hypernetwork; OSError when the disk refuses.
+    kind of adapter, such as a hypernetwork; OSError when the disk refuses. Warns where `lost_in_generate` does.
     """
     import peft
 
@@ -82,7 +85,23 @@ def to_peft(prefix: Prefix, folder: str | Path, *, kind: Literal["prefix_tuning"
         write_atomically(folder / MANIFEST, json.dumps(ours, indent=2) + "\n")
     write_atomically(folder / CARD, _card(prefix))
     write_atomically(folder / CONFIG, config_text + "\n")
+    if lost := not kinds and lost_in_generate():
+        warnings.warn(lost, stacklevel=2)
     return folder
+
+
+def lost_in_generate() -> str | None:
+    """A sentence if the installed PEFT's `generate` is known to lose a prefix with the installed transformers, else None.
+
+    transformers 5.24 calls the cache `cache`; PEFT up to 0.21.2 puts a prefix where the cache was before. `forward` is right.
+    """
+    peft, transformers = version("peft"), version("transformers")
+    if Version(peft).release <= (0, 21, 2) and Version(transformers).release >= (5, 24):
+        return (
+            f"PEFT {peft} loses a prefix in generate with transformers {transformers}, though not in forward; generate with "
+            "transformers below 5.24 or a newer PEFT, or with hyperllama generate"
+        )
+    return None
 
 
 def _lora_kinds(prefix: Prefix) -> list[str]:
@@ -182,7 +201,7 @@ def lm_eval_task(
     if not examples or not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"task {name!r}: needs examples, and a name of letters, digits, dots, dashes and underscores")
     encoder, lines = Encoder(tokenizer, text_format, Limits()), []
-    end = tokenizer.eos_token if text_format.end_token else ""
+    end = tokenizer.eos_token if text_format.end_token else text_format.separator
     for number, example in enumerate(examples, 1):
         where = f"task {name}, example {number}"
         if example.output not in example.choices:

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from attention_masks import GistLayout
 from hyperllama.backbone import BaseIdentity, identify, load_weights_into
 from hyperllama.chunks import CHUNK_ROWS
-from hyperllama.compressor import GISTS, Hypernetwork, States, likely_words
+from hyperllama.compressor import GISTS, Hypernetwork, likely_words
 from hyperllama.data.packing import GistBatch
-from hyperllama.encoding import gist_rows
+from hyperllama.encoding import States, gist_rows
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
 from hyperllama.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RowLora
@@ -61,7 +61,7 @@ class GistHypernetwork(WithGistTokens):
     """
 
     kind = "lora"
-    own_settings = ("gists", "elastic", "rank", "alpha", "dropout", "targets")
+    own_settings = ("rank", "alpha", "dropout", "targets")
 
     def __init__(
         self,
@@ -88,9 +88,11 @@ class GistHypernetwork(WithGistTokens):
         embeds = self.with_markers(self.embed(batch.ids, batch.layout), batch)
         return self.mixed_loss(batch, inputs_embeds=embeds, gist_lora=self.lora)
 
-    def gist_states(self, ids: Tensor, layout: GistLayout, *, chunk_rows: int | None = CHUNK_ROWS) -> States:
+    def gist_states(
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = CHUNK_ROWS
+    ) -> States:
         inputs = {"inputs_embeds": self.embed(ids, layout), "gist_lora": self.lora}
-        return gist_rows(self.base, layout, backend=self.backend, chunk_rows=chunk_rows, **inputs)
+        return gist_rows(self.base, layout, backend=self.backend, given=given, chunk_rows=chunk_rows, **inputs)
 
     def save_weights(self, folder: Path) -> list[str]:
         self.lora.save(folder, self.identity.name)
@@ -130,9 +132,11 @@ class GistingHypernetwork(WithGistTokens):
         """One pass over a packed batch: compress, read and answer."""
         return self.mixed_loss(batch, inputs_embeds=self.with_markers(self.embed(batch.ids, batch.layout), batch))
 
-    def gist_states(self, ids: Tensor, layout: GistLayout, *, chunk_rows: int | None = CHUNK_ROWS) -> States:
-        embeds = self.embed(ids, layout)
-        return gist_rows(self.base, layout, backend=self.backend, chunk_rows=chunk_rows, inputs_embeds=embeds)
+    def gist_states(
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = CHUNK_ROWS
+    ) -> States:
+        settings = {"backend": self.backend, "given": given, "chunk_rows": chunk_rows}
+        return gist_rows(self.base, layout, inputs_embeds=self.embed(ids, layout), **settings)
 
     def save_weights(self, folder: Path) -> list[str]:
         self.folder = folder

@@ -17,8 +17,8 @@ from attention_masks import GistLayout, Segment, rotate
 from hyperllama.attended import attention_received, kept_queries, most_attended
 from hyperllama.backbone import head_dim, inverse_frequencies, kv_heads
 from hyperllama.chunks import CHUNK_ROWS
-from hyperllama.compressor import Hypernetwork, States
-from hyperllama.encoding import gist_rows
+from hyperllama.compressor import Hypernetwork
+from hyperllama.encoding import States, gist_rows
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
 from hyperllama.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RowLora
@@ -44,7 +44,7 @@ class PoolingHypernetwork(Hypernetwork):
     """
 
     kind = "pooling"
-    own_settings = ("gists", "elastic", "recency", "sharpness", "attended", "rank", "alpha", "dropout", "targets")
+    own_settings = ("recency", "sharpness", "attended", "rank", "alpha", "dropout", "targets")
 
     def __init__(
         self,
@@ -81,7 +81,9 @@ class PoolingHypernetwork(Hypernetwork):
             own |= {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout.p, "targets": lora.targets}
         return {**super().settings(), **own}
 
-    def gist_states(self, ids: Tensor, layout: GistLayout, *, chunk_rows: int | None = CHUNK_ROWS) -> States:
+    def gist_states(
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = CHUNK_ROWS
+    ) -> States:
         """The rows that stand for gists in `layout` are not computed: only the tokens before them are read."""
         counts = [segment.gists for segment in layout.segments]
         tokens = [segment.tokens - segment.gists for segment in layout.segments]

@@ -22,7 +22,7 @@ from hyperllama.backbone import BaseIdentity
 from hyperllama.errors import UserError
 from hyperllama.files import canonical_json, sha256, write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SCALES = {"keys": "keys_scale", "values": "values_scale"}
 LATE = ("late_keys", "late_values")
 ADAPTERS = tuple(f"{name}_{side}" for name in PATHS for side in ("down", "up"))
@@ -35,7 +35,8 @@ class Manifest:
     `base` is the only model that may read it. `rotary` holds the model's rotary settings and, as inv_freq, the inverse
     frequencies with which keys are moved. `text_format` holds the templates with which its queries are written (see
     `hyperllama.data.text.TextFormat`). `context_tokens` counts the tokens that the gists stand for, `context_sha256` is a
-    hash of them. `metrics` is free for what was measured about it.
+    hash of them. `sink` is the token whose row, computed by the base alone, stands first (behind late rows), or None.
+    `metrics` is free for what was measured about it.
     """
 
     base: BaseIdentity
@@ -48,6 +49,7 @@ class Manifest:
     dropped_examples: int | None = None
     context_tokens: int | None = None
     context_sha256: str | None = None
+    sink: int | None = None
     text_format: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
     created: str | None = None
@@ -62,6 +64,11 @@ class Manifest:
         values = json.loads(text)
         if values["format_version"] > FORMAT_VERSION:
             raise UserError(f"format version {values['format_version']} is newer than this HyperLlama reads; upgrade it")
+        if values["format_version"] < FORMAT_VERSION:
+            raise UserError(
+                f"format version {values['format_version']} is older than this HyperLlama reads; compress the examples again, "
+                "with a hypernetwork that was trained again"
+            )
         known = {f.name for f in fields(cls)}
         return cls(**{**{k: v for k, v in values.items() if k in known}, "base": BaseIdentity(**values["base"])})
 
@@ -151,7 +158,7 @@ class Prefix:
             raise UserError(f"{what} keys and values only, but this task module has {has}; read it with generate or evaluate")
 
     def truncate(self, gists: int) -> Prefix:
-        """The first `gists` gists, for prefixes that were trained to stand alone at any length. ValueError beyond 1 .. G."""
+        """The first `gists` rows, for prefixes that were trained to stand alone at any length. ValueError beyond 1 .. G."""
         self.refuse_modules("truncating is for prefixes of")
         if not 1 <= gists <= self.gists:
             raise ValueError(f"a prefix of {self.gists} gists can be cut to 1 .. {self.gists} of them, not {gists}")
@@ -161,7 +168,8 @@ class Prefix:
     def concat(first: Prefix, second: Prefix) -> Prefix:
         """One prefix of both: a reader sees `first`, then `second`, whose keys are moved behind it.
 
-        Raises UserError if they are of different bases, or if the second does not say how its keys are moved.
+        A sink is the first row of all: that of the second is left out where the first has one. Raises UserError if they are of
+        different bases, or if the second does not say how its keys are moved.
         """
         manifest = second.manifest
         for part in (first, second):
@@ -172,9 +180,11 @@ class Prefix:
             )
         first.check(manifest.base, "the first prefix")
         inv_freq = torch.tensor(manifest.rotary["inv_freq"], device=second.keys[0].device)
-        shifts = torch.full((second.gists,), first.gists, device=inv_freq.device)
-        keys = [torch.cat([a, rotate(b, shifts, inv_freq).to(a)], dim=1) for a, b in zip(first.keys, second.keys, strict=True)]
-        values = [torch.cat([a, b.to(a)], dim=1) for a, b in zip(first.values, second.values, strict=True)]
+        cut = int(first.manifest.sink is not None and manifest.sink is not None)
+        shifts = torch.full((second.gists - cut,), first.gists - cut, device=inv_freq.device)
+        moved = [rotate(k[:, cut:], shifts, inv_freq) for k in second.keys]
+        keys = [torch.cat([a, b.to(a)], dim=1) for a, b in zip(first.keys, moved, strict=True)]
+        values = [torch.cat([a, b[:, cut:].to(a)], dim=1) for a, b in zip(first.values, second.values, strict=True)]
         return Prefix(keys, values, _both(first.manifest, manifest))
 
     def to(self, device=None, dtype=None) -> Prefix:
@@ -183,7 +193,7 @@ class Prefix:
         return Prefix(*move, self.manifest, self.adapters and self.adapters.to(device, dtype), self.late)
 
     def to_cache(self, device=None, dtype=None) -> DynamicCache:
-        """A fresh cache of one row for `model.generate(past_key_values=...)` or a forward pass.
+        """A fresh cache of one row for `model.generate(**cache_argument(model, cache), ...)` or a forward pass.
 
         The attention mask must cover the prefix: ones (1, G + prompt tokens). UserError for a task module with more.
         """

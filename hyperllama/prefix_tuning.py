@@ -19,7 +19,7 @@ from attention_masks import rotate
 from hyperllama.backbone import inverse_frequencies, kv_heads
 from hyperllama.data.packing import GistBatch
 from hyperllama.distributed import gathered
-from hyperllama.encoding import encode_whole, first_rows, mean_pooled
+from hyperllama.encoding import behind_sink, encode_whole, first_rows, mean_pooled, sink_states
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
 from hyperllama.objectives import TokenLoss
@@ -33,7 +33,8 @@ class PrefixTuner(PackedModel):
     """Prefixes of P tasks, trained at once in packed passes of a frozen model: `keys` and `values` (L, P, N, G, D), float32.
 
     `hidden` sets a two-layer MLP between what is trained and the prefix, as Li & Liang advise for stability. It is added to
-    the start and its last matrix begins at zero, so that step 0 is the start, and it is folded away by `prefixes`.
+    the start and its last matrix begins at zero, so that step 0 is the start, and it is folded away by `prefixes`. A sink, the
+    base's own first row where a manifest says so, stays as it is.
 
     Raises UserError if the prefixes are not of one shape, or not of this model.
     """
@@ -60,13 +61,22 @@ class PrefixTuner(PackedModel):
         own = (config.num_hidden_layers, kv_heads(config))
         if own != self.shape[:2]:
             raise UserError(f"the model has {own[0]} layers of {own[1]} key-value heads, the prefixes {self.shape[:2]}")
+        sinks = {p.manifest is not None and p.manifest.sink is not None for p in starts.values()}
+        if len(sinks) != 1:
+            raise UserError(
+                "prefixes that are tuned together begin with the base's own first token all or none; tune them apart"
+            )
+        self.sinks = int(sinks.pop())
         self.names = {name: i for i, name in enumerate(starts)}
         self.manifests = {name: prefix.manifest for name, prefix in starts.items()}
         for side in ("keys", "values"):
             stacked = [torch.stack(list(getattr(prefix, side))) for prefix in starts.values()]
-            start = torch.stack(stacked, dim=1).float().to(base.device)
-            self.register_parameter(side, nn.Parameter(start))
-        self.mlp = _Reparametrisation(self.shape, len(starts), hidden).to(base.device) if hidden else None
+            sink, start = torch.stack(stacked, dim=1).float().to(base.device).tensor_split([self.sinks], 3)
+            self.register_parameter(side, nn.Parameter(start.contiguous()))
+            self.register_buffer(f"sink_{side}", sink.contiguous(), persistent=False)
+        layers, heads, rows, width = self.shape
+        tuned = (layers, heads, rows - self.sinks, width)
+        self.mlp = _Reparametrisation(tuned, len(starts), hidden).to(base.device) if hidden else None
         if self.mlp is not None:
             # What the MLP adds is trained; the start stays as it is.
             self.keys.requires_grad_(False)
@@ -74,7 +84,7 @@ class PrefixTuner(PackedModel):
 
     @property
     def gists(self) -> int:
-        """G, the rows of each prefix."""
+        """The rows of each prefix, sink included."""
         return self.shape[2]
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -94,10 +104,11 @@ class PrefixTuner(PackedModel):
         return self.answer_loss(batch, list(zip(keys, values)), input_ids=batch.ids)
 
     def _current(self) -> tuple[Tensor, Tensor]:
-        if self.mlp is None:
-            return self.keys, self.values
-        added_keys, added_values = self.mlp()
-        return self.keys + added_keys, self.values + added_values
+        keys, values = self.keys, self.values
+        if self.mlp is not None:
+            added_keys, added_values = self.mlp()
+            keys, values = keys + added_keys, values + added_values
+        return torch.cat([self.sink_keys, keys], 3), torch.cat([self.sink_values, values], 3)
 
     @torch.no_grad()
     def prefixes(self) -> dict[str, Prefix]:
@@ -137,11 +148,15 @@ class _Reparametrisation(nn.Module):
         return made.permute(3, 2, 0, 4, 1, 5)
 
 
-def random_start(model: PreTrainedModel, like: Sequence[Sequence[int]], gists: int, *, seed: int = 0) -> Prefix:
+def random_start(
+    model: PreTrainedModel, like: Sequence[Sequence[int]], rows: int, *, seed: int = 0, sink: int | None = None
+) -> Prefix:
     """A random prefix with the mean and spread that each dimension of real keys and values has over the contexts `like`.
 
-    Keys are drawn without positions and stand at 0 .. G-1 then, as those of tokens do.
+    Keys are drawn without positions and stand at 0, 1, ... then, as those of tokens do. With a `sink` the first of the `rows`
+    is the row of that token alone.
     """
+    gists = rows if sink is None else rows - 1
     generator = torch.Generator().manual_seed(seed)
     real = encode_whole(model, [context for context in like if len(context)])
     inv_freq, places = inverse_frequencies(model), torch.arange(gists, device=model.device)
@@ -152,24 +167,29 @@ def random_start(model: PreTrainedModel, like: Sequence[Sequence[int]], gists: i
             noise = torch.randn(rows.shape[0], gists, rows.shape[2], generator=generator).to(rows.device)
             drawn = rows.mean(1, keepdim=True) + rows.std(1, keepdim=True, correction=0) * noise
             kept.append((rotate(drawn, places, inv_freq) if kept is keys else drawn).to(model.dtype))
-    return Prefix(keys, values)
+    prefix = Prefix(keys, values)
+    return prefix if sink is None else behind_sink(prefix, sink_states(model, sink), inv_freq)
 
 
-def vocabulary_start(model: PreTrainedModel, words: Sequence[int], gists: int) -> Prefix:
-    """The activations of `gists` tokens, taken from `words` in turn (Li & Liang 2021, section 7.4: real words start best)."""
+def vocabulary_start(model: PreTrainedModel, words: Sequence[int], rows: int, *, sink: int | None = None) -> Prefix:
+    """The activations of `rows` tokens, taken from `words` in turn (Li & Liang 2021, section 7.4: real words start best).
+
+    With a `sink` that token is the first of them.
+    """
     if not len(words):
         raise UserError("a vocabulary start needs at least one word")
-    (prefix,) = encode_whole(model, [[words[i % len(words)] for i in range(gists)]])
+    first = [] if sink is None else [sink]
+    (prefix,) = encode_whole(model, [[*first, *(words[i % len(words)] for i in range(rows - len(first)))]])
     return prefix
 
 
-def demonstrations_start(model: PreTrainedModel, context: Sequence[int], gists: int, *, pooled: bool = False) -> Prefix:
-    """The demonstrations' own keys and values: their first `gists` rows, or means of neighbours (`pooled`).
+def demonstrations_start(model: PreTrainedModel, context: Sequence[int], rows: int, *, pooled: bool = False) -> Prefix:
+    """The demonstrations' own keys and values: their first `rows` rows, or the first and means of neighbours (`pooled`).
 
     A context with fewer tokens is repeated until it has as many.
     """
     if not len(context):
         raise UserError("a start from demonstrations needs some, but the context is empty")
-    repeated = list(context) * -(-gists // len(context))
-    (prefix,) = encode_whole(model, [repeated if len(context) < gists else context])
-    return mean_pooled(prefix, gists, inverse_frequencies(model)) if pooled else first_rows(prefix, gists)
+    repeated = list(context) * -(-rows // len(context))
+    (prefix,) = encode_whole(model, [repeated if len(context) < rows else context])
+    return mean_pooled(prefix, rows, inverse_frequencies(model)) if pooled else first_rows(prefix, rows)

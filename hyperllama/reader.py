@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hyperllama.adapters import Stack, adapted
-from hyperllama.backbone import identify
+from hyperllama.backbone import cache_argument, identify
 from hyperllama.encoding import encode_whole
 from hyperllama.errors import UserError
 from hyperllama.prefix import Prefix
@@ -51,6 +51,7 @@ class Reader:
         *,
         batch_size: int = 32,
         batch_tokens: int | None = None,
+        stop: str = "",
         **settings,
     ) -> list[list[int]]:
         """Continue each prompt behind its own prefix; different tasks and lengths may share a batch.
@@ -59,8 +60,8 @@ class Reader:
         verbatim, apart from `num_return_sequences`: an answer a prompt. Where a prefix has late rows, a prompt is read up to
         its last token first, and that token is all of it that `generate` sees, for a repetition penalty say. A batch has at
         most `batch_size` rows, and with `batch_tokens` no more prefix rows and prompt tokens, padding included, unless one row
-        has. Returns the new tokens of each row, up to its end token. Raises UserError for a prefix of another base, or where
-        the model's positions end.
+        has. A row ends at its end token, or with the text `stop`; its new tokens are returned, `stop` included. Raises
+        UserError for a prefix of another base, or where the model's positions end.
         """
         if settings.get("num_return_sequences", 1) != 1:
             raise ValueError("a reader gives one answer a prompt: repeat the prompt instead of num_return_sequences")
@@ -73,12 +74,12 @@ class Reader:
         order = sorted(range(len(prompts)), key=lambda i: (gists[i], len(prompts[i])))
         continuations: list[list[int]] = [[]] * len(prompts)
         for rows in _batches(order, gists, list(map(len, prompts)), batch_size, batch_tokens):
-            batch = self._generate([prompts[i] for i in rows], prefixes and [prefixes[i] for i in rows], settings)
+            batch = self._generate([prompts[i] for i in rows], prefixes and [prefixes[i] for i in rows], stop, settings)
             for i, continuation in zip(rows, batch, strict=True):
                 continuations[i] = continuation
         return continuations
 
-    def _generate(self, prompts, prefixes, settings) -> list[list[int]]:
+    def _generate(self, prompts, prefixes, stop: str, settings) -> list[list[int]]:
         tokenizer, device = self.tokenizer, self.model.device
         pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         if not all(len(prompt) for prompt in prompts):
@@ -92,9 +93,12 @@ class Reader:
             # Beam search repeats each prompt, but not a cache that it is given.
             rows = [prefix for prefix in prefixes for _ in range(settings.get("num_beams", 1))]
             stack = Stack.of([prefix.adapters for prefix in rows], self.model)
-            cache["past_key_values"], gists = Prefix.stack(rows, device=device, dtype=self.model.dtype)
+            states, gists = Prefix.stack(rows, device=device, dtype=self.model.dtype)
+            cache = cache_argument(self.model, states)
             mask = torch.cat([gists[:: len(rows) // len(prefixes)].to(mask.dtype), mask], dim=1)
         settings = {"do_sample": False, "pad_token_id": pad, "eos_token_id": tokenizer.eos_token_id, **settings}
+        if stop:
+            settings |= {"stop_strings": [stop], "tokenizer": tokenizer}
         longest_answer = settings.setdefault("max_new_tokens", 64)
         if mask.shape[1] + longest_answer > self.model.config.max_position_embeddings:
             raise UserError(
@@ -104,7 +108,8 @@ class Reader:
         with one_product_head(self.model), adapted(self.model, stack):
             output = self.model.generate(ids, attention_mask=mask, **cache, **settings)[:, longest:].tolist()
         ends = settings["eos_token_id"]  # one, several or none; what follows is padding
-        return [_until(row, set(ends) if isinstance(ends, list) else {ends}) for row in output]
+        answers = [_until(row, set(ends) if isinstance(ends, list) else {ends}) for row in output]
+        return [_through(row, stop, tokenizer) for row in answers] if stop else answers
 
     def _read_inputs(self, prompts, prefixes, pad: int) -> list[Prefix]:
         """For each prompt its prefix and, behind it, its rows but the last, which have not seen late gists."""
@@ -121,8 +126,9 @@ class Reader:
         starts = torch.tensor([prefix.gists for prefix in prefixes], device=self.model.device)
         places = (starts[:, None] + mask.cumsum(1) - 1).clamp(min=0)
         mask = torch.cat([gists.to(mask.dtype), mask], 1)
+        decoder = self.model.get_decoder()
         with adapted(self.model, Stack.of([prefix.adapters for prefix in prefixes], self.model)):
-            self.model.get_decoder()(ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True)
+            decoder(ids, attention_mask=mask, position_ids=places, **cache_argument(decoder, cache), use_cache=True)
         longer = []
         for i, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
             first = mask.shape[1] - (len(prompt) - 1)
@@ -178,3 +184,10 @@ def _batches(order: list[int], gists: list[int], prompts: list[int], most_rows: 
 def _until(row: list[int], ends: set[int]) -> list[int]:
     """The tokens before the first of `ends`."""
     return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
+
+
+def _through(row: list[int], stop: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The fewest first tokens whose text has `stop` in it; all of them if it has not. What follows in a batch is padding."""
+    if stop not in tokenizer.decode(row):
+        return row
+    return next(row[:n] for n in range(1, len(row) + 1) if stop in tokenizer.decode(row[:n]))

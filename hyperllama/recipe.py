@@ -40,14 +40,17 @@ class GistRecipe:
 
     kind: "lora" (Phang 2024), "full" (a tuned copy of the base compresses), "gisting" (one model, all weights tuned: Mu et al.
     2023), "pooling" (cross-attention over the base's keys and values) or "hint" (task modules from an encoded instruction, see
-    `HintSettings`; `tokens` may be 0). `elastic` trains for 1, 2, 4, ... up to G gists at
-    once. `backend`: the attention kernel; `hyperllama env` lists them.
+    `HintSettings`; `tokens` may be 0). `elastic` trains for 1, 2, 4, ... up to G gists at once. `sink` puts the base's own row
+    of its first token before the rows of every prefix, since attention of a pretrained model rests there; null does so unless
+    a prefix has no other rows, or begins with that token anyway (pooling that is `attended` or has a `recency`). `backend`: the
+    attention kernel; `hyperllama env` lists them.
     """
 
     tokens: int = 16
     kind: Literal["lora", "full", "gisting", "pooling", "hint"] = "pooling"
     reading: Reading = field(default_factory=Reading)
     elastic: bool = False
+    sink: bool | None = None
     backend: Literal["auto", "dense", "sdpa", "flash", "varlen", "flex"] = "auto"
 
 
@@ -72,6 +75,11 @@ class PoolingRecipe:
     sharpness: float = 400.0
     attended: float = 0.5
     lora: bool = False
+
+    @property
+    def begins_with_sink(self) -> bool:
+        """Whether the first row of a prefix is that of the context's first token."""
+        return bool(self.attended or self.recency)
 
 
 @dataclass(frozen=True)
@@ -169,11 +177,12 @@ class EvaluationRecipe:
     `hypernetwork` is the folder of a run, whose base is read from there, or from `model` if it has moved; without one, `model`
     alone is evaluated. `multi_task` is the run of a full-attention model, `prefixes` a folder of prefix files named by task.
     `gists` asks an elastic hypernetwork for fewer than it has. `budget` is the number of key-value rows of the methods that
-    have one, the gists unless given: for contexts cut in chunks, give it. `methods` are names of `eval.methods.METHODS`; empty
-    for all that apply. `metric`: "text" generates and scores ROUGE-L and exact match, "choices" ranks the choices of a query by
-    likelihood, "loss" is that of the continuation; "auto" goes by the data. `format` and `limits` are those of the hypernetwork
-    unless given. At most `episodes` episodes of a source that could go on for ever. A batch has at most `batch_tokens` tokens.
-    `leaks`: whether data shared with the training refuses or warns.
+    have one, those of a prefix (gists and sink) unless given: for contexts cut in chunks, give it. `methods` are names of
+    `eval.methods.METHODS`; empty for all that apply. `metric`: "text" generates and scores ROUGE-L and exact match,
+    "exact_match" the same with exact match first, "choices" ranks the choices of a query by likelihood, "loss" is that of the
+    continuation; "auto" goes by the data. `format` and `limits` are those of the hypernetwork unless given. At most `episodes`
+    episodes of a source that could go on for ever. A batch has at most `batch_tokens` tokens. `leaks`: whether data shared with
+    the training refuses or warns.
     """
 
     method: Literal["evaluate"] = "evaluate"
@@ -189,7 +198,7 @@ class EvaluationRecipe:
     gists: int | None = None
     budget: int | None = None
     methods: list[str] = field(default_factory=list)
-    metric: Literal["auto", "text", "choices", "loss"] = "auto"
+    metric: Literal["auto", "text", "exact_match", "choices", "loss"] = "auto"
     format: TextFormat | None = None
     limits: Limits | None = None
     generation: dict[str, Any] = field(default_factory=dict)
@@ -205,8 +214,9 @@ class StartRecipe:
     kind: "hypernetwork" (the prefix that the run `hypernetwork` makes of a task's examples), "demonstrations" (the keys and
     values of their first `gists` tokens) or "pooled_demonstrations" (means of neighbours), "vocabulary" (the activations of
     `words`, or of tokens drawn from the examples), "random" (with the statistics of real keys and values), or "prefix" (the
-    file `prefix`, or TASK.safetensors in that folder). `gists` is read where the start does not decide it. `hidden` puts an MLP
-    of that width between what is trained and the prefix, and folds it away in the end.
+    file `prefix`, or TASK.safetensors in that folder). `gists` is read where no hypernetwork decides it. With `sink` what is
+    neither a hypernetwork's nor a file begins with one row more, the base's own of its first token; it is not tuned. `hidden`
+    puts an MLP of that width between what is trained and the prefix, and folds it away in the end.
     """
 
     kind: Literal["hypernetwork", "demonstrations", "pooled_demonstrations", "vocabulary", "random", "prefix"] = "hypernetwork"
@@ -214,6 +224,7 @@ class StartRecipe:
     prefix: str | None = None
     words: list[str] = field(default_factory=list)
     gists: int = 16
+    sink: bool = True
     hidden: int | None = None
 
 
@@ -280,6 +291,16 @@ class TableRecipe:
     rows: dict[str, list[str]] = field(default_factory=dict)
     evaluations: dict[str, list[str]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+
+
+def has_sink(recipe: Recipe) -> bool:
+    """Whether prefixes of a recipe's hypernetwork begin with the base's own row of its first token."""
+    gist = recipe.gist
+    if gist.sink is not None:
+        return gist.sink
+    if gist.kind == "pooling":
+        return not recipe.pooling.begins_with_sink
+    return gist.kind != "hint" or bool(gist.tokens or recipe.hint.fusion)
 
 
 AnyRecipe = Recipe | EvaluationRecipe | TuneRecipe | StudyRecipe | TableRecipe

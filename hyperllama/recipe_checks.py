@@ -100,6 +100,9 @@ def _training(recipe: Any, check: _Checks) -> None:
     if model.name_or_path and folder.is_dir():
         has_config = (folder / "config.json").is_file()
         check(has_config, f"model.name_or_path: {folder} is not a model folder, it has no config.json; give one that has")
+    if folder.suffix.lower() == ".gguf":
+        check(folder.expanduser().is_file(), f"model.name_or_path: {folder} is not there; give the path of a GGUF file")
+        check(not model.quantize, "model.quantize: weights of a GGUF file are read as they are; set it to null")
     if not model.name_or_path:
         check(bool(model.architecture), "model: give name_or_path, or an architecture to initialise at random")
         known = not model.architecture or "model_type" in model.architecture
@@ -121,7 +124,7 @@ def _training(recipe: Any, check: _Checks) -> None:
         check(training.get("max_steps", -1) > 0, "training.max_steps: the synthetic language is endless, so say how many steps")
     positions = _positions(model)
     cut = recipe.gist.reading.graph != "single"  # positions begin anew with each chunk
-    gists = recipe.gist.tokens if recipe.method == "hypernetwork" else 0
+    gists = recipe.gist.tokens + 1 if recipe.method == "hypernetwork" else 0  # and the sink
     needed = limits.context_tokens + limits.query_tokens + gists
     if positions is not None and needed > positions and not cut:
         check(False, f"limits: context_tokens, query_tokens and gists need {needed} positions, but the model has {positions}")
@@ -140,6 +143,8 @@ def _hypernetwork(recipe: Any, check: _Checks) -> None:
     check(recipe.pooling.recency >= 0, f"pooling.recency: 0 or more, not {recipe.pooling.recency}")
     check(recipe.pooling.sharpness > 0, f"pooling.sharpness: above 0, not {recipe.pooling.sharpness}")
     check(0 <= recipe.pooling.attended <= 1, f"pooling.attended: a share from 0 to 1, not {recipe.pooling.attended}")
+    twice = gist.kind == "pooling" and gist.sink and recipe.pooling.begins_with_sink
+    check(not twice, "gist.sink: with pooling.attended or recency the first row is the first token's anyway; set it to null")
     both = recipe.pooling.attended and recipe.pooling.recency
     check(not both, "pooling.attended: rows begin with attended tokens or, by recency, with shares; set one of them to 0")
     if gist.kind == "hint":

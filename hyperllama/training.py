@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import Counter
 from functools import partial, wraps
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hyperllama.checkpoints import CHECKPOINTS, Staging, make_universal, read_shape
@@ -44,6 +45,9 @@ class GistTrainer(Trainer):
         self.counts: Counter[str] = Counter()
         self.run, self.unchecked = Path(run), []
         self.add_callback(MetricsFile(self.run, self.counts))
+        if args.disable_tqdm:
+            self.remove_callback(PrinterCallback)  # prints dictionaries
+            self.add_callback(Progress())
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         batch = inputs["batch"]
@@ -162,6 +166,26 @@ class MetricsFile(TrainerCallback):
             plot_loss(whole_json_lines(self.path), self.plot)
 
 
+class Progress(TrainerCallback):
+    """A line on stderr for each loss that is logged: the step, the loss in nats, and how long the rest takes at this pace."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begin, self.first = time.perf_counter(), state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and "loss" in logs:
+            step, last = state.global_step, state.max_steps
+            left = (time.perf_counter() - self.begin) / max(1, step - self.first) * (last - step)
+            print(f"step {step:,} of {last:,}: loss {logs['loss']:.4f}, {_time(left)} left", file=sys.stderr, flush=True)
+
+
+def _time(seconds: float) -> str:
+    """A duration for people: 42 s, 7 min or 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def plot_loss(metrics: list[dict], path: str | Path) -> None:
     """The training loss over steps, as a PNG."""
     from matplotlib.figure import Figure
@@ -187,6 +211,7 @@ def training_arguments(settings: dict, *, run: str | Path, seed: int, deepspeed:
         "output_dir": str(Path(run) / CHECKPOINTS),
         "seed": seed,
         "report_to": "none",
+        "disable_tqdm": True,  # `Progress` says more in a log file, and as much on a screen
         "logging_steps": 10,
         "save_total_limit": 2,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -197,6 +222,8 @@ def training_arguments(settings: dict, *, run: str | Path, seed: int, deepspeed:
         # Episodes are drawn by index: the order of indices is the order of training, and the checkpoint's step its position.
         "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,
+        # Models go to a CUDA GPU or stay on the CPU; without this, bf16 on a CPU is refused.
+        "use_cpu": not torch.cuda.is_available(),
     }
     try:
         if deepspeed:

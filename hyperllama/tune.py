@@ -141,18 +141,20 @@ def make_starts(start: StartRecipe, setting: Setting) -> dict[str, Prefix]:
     """The prefix that each task starts from, by name, with a manifest that says so."""
     reader, encoder, hypernetwork, episodes = setting.reader, setting.encoder, setting.hypernetwork, setting.episodes
     contexts = [encoder.context(episode.instruction, episode.demonstrations)[0] for episode in episodes]
-    gists = hypernetwork.num_gists if hypernetwork is not None else start.gists
+    # The same number of rows for every start, so that none has more memory than the hypernetwork's.
+    rows = hypernetwork.rows if hypernetwork is not None else start.gists + start.sink
+    sink = encoder.first_token() if start.sink and start.kind not in ("hypernetwork", "prefix") else None
     model, rng = reader.model, Random(f"start/{setting.seed}")
     if start.kind == "hypernetwork":
         made = hypernetwork.compress(contexts)
     elif start.kind in ("demonstrations", "pooled_demonstrations"):
-        made = [demonstrations_start(model, c, gists, pooled=start.kind == "pooled_demonstrations") for c in contexts]
+        made = [demonstrations_start(model, c, rows, pooled=start.kind == "pooled_demonstrations") for c in contexts]
     elif start.kind == "vocabulary":
         given = [token for word in start.words for token in encoder.tokenizer(word, add_special_tokens=False)["input_ids"]]
-        drawn = [given or rng.choices(context, k=gists) for context in contexts]
-        made = [vocabulary_start(model, words, gists) for words in drawn]
+        drawn = [given or rng.choices(context, k=rows) for context in contexts]
+        made = [vocabulary_start(model, words, rows, sink=sink) for words in drawn]
     elif start.kind == "random":
-        made = [random_start(model, contexts, gists, seed=rng.randrange(2**31)) for _ in contexts]
+        made = [random_start(model, contexts, rows, seed=rng.randrange(2**31), sink=sink) for _ in contexts]
     else:
         path = Path(start.prefix)
         files = [path if path.is_file() else path / f"{episode.task}.safetensors" for episode in episodes]
@@ -167,6 +169,7 @@ def make_starts(start: StartRecipe, setting: Setting) -> dict[str, Prefix]:
             instruction=episode.instruction or None,
             examples=len(episode.demonstrations),
             context_tokens=len(context),
+            sink=prefix.manifest.sink if prefix.manifest else sink,
             text_format=dataclasses.asdict(encoder.format),
             metrics={"tuned_from": start.kind},
         )

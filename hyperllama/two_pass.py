@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from attention_masks import GistLayout
 from hyperllama.chunks import CHUNK_ROWS
-from hyperllama.compressor import States
-from hyperllama.encoding import gist_rows
+from hyperllama.encoding import States, gist_rows
 from hyperllama.files import write_atomically
 from hyperllama.hypernetwork import WithGistTokens
 
@@ -35,9 +34,11 @@ class FullHypernetwork(WithGistTokens):
         for name in ("q_proj", "o_proj"):
             getattr(decoder.layers[-1].self_attn, name).requires_grad_(False)
 
-    def gist_states(self, ids: Tensor, layout: GistLayout, *, chunk_rows: int | None = CHUNK_ROWS) -> States:
-        embeds = self.embed(ids, layout, self.compressor)
-        return gist_rows(self.compressor, layout, backend=self.backend, chunk_rows=chunk_rows, inputs_embeds=embeds)
+    def gist_states(
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = CHUNK_ROWS
+    ) -> States:
+        settings = {"backend": self.backend, "given": given, "chunk_rows": chunk_rows}
+        return gist_rows(self.compressor, layout, inputs_embeds=self.embed(ids, layout, self.compressor), **settings)
 
     def save_weights(self, folder: Path) -> list[str]:
         weights = {name: x.detach().cpu().contiguous() for name, x in self.compressor.get_decoder().state_dict().items()}

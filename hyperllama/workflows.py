@@ -45,7 +45,7 @@ from hyperllama.kinds import KINDS, load_hypernetwork_onto
 from hyperllama.prefix import Prefix
 from hyperllama.quality import fewest_gists, leave_one_out
 from hyperllama.reader import Reader
-from hyperllama.recipe import Recipe
+from hyperllama.recipe import Recipe, has_sink
 from hyperllama.recipe_files import differences, load_recipe, save_recipe
 from hyperllama.sources import make_source
 from hyperllama.store import PrefixStore
@@ -155,13 +155,16 @@ def packing_of(recipe: Recipe) -> Packing:
     again, taught = recipe.objectives.reconstruction > 0, recipe.objectives.distillation > 0
     hint = recipe.hint if recipe.gist.kind == "hint" else None
     shown = {"whole": hint is not None and hint.fusion, "late": hint is not None and hint.late_fusion}
-    return Packing(recipe.gist.tokens, recipe.gist.reading, recipe.gist.elastic, reconstruct=again, teach=taught, **shown)
+    shown |= {"reconstruct": again, "teach": taught, "sink": has_sink(recipe)}
+    return Packing(recipe.gist.tokens, recipe.gist.reading, recipe.gist.elastic, **shown)
 
 
 def make_hypernetwork(recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Hypernetwork:
     """The hypernetwork that a recipe describes, new or with the weights of `start_from`."""
     gist = recipe.gist
     settings = {"gists": gist.tokens, "reading": gist.reading, "elastic": gist.elastic, "mix": recipe.objectives}
+    if has_sink(recipe) and tokenizer is not None:
+        settings["sink"] = Encoder(tokenizer, recipe.format, recipe.limits).first_token()
     if gist.kind == "pooling":
         pooling = recipe.pooling
         settings |= {"recency": pooling.recency, "sharpness": pooling.sharpness, "attended": pooling.attended}
@@ -308,6 +311,24 @@ def _output_paths(output: str | Path, names: list[str]) -> list[Path]:
     return [path / f"{name}.safetensors" for name in names]
 
 
+class AnswerStreamer(TextStreamer):
+    """Prints an answer as it is generated, up to the text `stop`: what may be its beginning is held back."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stop, self.held = stop, ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text, self.held = self.held + text, ""
+        if self.stop:
+            text, found, rest = text.partition(self.stop)
+            most = 0 if found or stream_end else min(len(self.stop) - 1, len(text))
+            begun = next((n for n in range(most, 0, -1) if self.stop.startswith(text[-n:])), 0)
+            # What begins with the stop is held for good: nothing behind it is shown.
+            text, self.held = text[: len(text) - begun], text[len(text) - begun :] + found + rest
+        super().on_finalized_text(text, stream_end)
+
+
 class Session:
     """One prefix and its base, loaded, to answer inputs with.
 
@@ -339,13 +360,20 @@ class Session:
 
     def answer(self, inputs: Sequence[str], **settings) -> list[str]:
         """Answers to inputs. `settings` go to transformers' generate, over the text format's own."""
-        settings = {"max_new_tokens": self.encoder.format.answer_tokens, **settings}
+        settings = {"max_new_tokens": self.encoder.format.answer_tokens, "stop": self.stop, **settings}
         answers = self.reader.generate([self.prompt(text) for text in inputs], [self.prefix] * len(inputs), **settings)
-        return [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+        if self.chat_template:
+            return [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+        return [self.encoder.answer_of(answer) for answer in answers]
+
+    @property
+    def stop(self) -> str:
+        """The text that ends an answer: the separator, but a turn of a conversation ends with the end token alone."""
+        return "" if self.chat_template else self.encoder.format.separator
 
     def stream(self, text: str, **settings) -> None:
         """Print the answer to one input as it is generated."""
-        self.answer([text], streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True), **settings)
+        self.answer([text], streamer=AnswerStreamer(self.tokenizer, self.stop), **settings)
 
 
 def generate(

@@ -1,8 +1,10 @@
 """Tiny random models of four architectures, with grouped-query heads, in float32 on the CPU."""
 
 import os
+import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import set_seed
@@ -62,6 +64,41 @@ def saved_base(tmp_path_factory) -> Path:
     model = random_base(tiny_architecture("llama"), vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def hub_stand_in(tmp_path, monkeypatch):
+    """A folder a repository; what huggingface_hub does with the network happens there."""
+    remote = tmp_path / "remote"
+
+    def create_repo(self, repository, *, private, exist_ok):
+        (remote / repository).mkdir(parents=True, exist_ok=exist_ok)
+        return f"https://hub/{repository}"
+
+    def upload_folder(self, *, folder_path, repo_id, commit_message):
+        shutil.copytree(folder_path, remote / repo_id, dirs_exist_ok=True)
+
+    def snapshot_download(repository, *, allow_patterns):
+        if not (remote / repository).is_dir():
+            raise FileNotFoundError(f"404 {repository}")
+        return str(remote / repository)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda name, file: str(Path(snapshot_download(name, allow_patterns=[])) / file)
+    )
+    return remote
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M, where it has been fetched."""
+    folder = Path(os.environ.get("HYPERLLAMA_MODELS", "models")) / "smollm2-135m"
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no model at {folder}: run hyperllama fetch smollm2, or set HYPERLLAMA_MODELS to the folder above it")
     return folder
 
 

@@ -47,7 +47,8 @@ def test_a_training_recipe(recipe, tmp_path, saved_base, monkeypatch):
     assert 200 < longest <= 300 and "in 7 steps" in text
     mask = [line for line in text.splitlines() if line.startswith(("S0 ", "S1 ", "S2 ", "S3 ", "S4 ", "S5 "))]
     assert len(mask) > 10 and any("G" in line for line in mask) and re.search("2 contexts, [2-4] queries", text)
-    assert "|" in text.split("context of ")[1] and "</s>" in text
+    assert "|" in text.split("context of ")[1] and "</s>" not in text
+    assert "</s>" in check(recipe, [f"model.name_or_path={folder}", "format.end_token=true"], episodes=3)
     assert "state of a task 4 prefix rows 0.00 MB in bf16" in text
 
 
@@ -91,6 +92,36 @@ training: {{max_steps: 3}}
     assert "contexts" not in full.split("mask of")[1].splitlines()[0]
 
 
+def test_the_text_that_is_shown_is_that_of_the_task_that_is_named(tmp_path, saved_base):
+    """An episode none of whose queries fits is drawn again, of another task perhaps, or of another source of a mixture."""
+    for name, length in (("long", 90), ("short", 5)):
+        rows = [{"input": f"{name} {i} " + "x" * length, "output": str(i)} for i in range(9)]
+        write(tmp_path / "data" / f"{name}.jsonl", lines(rows))
+    path = write(
+        tmp_path / "r.yaml",
+        f"""
+output: {tmp_path}/run
+model: {{name_or_path: {saved_base}}}
+gist: {{tokens: 4, kind: lora}}
+data: {{source: jsonl, root: {tmp_path}/data, shots: 5, min_shots: 1, queries: 2}}
+limits: {{context_tokens: 300, query_tokens: 60, too_long_query: skip}}
+training: {{max_steps: 1}}
+""",
+    )
+    parts = [f"{{source: jsonl, root: {tmp_path}/data/{name}.jsonl}}" for name in ("long", "short")]
+    redrawn = 0
+    for changes in ([], [f"data={{shots: 5, min_shots: 1, queries: 2, mixture: [{', '.join(parts)}]}}"]):
+        for seed in range(6):
+            text = check(path, [*changes, f"seed={seed}"], episodes=1)
+            name, shown, dropped = re.search(r"context of (\w+) \((\d+) demonstrations, (\d+) dropped\):\n", text).groups()
+            context, query = text.split(" dropped):\n")[1].split("a query and its answer:")
+            assert name == "short" and re.findall(r"Input: (\w+)", context) == ["short"] * int(shown) and "long" not in query
+            count = next(line.split()[-1] for line in text.splitlines() if line.strip().startswith("demonstrations"))
+            assert (count, dropped) == (shown, "0")
+            redrawn += "skipped         0" not in text
+    assert redrawn > 2
+
+
 def test_leaks_against_another_recipe(recipe, tmp_path):
     other = write(tmp_path / "e.yaml", f"""
 method: evaluate
@@ -113,5 +144,5 @@ def test_what_running_would_refuse_is_refused(recipe, tmp_path, saved_base):
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="format.end_token: the tokenizer has no end token"):
-        check(recipe, [f"model.name_or_path={folder}"])
-    assert "one step" in check(recipe, [f"model.name_or_path={folder}", "format.end_token=false"], episodes=3)
+        check(recipe, [f"model.name_or_path={folder}", "format.end_token=true"])
+    assert "one step" in check(recipe, [f"model.name_or_path={folder}"], episodes=3)

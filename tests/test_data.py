@@ -145,8 +145,18 @@ class TestTextFormat:
         assert [tokenizer.decode(context[a:b]) for a, b in spans] == [" 1\n\n", " 2\n\n"]
         prompt, answer = encoder.prompt("two"), encoder.answer("2")
         start = spans[1][0] - len(prompt)
-        assert context[start : start + len(prompt) + len(answer) - 1] == prompt + answer[:-1]
-        assert answer[-1] == tokenizer.eos_token_id
+        assert context[start : start + len(prompt) + len(answer)] == prompt + answer, "an answer ends as demonstrations show"
+        told = Encoder(tokenizer, TextFormat(end_token=True), Limits())
+        assert told.answer("2") == [*answer[: -len(encoder.end)], tokenizer.eos_token_id]
+        assert told.context("Do it.", [Example("one", "1"), Example("two", "2")])[0] == context
+
+    def test_an_answer_is_what_stands_before_the_separator(self, tokenizer):
+        encoder = Encoder(tokenizer, TextFormat(), Limits())
+        for generated in ("2\n\nInput: three", " 2 \n\n", "2"):
+            ids = tokenizer(generated, add_special_tokens=False)["input_ids"]
+            assert encoder.answer_of(ids) == "2" and encoder.answer_of([*ids, tokenizer.eos_token_id]) == "2"
+        without = Encoder(tokenizer, TextFormat(separator="", answer_tokens=1), Limits())
+        assert without.end == [] and without.answer_of(ids) == "2"
 
     def test_braces_in_data_are_data(self, tokenizer):
         encoder = Encoder(tokenizer, TextFormat(), Limits())

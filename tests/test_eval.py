@@ -20,13 +20,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import set_seed
 
-from eval.answering import kind_of, queries_of, results
+from eval.answering import before_queries, kind_of, queries_of, results
 from eval.intervals import Bootstrap
 from eval.methods import METHODS, NEEDS, Bench, found_in, shuffled, shuffled_words
 from eval.metrics import headline, normalise, rouge_l, score_choices, score_text
+from eval.mistakes import telling
+from eval.report import write_report
 from eval.run import evaluate, readable
 from eval.summary import difference, quantity, summarise
-from hyperllama.backbone import random_base
+from hyperllama.backbone import cache_argument, random_base
 from hyperllama.data.episode import Episode, Example, TextWindow
 from hyperllama.data.reading import Reading
 from hyperllama.data.synthetic import SyntheticLanguage, SyntheticSource
@@ -156,7 +158,7 @@ class TestMethods:
                     if kind == "text":
                         ids = bench.reader.generate([[*context, *prompt]], prefix and [prefix], max_new_tokens=2)[0]
                         return bench.encoder.tokenizer.decode(ids).strip()
-                    cache = {} if prefix is None else {"past_key_values": prefix.to_cache()}
+                    cache = {} if prefix is None else cache_argument(model, prefix.to_cache())
                     with torch.no_grad():
                         likely = model(torch.tensor([[*context, *prompt]]), **cache).logits[0, -1]
                     return max(query.choices, key=lambda choice: likely[bench.encoder.answer(choice)[0]].item())
@@ -243,8 +245,38 @@ class TestMethods:
             likely = base(ids).logits[0].log_softmax(-1)
         expected = -sum(likely[row, ids[0, row + 1]].item() for row in range(21, 30))
         assert (lines[0]["weight"], lines[0]["metrics"]["loss"]) == (9, pytest.approx(expected, abs=1e-3))
+        assert (lines[0]["input"], lines[0]["references"]) == (words.decode(ids[0, 21:22]), [words.decode(ids[0, 22:])])
+        before = [before_queries(bench, i) for i in range(3)]
+        assert [line["context"] for line in before] == [words.decode(bench.context(e)) for e in episodes]
+        assert before[1]["task"] == "t1" and before[1]["context"] != before[0]["context"]
         (last,) = METHODS["fewer_demonstrations"].run(bench, [0])
         assert last.tokens == 3 and METHODS["prefix"].run(bench, [0])[0].prefix.gists == 3
+
+    def test_a_line_holds_the_answer_as_scored_and_what_was_said_beyond_it(self, bench, words, monkeypatch):
+        first, *others = (query for episode in bench.episodes for query in episode.queries)
+        said = [words(f"{query.output} {other.input}", add_special_tokens=False)["input_ids"]
+                for query, other in zip([first, *others], [*others, first])]  # fmt: skip
+        ended = dataclasses.replace(bench.encoder.format, separator=f" {others[0].input}")
+        monkeypatch.setattr(bench, "encoder", Encoder(words, ended, Limits(64, 16)))
+        monkeypatch.setattr(bench.reader, "generate", lambda *args, stop, **settings: said if stop == ended.separator else [])
+        one, two, *_ = self.run(bench, "no_context", "text")
+        assert (one["answer"], one["generated"]) == (first.output, f"{first.output} {others[0].input}")
+        assert "generated" not in two or two["generated"] != two["answer"]
+        assert (one["input"], one["references"]) == (first.input, [first.output]) and one["metrics"]["exact_match"] == 1
+
+    def test_what_stands_before_queries_is_what_is_read(self, words):
+        """A demonstration that does not fit is left out where it stands, and those after it are not taken for it."""
+        names = SyntheticSource(LANGUAGE).words
+        shown = [Example(" ".join(names[i : i + n]), names[i]) for i, n in enumerate((3, 12, 2, 9, 1))]
+        episode = Episode(names[0], tuple(shown), (Example(names[1], names[2]),), "t", "c")
+        bench = Bench([episode], Encoder(words, WORDS, Limits(14, 16)))
+        line = before_queries(bench, 0)
+        texts, place = [{"input": shown[i].input, "output": shown[i].output} for i in (0, 2, 4)], {"task": "t", "category": "c"}
+        assert line == {"episode": 0, **place, "instruction": names[0], "demonstrations": texts, "dropped": 2}
+        again = [Example(**text) for text in line["demonstrations"]]
+        assert bench.encoder.context(line["instruction"], again)[0] == bench.context(episode)
+        alone = before_queries(Bench([episode]), 0)  # nothing is cut where there is no model
+        assert len(alone["demonstrations"]) == 5 and alone["dropped"] == 0
 
 
 class TestBadData:
@@ -381,6 +413,89 @@ class TestRuns:
         assert process.returncode == 0, errors
         assert answers(out) == answers(tmp_path / "whole")
 
+    @pytest.mark.parametrize("kind", ["choices", "text", "loss", "windows"])
+    def test_the_lines_alone_give_the_figures(self, run_folder, tmp_path, words, kind):
+        changes = [f"output={tmp_path}/out", "episodes=4", f"metric={'auto' if kind == 'windows' else kind}"]
+        if kind == "windows":
+            (tmp_path / "a.txt").write_text(" ".join(Random(0).choices(SyntheticSource(LANGUAGE).words, k=900)))
+            changes += ["data.source=text", f"data.root={tmp_path}", "leaks=warn"]
+            changes += ["data.text.context_tokens=20", "data.text.continuation_tokens=6"]
+        summary = evaluate(run_folder / "evaluate.yaml", changes)
+        lines, encoder = whole_json_lines(tmp_path / "out/examples/rank0.jsonl"), Encoder(words, WORDS, Limits())
+        episodes = whole_json_lines(tmp_path / "out/episodes.jsonl")
+        assert [episode["episode"] for episode in episodes] == [0, 1, 2, 3]
+        for name, method in summary["methods"].items():
+            own, sums, weights = [line for line in lines if line["method"] == name], {}, 0
+            assert len(own) == summary["queries"]
+            for line in own:
+                if kind == "text":
+                    found = score_text(line["answer"], line["references"])
+                elif kind == "choices":
+                    found = score_choices(line["scores"], line["choices"].index(line["references"][0]))
+                    assert line["answer"] == line["choices"][int(np.argmax(line["scores"]))]
+                else:
+                    found, text = {"loss": line["metrics"]["loss"]}, line["references"][0]
+                    ids = words(text, add_special_tokens=False)["input_ids"] if kind == "windows" else encoder.answer(text)
+                    assert len(ids) == line["weight"] and line["input"] and "answer" not in line
+                weights += line["weight"]
+                sums = {metric: sums.get(metric, 0) + value for metric, value in found.items()}
+                assert episodes[line["episode"]]["task"] == line["task"]
+            for metric, total in sums.items():
+                assert method["metrics"][metric]["mean"] == pytest.approx(total / weights, abs=1e-9)
+
+    def test_mistakes_are_shown_as_they_were_scored(self, run_folder, tmp_path):
+        changes = [f"output={tmp_path}/out", "metric=loss"]
+        summary = evaluate(run_folder / "evaluate.yaml", changes)
+        lines = whole_json_lines(tmp_path / "out/examples/rank0.jsonl")
+        by_place = {(x["method"], x["episode"], x["query"]): x for x in lines}
+        report = (tmp_path / "out/report.md").read_text()
+        assert summary["mistakes"]["other"] == "prefix" and summary["mistakes"]["rows"]
+        for row in summary["mistakes"]["rows"]:
+            full, ours = (by_place[name, row["episode"], row["query"]] for name in ("full_context", "prefix"))
+            assert all((row["input"], row["references"]) == (x["input"], x["references"]) for x in (full, ours))
+            assert [row["full"], row["other"]] == [x["metrics"]["loss"] / x["weight"] for x in (full, ours)]
+            assert f" | {row['full']:.3f} nats a token | {row['other']:.3f} nats a token |" in report
+        nasty = {"episode": 0, "query": 0, "task": "a|b", "input": "x|y\n<b>*z*" + "w" * 90, "references": ["r", "s"]}
+        summary["mistakes"]["rows"] = [{**nasty, "full": "`f`", "other": ""}]
+        write_report(summary, tmp_path)
+        (row,) = [text for text in (tmp_path / "report.md").read_text().split("\n") if text.startswith("| a\\")]
+        shown = "x\\|y⏎\\<b\\>\\*z\\*" + "w" * 49 + "…"
+        assert row == f"| a\\|b | {shown} | r (or 1 more) | \\`f\\` | _nothing_ |"
+        without = evaluate(run_folder / "evaluate.yaml", [*changes, "methods=[prefix,no_context]"])
+        assert without["mistakes"] is None and "Left out: " in (tmp_path / "out/report.md").read_text()
+
+    def test_results_of_other_data_or_an_older_version_are_not_mixed_in(self, run_folder, tmp_path):
+        names, data = SyntheticSource(LANGUAGE).words, tmp_path / "data"
+        data.mkdir()
+
+        def task(name, start):
+            pairs = [{"input": names[i], "output": names[i + 1]} for i in range(start, start + 9)]
+            (data / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+        task("one", 0)
+        changes = ["data.source=jsonl", f"data.root={data}", f"output={tmp_path}/out", "methods=[no_context,full_context]"]
+        evaluate(run_folder / "evaluate.yaml", changes)
+        episodes, path = (tmp_path / "out/episodes.jsonl").read_text(), tmp_path / "out/examples/rank0.jsonl"
+        lines = path.read_text()
+        path.write_text(lines[: len(lines) // 2])  # what a crash leaves
+        evaluate(run_folder / "evaluate.yaml", changes)
+        assert (tmp_path / "out/episodes.jsonl").read_text() == episodes and sorted(path.read_text()) == sorted(lines)
+        other = "out holds results of other data than the recipe gives now; remove it, or set output to a new folder"
+        task("a", 9)  # becomes the first episode
+        with pytest.raises(UserError, match=other):
+            evaluate(run_folder / "evaluate.yaml", changes)
+        (data / "a.jsonl").unlink()
+        rows = (data / "one.jsonl").read_text().splitlines()
+        asked = json.loads(path.read_text().splitlines()[0])["input"]
+        changed = [row for row in rows if json.loads(row)["input"] != asked]
+        (data / "one.jsonl").write_text("\n".join(row if row in changed else row.replace(asked, names[20]) for row in rows))
+        with pytest.raises(UserError, match=other):  # the demonstrations are the same
+            evaluate(run_folder / "evaluate.yaml", changes)
+        older = [{key: value for key, value in json.loads(line).items() if key != "input"} for line in lines.splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in older))
+        with pytest.raises(UserError, match="out holds results of an older version, without inputs; remove it, or set output"):
+            evaluate(run_folder / "evaluate.yaml", changes)
+
     def test_leaks_refuse_or_warn(self, run_folder, tmp_path):
         changes = [f"output={tmp_path}/out", "data.synthetic.split=train", "episodes=2", "methods=[prefix]"]
         with pytest.raises(UserError, match="leaks: .*task synthetic language, train split.*; evaluate on other data"):
@@ -416,11 +531,56 @@ class TestRuns:
         summary = evaluate(run_folder / "evaluate.yaml", changes)
         assert {"full_context", "mean_pool"} <= set(summary["methods"]) and summary["ours"] is None and not summary["verdicts"]
         assert "prefix" not in summary["methods"]
+        others = {name: m["metrics"]["accuracy"]["mean"] for name, m in summary["methods"].items() if name != "full_context"}
+        assert others[summary["mistakes"]["other"]] == max(others.values())
 
 
 def line(method, episode, value, **more):
     place = {"method": method, "episode": episode, "query": 0, "of": 1, "task": "t", "category": "", "weight": 1}
+    place |= {"input": f"input {episode}", "references": ["r"]}
     return {**place, "metrics": {"loss": value}, **more}
+
+
+class TestMistakes:
+    """Ten at most, every task once before one twice, what is lost most first, whatever the order of the lines."""
+
+    def lines(self, kind, values):
+        """A result line for each (task, value, answer), queries of one episode."""
+        for i, (task, value, answer) in enumerate(values):
+            metrics = {"text": {"rouge_l": value, "exact_match": float(value == 1)}, "choices": {"accuracy": float(value == 0)}}
+            more = {"answer": answer}
+            if kind == "choices":  # value: by how much the wrong one is likelier
+                more |= {"choices": ["r", "w"], "scores": [-value, 0.0] if value else [0.0, -1.0]}
+            if kind == "loss":
+                more, metrics["loss"] = {"weight": 2}, {"loss": 2 * value}
+            yield {**line("m", 0, 0.0), "query": i, "task": task, "metrics": metrics[kind], **more}
+
+    def shown(self, kind, full, other):
+        full, other = list(self.lines(kind, full)), list(self.lines(kind, other))
+        found = telling(full, other, kind)
+        assert found == telling(full[::-1], other[::-1], kind) and len(found["rows"]) <= 10
+        return [row["query"] for row in found["rows"]], found
+
+    def test_text(self):
+        full = [(task, 1.0, "r") for task in "aaab"] + [("c", 0.5, "r x")]
+        order, found = self.shown("text", full, [("", value, "no") for value in (0.5, 0.0, 1.0, 0.6, 0.0)])
+        assert order == [1, 3, 0] and "exact match" in found["what"]
+        assert found["rows"][0] == {
+            "episode": 0, "query": 1, "task": "a", "input": "input 0", "references": ["r"], "full": "r", "other": "no"
+        }  # fmt: skip
+        order, found = self.shown("text", full[4:] * 2, [("", 0.4, "x"), ("", 0.6, "x")])
+        assert order == [0] and "exact match" not in found["what"]
+
+    def test_choices(self):
+        right = [(task, 0.0, "r") for task in "aaab"]
+        order, _ = self.shown("choices", right, [("", margin, "w") for margin in (0.5, 2.0, 0.0, 1.0)])
+        assert order == [1, 3, 0]
+        order, _ = self.shown("choices", [("t", 0.0, "r")] * 30, [("", 1.0 + i % 7, "w") for i in range(30)])
+        assert order == [6, 13, 20, 27, 5, 12, 19, 26, 4, 11]
+
+    def test_losses(self):
+        order, found = self.shown("loss", [("a", 1.0, ""), ("a", 1.0, ""), ("b", 1.0, "")], [("", x, "") for x in (2, 4, 0.5)])
+        assert order == [1, 0] and (found["rows"][0]["full"], found["rows"][0]["other"]) == (1.0, 4.0)
 
 
 class TestSummary:

@@ -17,7 +17,7 @@ from test_prefix import random_prefix
 from transformers import AutoModelForCausalLM, set_seed
 
 from hyperllama import export
-from hyperllama.backbone import random_base
+from hyperllama.backbone import cache_argument, random_base
 from hyperllama.data.text import TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
@@ -112,12 +112,13 @@ class TestStockPeft:
                     input_ids=ids,
                     attention_mask=torch.cat([ours.long(), mask], 1),
                     position_ids=positions,
-                    past_key_values=cache,
+                    **cache_argument(bases[name], cache),
                 ).logits
             for call in (side, "bare") if side == "right" else (side,):
                 found = results[f"{name}/{gists}/{kind}/{call}"]
                 torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], atol=1e-5, rtol=0)
 
+    @pytest.mark.xfail(bool(export.lost_in_generate()), reason=str(export.lost_in_generate()), strict=True)
     def test_greedy_text_is_ours(self, stock, name, gists, kind):
         bases, prefixes, results = stock
         tokenizer = train_tokenizer([" ".join(str(i) for i in range(VOCABULARY - 4))], kind="words", vocab_size=0)
@@ -126,6 +127,18 @@ class TestStockPeft:
         wanted = reader.generate(PROMPTS, [prefix] * len(PROMPTS), max_new_tokens=9, min_new_tokens=9)
         for batch in ("together", "alone"):
             assert results[f"{name}/{gists}/{kind}/{batch}"].tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    "peft_is, transformers_is, lost",
+    [("0.21.2", "5.24.0", True), ("0.19.0", "6.1.0", True), ("0.21.2", "5.23.0", False), ("0.21.3", "5.24.0", False)],
+)
+def test_a_peft_whose_generate_loses_prefixes_is_named(tmp_path, monkeypatch, recwarn, peft_is, transformers_is, lost):
+    monkeypatch.setattr(export, "version", {"peft": peft_is, "transformers": transformers_is}.__getitem__)
+    sentence = f"PEFT {peft_is} loses a prefix in generate with transformers {transformers_is}"
+    to_peft(random_prefix(), tmp_path)
+    assert any(sentence in str(warning.message) for warning in recwarn) == lost
+    assert (export.lost_in_generate() or "").startswith(sentence) == lost
 
 
 def test_the_prefix_matters(stock):
@@ -226,7 +239,8 @@ def assert_same_logits(base, model, prefix):
     ids, mask, _ = padded(PROMPTS, "right")
     cache, ours = Prefix.stack([prefix] * len(PROMPTS))
     with torch.no_grad():
-        found = base(input_ids=ids, attention_mask=torch.cat([ours.long(), mask], 1), past_key_values=cache).logits
+        mine = torch.cat([ours.long(), mask], 1)
+        found = base(input_ids=ids, attention_mask=mine, **cache_argument(base, cache)).logits
         wanted = model(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], atol=1e-5, rtol=0)
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, DynamicCache
 
 from eval.flops import ModelCost, amortised
 from hyperllama.adapters import Stack, adapted
-from hyperllama.backbone import random_base
+from hyperllama.backbone import cache_argument, random_base
 from hyperllama.errors import UserError
 from hyperllama.hint.hypernetwork import HintHypernetwork
 from hyperllama.hint.settings import HintSettings
@@ -58,7 +58,7 @@ def prefix_of(base, gists: int):
 
 def read(base, count: int, cache=None, head_rows: int = 1):
     """A pass of the stock model: its logits are of the last `head_rows` rows."""
-    return base(tokens(count), past_key_values=cache, use_cache=True, logits_to_keep=head_rows)
+    return base(tokens(count), **cache_argument(base, cache), use_cache=True, logits_to_keep=head_rows)
 
 
 def close(formula: int, counter: int) -> bool:
@@ -75,8 +75,8 @@ def test_reading(base, count, past, head_rows):
 
 @pytest.mark.parametrize("context", [1, 8, 50])
 def test_encoding_keeps_everything(base, context):
-    cost, cache = ModelCost.of(base.config), DynamicCache()
-    assert close(cost.encode(context), counted(lambda: base.get_decoder()(tokens(context), past_key_values=cache)))
+    cost, cache, decoder = ModelCost.of(base.config), DynamicCache(), base.get_decoder()
+    assert close(cost.encode(context), counted(lambda: decoder(tokens(context), **cache_argument(decoder, cache))))
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert cost.state_bytes(context, bytes_per_element=4) == kept
 
@@ -136,7 +136,7 @@ def test_reading_late_rows(base, prompt):
 def test_generating(base, prompt, answer, past):
     prefix = prefix_of(base, past) if past else None
     settings = {"max_new_tokens": answer, "min_new_tokens": answer, "do_sample": False, "pad_token_id": 0}
-    cache = {"past_key_values": prefix.to_cache()} if prefix else {}
+    cache = cache_argument(base, prefix.to_cache()) if prefix else {}
     mask = torch.ones(1, past + prompt, dtype=torch.long)
     counter = counted(lambda: base.generate(tokens(prompt), attention_mask=mask, **cache, **settings))
     cost = ModelCost.of(base.config)
@@ -163,7 +163,8 @@ def test_a_cached_context_is_encoded_once_and_read(base):
 
     def run():
         cache = DynamicCache()
-        base.get_decoder()(tokens(context), past_key_values=cache, use_cache=True)
+        decoder = base.get_decoder()
+        decoder(tokens(context), **cache_argument(decoder, cache), use_cache=True)
         for _ in range(queries):
             read(base, prompt, copy.deepcopy(cache))
 

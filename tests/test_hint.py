@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperllama.adapters import Adapters, Stack, adapted
-from hyperllama.backbone import load_base, load_tokenizer
+from hyperllama.backbone import cache_argument, load_base, load_tokenizer
 from hyperllama.data.packing import Packing, pack_gist
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
@@ -195,7 +195,8 @@ def test_late_rows_are_for_what_predicts(form):
     with torch.no_grad(), adapted(base, Stack.of([prefix.adapters], base)):
         mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
         places = torch.arange(past, past + ids.shape[1])[None]
-        logits = base(ids, past_key_values=whole.to_cache(), attention_mask=mask, position_ids=places).logits[0]
+        cache = cache_argument(base, whole.to_cache())
+        logits = base(ids, **cache, attention_mask=mask, position_ids=places).logits[0]
     likelihoods = logits[len(prompt) - 1 :].log_softmax(-1)
     expected = sum(likelihoods[i, token].item() for i, token in enumerate(answer))
     for continuations in ((tuple(answer),), (tuple(answer), (20,))):

@@ -1,6 +1,5 @@
 """The hub, against a folder that stands in for it."""
 
-import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -14,72 +13,46 @@ from hyperllama.errors import UserError
 from hyperllama.prefix import Prefix
 
 
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """A folder a repository; what huggingface_hub does with the network happens there."""
-    remote = tmp_path / "remote"
-
-    def create_repo(self, repository, *, private, exist_ok):
-        (remote / repository).mkdir(parents=True, exist_ok=exist_ok)
-        return f"https://hub/{repository}"
-
-    def upload_folder(self, *, folder_path, repo_id, commit_message):
-        shutil.copytree(folder_path, remote / repo_id, dirs_exist_ok=True)
-
-    def snapshot_download(repository, *, allow_patterns):
-        if not (remote / repository).is_dir():
-            raise FileNotFoundError(f"404 {repository}")
-        return str(remote / repository)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda name, file: str(Path(snapshot_download(name, allow_patterns=[])) / file)
-    )
-    return remote
-
-
-def test_a_hypernetwork_goes_there_and_comes_back(stand_in, tmp_path):
+def test_a_hypernetwork_goes_there_and_comes_back(hub_stand_in, tmp_path):
     base = tiny_base()
     base.config.name_or_path = "a-base"
     hypernetwork = trained_hypernetwork(base)
     hypernetwork.save_pretrained(tmp_path / "run", {"data": "some"})
     (tmp_path / "run" / "checkpoints").mkdir()
     assert hub.push(tmp_path / "run", "me/hyper") == "https://hub/me/hyper"
-    assert {path.name for path in (stand_in / "me/hyper").iterdir()} == {
+    assert {path.name for path in (hub_stand_in / "me/hyper").iterdir()} == {
         "README.md",
         "hypernetwork.json",
         "gists.safetensors",
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    assert "base_model: a-base" in (stand_in / "me/hyper/README.md").read_text()
+    assert "base_model: a-base" in (hub_stand_in / "me/hyper/README.md").read_text()
     folder = hub.fetch("me/hyper")
     assert read_config(folder)["gists"] == 3
     fresh = type(hypernetwork).from_pretrained(folder, tiny_base())
     assert fresh.fingerprint() == hypernetwork.fingerprint()
 
 
-def test_a_prefix_with_its_card(stand_in, tmp_path):
+def test_a_prefix_with_its_card(hub_stand_in, tmp_path):
     prefix = random_prefix()
     prefix.manifest.metrics["loss_prefix"] = 1.5
     prefix.save(tmp_path / "p.safetensors")
     hub.push(tmp_path / "p.safetensors", "me/prefix")
     assert Prefix.load(hub.fetch("me/prefix", prefix=True)) == prefix
-    card = (stand_in / "me/prefix/README.md").read_text()
+    card = (hub_stand_in / "me/prefix/README.md").read_text()
     assert all(
         text in card for text in ("base_model: a-base", "| task | a task |", "| loss_prefix | 1.5 |", "generate me/prefix")
     )
 
 
-def test_what_is_here_is_not_fetched(stand_in, tmp_path):
+def test_what_is_here_is_not_fetched(hub_stand_in, tmp_path):
     assert (
         hub.fetch(tmp_path) == tmp_path and hub.fetch("./me/hyper") == Path("./me/hyper") and hub.fetch("name") == Path("name")
     )
 
 
-def test_refusals(stand_in, tmp_path, monkeypatch):
+def test_refusals(hub_stand_in, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="me/none: neither here nor on the hub .404 me/none.; correct the name"):
         hub.fetch("me/none")
     with pytest.raises(UserError, match="name: not the name of a repository; give owner/name"):
@@ -99,7 +72,7 @@ def test_refusals(stand_in, tmp_path, monkeypatch):
         hub.push(tmp_path / "p.safetensors", "me/prefix")
 
 
-def test_verbs_take_repositories(stand_in, tmp_path):
+def test_verbs_take_repositories(hub_stand_in, tmp_path):
     random_prefix().save(tmp_path / "p.safetensors")
     hub.push(tmp_path / "p.safetensors", "me/prefix")
     assert workflows.inspect("me/prefix")["task"] == "a task"

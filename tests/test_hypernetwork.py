@@ -10,9 +10,10 @@ from conftest import VOCABULARY, tiny_base, trained_hypernetwork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import MANY
+from transformers import DynamicCache
 
 from attention_masks import GistLayout, Segment
-from hyperllama.backbone import packed_arguments
+from hyperllama.backbone import cache_argument, packed_arguments
 from hyperllama.data.packing import pack_full, pack_gist
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
@@ -41,7 +42,7 @@ def read_stored(base, prefix, prompt, answer):
     """The loss of an answer behind a prefix, with the stock model and its cache."""
     ids = torch.tensor([(*prompt, *answer[:-1])])
     mask = torch.ones(1, prefix.gists + ids.shape[1], dtype=torch.long)
-    logits = base(input_ids=ids, past_key_values=prefix.to_cache(), attention_mask=mask).logits[0, len(prompt) - 1 :]
+    logits = base(input_ids=ids, **cache_argument(base, prefix.to_cache()), attention_mask=mask).logits[0, len(prompt) - 1 :]
     return answer_cross_entropy(logits, torch.tensor(answer))
 
 
@@ -80,7 +81,7 @@ def test_a_holds_for_every_reading_graph(base, name):
     for i, prefix in zip(readers, prefixes):
         rows = slice(layout.row_starts[i], layout.row_starts[i] + layout.segments[i].tokens)
         mask = torch.ones(1, prefix.gists + layout.segments[i].tokens, dtype=torch.long)
-        read = base(input_ids=ids[:, rows], past_key_values=prefix.to_cache(), attention_mask=mask).logits
+        read = base(input_ids=ids[:, rows], **cache_argument(base, prefix.to_cache()), attention_mask=mask).logits
         torch.testing.assert_close(packed[:, rows], read, atol=2e-4, rtol=1e-4)
 
 
@@ -226,16 +227,23 @@ def test_a_call_that_does_not_name_the_lora_is_the_base(base):
     assert torch.equal(base(input_ids=ids).logits, before)
 
 
+def cached(model, embeds) -> DynamicCache:
+    """The cache of a stock pass over embedded rows (1, T, hidden)."""
+    cache, decoder = DynamicCache(), model.get_decoder()
+    decoder(inputs_embeds=embeds, use_cache=True, **cache_argument(decoder, cache))
+    return cache
+
+
 def test_saved_adapter_loads_into_stock_peft(base, tmp_path):
     """PEFT applies it to every row: the gists alone, read by the adapted model, have the keys and values of the prefix."""
     hypernetwork = trained_hypernetwork(base, gists=8)
     hypernetwork.save_pretrained(tmp_path)
     gists = hypernetwork.gists.detach()[None]
     (ours,) = hypernetwork.encode(torch.zeros(1, 8, dtype=torch.long), GistLayout([Segment(8, gists=8)]), [(0,)])
-    plain = base.get_decoder()(inputs_embeds=gists, use_cache=True).past_key_values
+    plain = cached(base, gists)
     hypernetwork.lora.remove()
     adapted = peft.PeftModel.from_pretrained(base, tmp_path)
-    cache = adapted.get_base_model().get_decoder()(inputs_embeds=gists, use_cache=True).past_key_values
+    cache = cached(adapted.get_base_model(), gists)
     for layer, ((keys, values, *_), (plain_keys, *_)) in enumerate(zip(cache, plain)):
         torch.testing.assert_close(ours.keys[layer], keys[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(ours.values[layer], values[0], atol=1e-5, rtol=1e-5)
@@ -294,13 +302,14 @@ def test_a_folder_without_a_hypernetwork_is_named(tmp_path):
         GistHypernetwork.from_pretrained(tmp_path, tiny_base())
 
 
-def test_a_hypernetwork_of_the_first_format_is_read(tmp_path):
-    hypernetwork, path = trained_hypernetwork(tiny_base()), tmp_path / "hypernetwork.json"
-    hypernetwork.save_pretrained(tmp_path)
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in config.items() if k not in ("kind", "files", "elastic", "reading")}))
-    again = GistHypernetwork.from_pretrained(tmp_path, tiny_base())
-    assert again.fingerprint() == hypernetwork.fingerprint()
+@pytest.mark.parametrize("changes", [{"format_version": 2}, {"format_version": 1, "kind": None, "files": None}])
+def test_a_hypernetwork_of_an_older_format_is_refused(tmp_path, changes):
+    path = tmp_path / "hypernetwork.json"
+    trained_hypernetwork(tiny_base()).save_pretrained(tmp_path)
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    with pytest.raises(UserError, match="a hypernetwork of an older format.*; train it again with its recipe.yaml"):
+        GistHypernetwork.from_pretrained(tmp_path, tiny_base())
 
 
 def test_a_damaged_adapter_is_named(tmp_path):

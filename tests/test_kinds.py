@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from attention_masks import rotate
 from hyperllama.adapters import Stack, adapted
-from hyperllama.backbone import inverse_frequencies
+from hyperllama.backbone import cache_argument, inverse_frequencies
 from hyperllama.data.packing import Packing, nested_gists, pack_gist
 from hyperllama.data.reading import Reading
 from hyperllama.data.text import ContextIds, EncodedEpisode
@@ -218,7 +218,7 @@ def test_distillation_is_the_divergence_from_the_base_with_the_whole_context():
         for prompt, answer in episode.queries:
             read = [*prompt, *answer[:-1]]
             rows = slice(-len(answer), None)
-            own = base(torch.tensor([read]), past_key_values=prefix.to_cache()).logits[0, rows].log_softmax(-1)
+            own = base(torch.tensor([read]), **cache_argument(base, prefix.to_cache())).logits[0, rows].log_softmax(-1)
             taught = base(torch.tensor([[*episode.context, *read]])).logits[0, rows].log_softmax(-1)
             total += 0.3 * cross_entropy(own, torch.tensor(answer), reduction="sum").item()
             total += 0.7 * kl_div(own, taught, reduction="sum", log_target=True).item()
@@ -235,7 +235,7 @@ def test_reconstruction_is_the_context_said_again_behind_its_prefix(kind):
         rows = torch.cat([hypernetwork.marker[None], embed(torch.tensor(episode.context[:-1]))])[None]
         cache, adapters = Prefix.stack([prefix])[0], Stack.of([prefix.adapters], hypernetwork.base)
         with adapted(hypernetwork.base, adapters):
-            logits = hypernetwork.base(inputs_embeds=rows, past_key_values=cache).logits[0]
+            logits = hypernetwork.base(inputs_embeds=rows, **cache_argument(hypernetwork.base, cache)).logits[0]
         again += cross_entropy(logits, torch.tensor(episode.context), reduction="sum").item()
     expected = answers_loss(reader, prefixes) + 0.5 * again * 6 / 10  # a mean over 10 tokens, for each of 6 answers' tokens
     assert found.sum.item() == pytest.approx(expected, rel=1e-4)

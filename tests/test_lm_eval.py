@@ -19,7 +19,7 @@ from hyperllama.data.episode import Example
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
-from hyperllama.export import lm_eval_task, to_peft
+from hyperllama.export import lm_eval_task, lost_in_generate, to_peft
 from hyperllama.reader import Reader
 from hyperllama.scoring import Question
 
@@ -55,7 +55,7 @@ class TestTasks:
         lines = [json.loads(line) for line in data.read_text().splitlines()]
         for line, example in zip(lines, examples(), strict=True):
             assert line["query"] == f"Input: {example.input}\nOutput:"
-            assert line["choices"] == [f" {choice}</s>" for choice in example.choices]
+            assert line["choices"] == [f" {choice}\n\n" for choice in example.choices]
             assert example.choices[line["gold"]] == example.output
 
     @pytest.mark.parametrize("kind", ["bytes", "words"])
@@ -78,7 +78,7 @@ class TestTasks:
             TextFormat(query="Input: {input}\nOutput: ", answer="{output}"),  # the space would be scored
             TextFormat(query="Input: {input}\nOutput:\n", answer="{output}"),
             TextFormat(query="{input}", answer="{output}"),  # "lea" and "rn" become one token
-            TextFormat(query="{input}:", answer="{output}", end_token=False),  # an empty answer
+            TextFormat(query="{input}:", answer="{output}", separator=""),  # an empty answer
         ],
     )
     def test_tokens_that_would_differ(self, tmp_path, text_format):
@@ -98,6 +98,7 @@ class TestTasks:
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(bool(lost_in_generate()), reason=str(lost_in_generate()), strict=True)
 @pytest.mark.parametrize("kind, batch_size", [("llama", 1), ("mistral", 8), ("qwen2", 8), ("qwen3", 8)])
 def test_stock_lm_eval_scores_and_generates_what_we_do(tmp_path, kind, batch_size):
     if importlib.util.find_spec("lm_eval") is None:

@@ -95,11 +95,12 @@ def test_other_files_are_refused(tmp_path):
         Prefix.load(tmp_path / "other.safetensors")
 
 
-def test_a_newer_format_is_refused(tmp_path):
+@pytest.mark.parametrize("version, why", [(1, "older than this HyperLlama reads; compress"), (3, "newer")])
+def test_another_format_is_refused(tmp_path, version, why):
     prefix = random_prefix()
-    prefix.manifest = Manifest(base=IDENTITY, format_version=2)
+    prefix.manifest = Manifest(base=IDENTITY, format_version=version)
     prefix.save(tmp_path / "p.safetensors")
-    with pytest.raises(UserError, match=r"p.safetensors: format version 2 is newer"):
+    with pytest.raises(UserError, match=f"p.safetensors: format version {version} is {why}"):
         Prefix.load(tmp_path / "p.safetensors")
 
 

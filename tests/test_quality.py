@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import tiny_base, trained_hypernetwork
 
+from hyperllama.backbone import cache_argument
 from hyperllama.data.episode import Example
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
@@ -36,7 +37,7 @@ def test_each_figure_is_what_it_is_called(setting):
         def likely(before, after, cache=None):
             ids = torch.tensor([[*before, *prompt, *after[:-1]]])  # noqa: B023
             with torch.no_grad():
-                logits = model(ids, **({} if cache is None else {"past_key_values": cache.to_cache()})).logits[0]
+                logits = model(ids, **({} if cache is None else cache_argument(model, cache.to_cache()))).logits[0]
             return logits[-len(after) :].log_softmax(-1)
 
         places = {"full_context": (context, None), "prefix": ([], prefix), "no_context": (encoder.start, None)}

@@ -7,6 +7,7 @@ import torch
 from conftest import VOCABULARY, trained_hypernetwork
 from transformers import PreTrainedTokenizerFast
 
+from hyperllama.backbone import cache_argument
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
 from hyperllama.prefix import Prefix
@@ -58,7 +59,8 @@ def test_generate_follows_the_logits_behind_the_prefix(setting):
         ids = list(prompt)
         for _ in range(4):
             mask = torch.ones(1, prefix.gists + len(ids), dtype=torch.long)
-            logits = reader.model(input_ids=torch.tensor([ids]), past_key_values=prefix.to_cache(), attention_mask=mask).logits
+            cache = cache_argument(reader.model, prefix.to_cache())
+            logits = reader.model(input_ids=torch.tensor([ids]), **cache, attention_mask=mask).logits
             logits[..., reader.tokenizer.eos_token_id] = -float("inf")  # as min_new_tokens does
             ids.append(logits[0, -1].argmax().item())
         assert ids[len(prompt) :] == found

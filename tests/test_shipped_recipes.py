@@ -185,7 +185,7 @@ def test_every_kind_of_hypernetwork_has_a_quickstart(tmp_path, kind):
     assert workflows.inspect(run)["kind"] == kind
     few = ["methods=[no_context,full_context,prefix,swapped_prefix]", "episodes=5", "leaks=warn", "multi_task=null"]
     summary = evaluate(RECIPES / "quickstart" / "evaluate.yaml", [*few, f"hypernetwork={run}", f"output={tmp_path}/evaluation"])
-    assert summary["methods"]["prefix"]["state_rows"] == 16 and summary["methods"]["prefix"]["encode_flops"] > 0
+    assert summary["methods"]["prefix"]["state_rows"] == 16 + 1 and summary["methods"]["prefix"]["encode_flops"] > 0
     write(tmp_path / "task.jsonl", lines([{"input": "w1", "output": "s1"}] * 3))
     ((path, _),) = workflows.compress(run, [tmp_path / "task.jsonl"], tmp_path / "p.safetensors")
     assert len(workflows.generate(path, ["w2"], max_new_tokens=2)) == 1

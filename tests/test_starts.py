@@ -54,6 +54,15 @@ class TestSummary:
         assert [start["steps_to_full_attention"]["mean"] for start in starts.values()] == [2, 4]
         assert starts["slow"]["end_minus_first"]["mean"] == pytest.approx(-0.095)
 
+    def test_tasks_are_paired_by_name(self):
+        recipe = StudyRecipe(starts=["one"], sizes=[4], seeds=[0], resamples=200)
+        runs = {("one", 4, 0): curve("test_loss", a=[2.0, 2.0], b=[1.0, 1.0])}
+        found = [
+            summarise(runs, {(4, 0): level("test_loss", **levels)}, recipe)["sizes"]["4"]["starts"]["one"]
+            for levels in ({"a": 2.0, "b": 1.0}, {"b": 1.0, "a": 2.0})
+        ]
+        assert [start["steps_to_full_attention"] for start in found] == [{"mean": 0, "low": 0, "high": 0}] * 2
+
     def test_a_run_that_stopped_early_keeps_its_last_value(self):
         recipe = StudyRecipe(starts=["long", "short"], sizes=[4], seeds=[0], resamples=200)
         runs = {("long", 4, 0): curve("test_loss", a=[3, 2, 1]), ("short", 4, 0): curve("test_loss", a=[3, 1])}

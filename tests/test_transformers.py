@@ -1,5 +1,6 @@
 """Gist attention in stock models, and the refusal of models whose attention is something else."""
 
+import shutil
 import subprocess
 import sys
 
@@ -8,10 +9,12 @@ import torch
 import transformers
 from conftest import VOCABULARY, tiny_architecture, tiny_base
 from layouts import MANY
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from packaging.version import Version
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, set_seed
 
 from attention_masks import dense_mask
-from hyperllama.backbone import check_config, identify, load_base, packed_arguments, prepare, random_base
+from hyperllama.backbone import cache_argument, check_config, identify, load_base, packed_arguments, prepare, random_base
 from hyperllama.errors import UserError
 
 
@@ -57,12 +60,10 @@ def sequential(base, ids, layout):
         rows = slice(row, row + segment.tokens)
         count = sum(layout.segments[j].gists for j in segment.reads)
         arguments = {"attention_mask": torch.ones(1, count + segment.tokens, dtype=torch.long), "use_cache": True}
-        if segment.reads:
-            arguments["past_key_values"] = Prefix.to_cache(join(base, [states[j] for j in segment.reads]))
-        output = base(input_ids=ids[:, rows], **arguments)
-        results.append((rows, output.logits))
+        cache = Prefix.to_cache(join(base, [states[j] for j in segment.reads])) if segment.reads else DynamicCache()
+        results.append((rows, base(input_ids=ids[:, rows], **arguments, **cache_argument(base, cache)).logits))
         gists = slice(count + segment.tokens - segment.gists, None)
-        keys, values = zip(*((k[0, :, gists], v[0, :, gists]) for k, v, *_ in output.past_key_values))
+        keys, values = zip(*((k[0, :, gists], v[0, :, gists]) for k, v, *_ in cache))
         states.append((keys, values, count + segment.tokens - segment.gists))
     return results
 
@@ -230,3 +231,25 @@ def test_a_model_type_that_does_not_exist_is_named():
     set_seed(0)
     with pytest.raises(UserError, match=r"model.architecture: Unrecognized model identifier: llame"):
         random_base({"model_type": "llame"}, vocab_size=10)
+
+
+def test_a_base_whose_files_lack_weights_is_refused(saved_base, tmp_path):
+    """transformers would make them random, with a warning."""
+    shutil.copytree(saved_base, tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="1 of its weights are not in its files, model.layers.1.mlp.up_proj.weight first"):
+        load_base(str(tmp_path / "base"))
+
+
+def test_a_cache_has_the_name_that_a_model_gives_it(base):
+    class Other(torch.nn.Module):
+        def forward(self, ids, past_key_values=None):
+            """As models outside transformers still have it."""
+
+    cache = DynamicCache()
+    assert cache_argument(Other(), cache) == {"past_key_values": cache}
+    for model in (base, base.get_decoder()):
+        (name,) = cache_argument(model, cache)
+        assert name == ("cache" if Version(transformers.__version__).release >= (5, 24) else "past_key_values")

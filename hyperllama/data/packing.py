@@ -14,7 +14,8 @@ from attention_masks import GistLayout, Segment
 from hyperllama.data.reading import SINGLE, Reading
 from hyperllama.data.text import EncodedEpisode
 
-PLACEHOLDER = 0  # the id in gist rows and of markers; their embedding is replaced
+PLACEHOLDER = 0  # the id in gist rows, sinks and of markers; their embedding, or their keys and values, are replaced
+SINK = Segment(1, gists=1)
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,10 @@ class GistBatch:
 
     ids (1, T); target_rows (n,) rows whose output predicts targets (n,); `layout` says who sees whom. The first `answers`
     targets are those of queries, the others are contexts' own tokens, to be said again from a row of `marker_rows` on.
-    `teacher` is the same queries behind their whole contexts. The first `contexts` segments are compressed; `owners` says for
-    each segment which context it is, or reads. `tasks` names the episodes in the order of their contexts,
-    `episodes` numbers them in the stream. The counts are what the limits left out.
+    `teacher` is the same queries behind their whole contexts. The first `sinks` segments are sinks (see `Packing`), one a
+    context, the others of the first `contexts` are compressed; `owners` says for each segment which context it is, or reads.
+    `tasks` names the episodes in the order of their contexts, `episodes` numbers them in the stream. The counts are what the
+    limits left out.
     """
 
     ids: Tensor
@@ -35,6 +37,7 @@ class GistBatch:
     marker_rows: Tensor | None = None
     answers: int | None = None
     teacher: GistBatch | None = None
+    sinks: int = 0
     contexts: int = 0
     owners: tuple[int, ...] = ()
     tasks: tuple[str, ...] = ()
@@ -62,12 +65,16 @@ class GistBatch:
         return dataclasses.replace(self, **moved)
 
     def halves(self) -> tuple[Tensor, GistLayout, GistBatch]:
-        """The compress region alone, as ids and layout; and what reads it, behind placeholder rows for its gists."""
+        """The compress region alone, as ids and layout; and what reads it, behind placeholder rows for sinks and gists.
+
+        Sinks are in the first half only if contexts read them: chunks that read other chunks.
+        """
         segments = self.layout.segments
-        compressing, cut = segments[: self.contexts], sum(segment.tokens for segment in segments[: self.contexts])
-        kept = [i for i, segment in enumerate(compressing) if segment.gists]
-        gists = sum(segment.gists for segment in compressing)
-        placeholders = [Segment(compressing[i].gists, gists=compressing[i].gists) for i in kept]
+        before, cut = segments[: self.contexts], sum(segment.tokens for segment in segments[: self.contexts])
+        kept = [i for i, segment in enumerate(before) if segment.gists]
+        gists = sum(segment.gists for segment in before)
+        placeholders = [Segment(before[i].gists, gists=before[i].gists) for i in kept]
+        first = 0 if chunks_read(before) else self.sinks
         reading = dataclasses.replace(
             self,
             ids=torch.cat([self.ids.new_full((1, gists), PLACEHOLDER), self.ids[:, cut:]], dim=1),
@@ -77,7 +84,7 @@ class GistBatch:
             contexts=len(kept),
             owners=(*(self.owners[i] for i in kept), *self.owners[self.contexts :]),
         )
-        return self.ids[:, :cut], GistLayout(compressing).to(self.layout.device), reading
+        return self.ids[:, first:cut], GistLayout(before[first:]).to(self.layout.device), reading
 
     def reader_rows(self) -> list[list[int]]:
         """Of each context the rows of all segments that read it."""
@@ -96,6 +103,8 @@ class Packing:
     alone. `reconstruct` adds a segment in which each context is said again (in-context autoencoder, Ge et al. 2023, arXiv
     2307.06945), `teach` the same queries behind their whole contexts. `whole` has a context's own rows read too, before its
     gists; then there may be none. With `late` only the rows that predict see these, and a query's rows before them do not.
+    With a `sink` whoever reads gists reads one more row before them, a segment of its own: the row that the base has of its
+    first token alone, where attention rests (Xiao et al. 2023, arXiv 2309.17453). Its keys and values are given, not computed.
     """
 
     gists: int
@@ -105,6 +114,7 @@ class Packing:
     teach: bool = False
     whole: bool = False
     late: bool = False
+    sink: bool = False
 
     def drawn_gists(self, episodes: Sequence[EncodedEpisode]) -> int:
         """How many gists the batch of these episodes has: always the same for the same episodes of the stream."""
@@ -113,17 +123,31 @@ class Packing:
         return Random(f"gists/{episodes[0].index}").choice(nested_gists(self.gists))
 
 
+def chunks_read(segments: Sequence[Segment]) -> bool:
+    """Whether chunks read chunks among these segments of a compress region."""
+    return any(segment.reads for segment in segments)
+
+
 def chunk_segments(
-    reading: Reading, chunks: Sequence[Sequence[int]], gists: int, first: int, *, whole: bool = False, late: bool = False
+    reading: Reading,
+    chunks: Sequence[Sequence[int]],
+    gists: int,
+    first: int,
+    *,
+    whole: bool = False,
+    late: bool = False,
+    sink: int | None = None,
 ) -> list[Segment]:
     """A segment for each chunk of a context, which ends in its gists; the first of them is segment `first` of its layout.
 
-    `whole`: all rows of a segment are read like gists. `late`: its gists are a segment of their own, to be read apart.
+    `whole`: all rows of a segment are read like gists. `late`: its gists are a segment of their own, to be read apart. `sink`:
+    the segment that chunks read before the chunks that they read.
     """
     if late:
         apart = [(len(chunk), gists) if gists else (len(chunk),) for chunk in chunks]
         return [Segment(n, gists=n) for rows in apart for n in rows]
-    earlier = [range(first, first + i) if reading.graph == "recurrent" else () for i in range(len(chunks))]
+    sinks = () if sink is None else (sink,)
+    earlier = [(*sinks, *range(first, first + i)) if reading.graph == "recurrent" and i else () for i in range(len(chunks))]
     rows = [len(chunk) + gists for chunk in chunks]
     return [Segment(n, gists=n if whole else gists, reads=reads) for n, reads in zip(rows, earlier, strict=True)]
 
@@ -158,12 +182,17 @@ def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> Gis
     gists = packing.drawn_gists(episodes)
     # Neighbours of one length run as one attention call.
     contexts = sorted(episodes, key=lambda e: len(e.context))
-    pieces, segments, own, owners = [], [], [], []
-    for episode in contexts:
-        chunks = packing.reading.chunks(episode.context, [end for _, end in episode.answers])
-        made = chunk_segments(packing.reading, chunks, gists, len(segments), whole=packing.whole, late=packing.late)
-        own.append(tuple(len(segments) + i for i, segment in enumerate(made) if segment.gists))
-        owners += [len(own) - 1] * len(made)
+    sinks = len(contexts) if packing.sink else 0
+    pieces, segments, own, owners = [(PLACEHOLDER,)] * sinks, [SINK] * sinks, [], list(range(sinks))
+    for i, episode in enumerate(contexts):
+        chunks, sink = packing.reading.chunks(episode.context, [end for _, end in episode.answers]), i if sinks else None
+        shown = {"whole": packing.whole, "late": packing.late, "sink": sink}
+        made = chunk_segments(packing.reading, chunks, gists, len(segments), **shown)
+        reads = [len(segments) + place for place, segment in enumerate(made) if segment.gists]
+        if sinks:
+            reads.insert(1 if packing.late else 0, i)  # rows that do not see the late ones begin with it
+        own.append(tuple(reads))
+        owners += [i] * len(made)
         segments += made
         pieces += [(*chunk, *[PLACEHOLDER] * gists) for chunk in chunks]
     readers = [(prompt, answer, i) for i, episode in enumerate(contexts) for prompt, answer in episode.queries]
@@ -179,6 +208,7 @@ def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> Gis
         _batch(pieces, segments, rows, targets, contexts),
         answers=sum(len(answer) for (_, answer, _), _ in asked),
         marker_rows=torch.tensor([predicting[0] for _, predicting in again]) if again else None,
+        sinks=sinks,
         contexts=compressed,
         owners=tuple(owners),
         teacher=_teacher(contexts, [reader for reader, _ in asked]) if packing.teach else None,
@@ -223,7 +253,7 @@ def gist_tokens(episode: EncodedEpisode, packing: Packing | int) -> int:
     chunks = len(packing.reading.chunks(episode.context, [end for _, end in episode.answers]))
     again = len(episode.context) if packing.reconstruct else 0
     queries = sum(len(prompt) + len(answer) - 1 for prompt, answer in episode.queries)
-    return len(episode.context) + chunks * packing.gists + again + queries
+    return int(packing.sink) + len(episode.context) + chunks * packing.gists + again + queries
 
 
 def full_tokens(episode: EncodedEpisode) -> int:

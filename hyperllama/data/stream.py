@@ -27,15 +27,15 @@ class EpisodeStream(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def episode(self, index: int, attempt: int = 0) -> Episode:
-        """The text of an episode; a later attempt is what is drawn if none of its queries fits."""
+    def _drawn(self, index: int, attempt: int) -> Episode:
+        """The text of an attempt at an episode. Only `__getitem__` knows which attempt the episode is."""
         rng = Random(f"{self.seed}/{index}/{attempt}")
         return self.source.draw(rng, rng.randint(self.min_shots, self.shots), self.queries, index)
 
     def __getitem__(self, index: int) -> EncodedEpisode:
         skipped = 0
         for attempt in range(100):
-            encoded = self.encoder.encode(self.episode(index, attempt))
+            encoded = self.encoder.encode(self._drawn(index, attempt))
             if encoded.queries:
                 skipped += encoded.skipped_queries
                 return EncodedEpisode(**{**vars(encoded), "skipped_queries": skipped, "index": index})

@@ -20,16 +20,19 @@ class TextFormat:
     """How an episode is written.
 
     A context is `instruction` (if there is one), then for each demonstration `query`, `answer` and `separator`. A query is
-    `query`; the model is to answer with `answer`, and with the tokenizer's end token if `end_token`. Each piece is
-    tokenised by itself, so a demonstration and a query have the same tokens. The context starts with the tokenizer's
-    start token, if it has one. Generation stops after `answer_tokens` tokens, unless it is told otherwise.
+    `query`; the model is to answer with `answer`. Each piece is tokenised by itself, so a demonstration and a query have the
+    same tokens. The context starts with the tokenizer's start token, if it has one.
+
+    An answer ends where demonstrations show that it ends: at the `separator`, in training targets, losses and generation. A
+    model that was trained to end answers with its end token may be asked for that instead (`end_token`); generation stops at
+    either, and after `answer_tokens` tokens at the latest. Without separator and end token, only the latter ends an answer.
     """
 
     instruction: str = "{instruction}\n\n"
     query: str = "Input: {input}\nOutput:"
     answer: str = " {output}"
     separator: str = "\n\n"
-    end_token: bool = True
+    end_token: bool = False
     answer_tokens: int = 64
 
     def problems(self) -> list[str]:
@@ -78,9 +81,10 @@ class EncodedEpisode:
 
 
 class ContextIds(list):
-    """Token ids of a context; its demonstrations end at the places `ends` in it."""
+    """Token ids of a context; its demonstrations, of those given the `shown`, end at the places `ends` in it."""
 
     ends: tuple[int, ...] = ()
+    shown: tuple[int, ...] = ()
 
 
 class Encoder:
@@ -93,10 +97,10 @@ class Encoder:
         self._known: dict[str, list[int]] = {}
         if text_format.end_token and tokenizer.eos_token_id is None:
             raise UserError(
-                "format.end_token: the tokenizer has no end token, so answers could not end; set it to false, or give the "
-                "tokenizer an eos_token"
+                "format.end_token: the tokenizer has no end token; set it to false, so that answers end at the separator, or "
+                "give the tokenizer an eos_token"
             )
-        self.end = [tokenizer.eos_token_id] if text_format.end_token else []
+        self.end = [tokenizer.eos_token_id] if text_format.end_token else self._ids(text_format.separator)
 
     def _ids(self, text: str) -> list[int]:
         if text not in self._known:
@@ -105,13 +109,32 @@ class Encoder:
             self._known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         return list(self._known[text])
 
+    def first_token(self) -> int:
+        """The token at position 0 of what a model reads: the start token, or else the first one of the query template.
+
+        UserError if the tokenizer has no start token and the template begins with the input, which is never the same.
+        """
+        ahead = next(string.Formatter().parse(self.format.query))[0]
+        first = [*self.start, *self._ids(ahead)][:1]
+        if not first:
+            raise UserError(
+                "gist.sink: the tokenizer has no start token, and format.query begins with the input, so no token is always "
+                "first; let format.query begin with text, or set gist.sink to false"
+            )
+        return first[0]
+
     def prompt(self, text: str) -> list[int]:
         """Token ids of a query, as they follow a prefix."""
         return self._ids(self.format.query.format(input=text))
 
     def answer(self, text: str) -> list[int]:
-        """Token ids of an answer with its end token."""
+        """Token ids of an answer with its end: the separator, or the end token if the format says so."""
         return self._ids(self.format.answer.format(output=text)) + self.end
+
+    def answer_of(self, tokens: Sequence[int]) -> str:
+        """The answer in what a model has generated: its text up to the separator, without white space around it."""
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return (text.split(self.format.separator)[0] if self.format.separator else text).strip()
 
     def context(self, instruction: str, demonstrations: Sequence[Example]) -> tuple[ContextIds, list[tuple[int, int]]]:
         """Token ids of an instruction and as many whole demonstrations as fit, in order, and the spans of their answers.
@@ -126,14 +149,15 @@ class Encoder:
                 f"an instruction takes {len(ids)} tokens, more than limits.context_tokens={self.limits.context_tokens}: "
                 f"raise it, set limits.too_long_query to skip, or shorten {instruction[:60]!r}"
             )
-        spans, separator = [], self._ids(self.format.separator)
-        for example in demonstrations:
+        spans, shown, separator = [], [], self._ids(self.format.separator)
+        for i, example in enumerate(demonstrations):
             prompt = self.prompt(example.input)
             answer = self._ids(self.format.answer.format(output=example.output)) + separator
             if len(ids) + len(prompt) + len(answer) <= self.limits.context_tokens:
                 spans.append((len(ids) + len(prompt), len(ids) + len(prompt) + len(answer)))
                 ids += prompt + answer
-        ids.ends = tuple(end for _, end in spans)
+                shown.append(i)
+        ids.ends, ids.shown = tuple(end for _, end in spans), tuple(shown)
         return ids, spans
 
     def encode(self, episode: Episode) -> EncodedEpisode:

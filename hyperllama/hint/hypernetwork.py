@@ -26,9 +26,9 @@ from hyperllama.backbone import (
     packed_arguments,
 )
 from hyperllama.chunks import CHUNK_ROWS, chunked_mlps
-from hyperllama.compressor import Hypernetwork, States
+from hyperllama.compressor import Hypernetwork
 from hyperllama.data.packing import GistBatch
-from hyperllama.encoding import prefixes_of
+from hyperllama.encoding import States, prefixes_of
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
 from hyperllama.hint.fusion import Fusion
@@ -53,7 +53,7 @@ class HintHypernetwork(Hypernetwork):
     """
 
     kind = "hint"
-    own_settings = ("gists", "elastic", "hint")
+    own_settings = ("hint",)
     fewest_gists = 0
 
     def __init__(self, base: PreTrainedModel, *, hint: HintSettings | dict | None = None, **settings):
@@ -108,10 +108,13 @@ class HintHypernetwork(Hypernetwork):
         ids, layout, reading = batch.halves()
         states, stack = self.task_modules(ids, layout)
         teacher = self.teach(batch)
+        sinks = self.sink_rows(reading.layout.positions[: reading.sinks])  # before there are adapters
         with adapted(self.base, stack, reading.reader_rows()):
-            return self.reading_loss(reading, layout, states, teacher)
+            return self.reading_loss(reading, layout, states, sinks, teacher)
 
-    def gist_states(self, ids: Tensor, layout: GistLayout, *, chunk_rows: int | None = CHUNK_ROWS) -> States:
+    def gist_states(
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = CHUNK_ROWS
+    ) -> States:
         return self.task_modules(ids, layout, chunk_rows=chunk_rows)[0]
 
     def task_modules(
@@ -171,15 +174,21 @@ class HintHypernetwork(Hypernetwork):
         return states
 
     def cut(
-        self, context: Sequence[int] | Tensor, gists: int | None = None, first: int = 0
+        self, context: Sequence[int] | Tensor, gists: int | None = None, first: int = 0, sink: int | None = None
     ) -> tuple[list[tuple[int, ...]], list[Segment]]:
         if gists not in (None, self.num_gists):
             raise UserError(f"the modules of hint have one size: it generates {self.num_gists} prefix rows, not {gists}")
-        return super().cut(context, gists, first)
+        return super().cut(context, gists, first, sink)
 
     @torch.no_grad()
     def encode(
-        self, ids: Tensor, layout: GistLayout, readers: Sequence[Sequence[int]], *, chunk_rows: int = CHUNK_ROWS
+        self,
+        ids: Tensor,
+        layout: GistLayout,
+        readers: Sequence[Sequence[int]],
+        *,
+        sinks: int = 0,
+        chunk_rows: int = CHUNK_ROWS,
     ) -> list[Prefix]:
         """As of every hypernetwork, with adapters in the prefixes; a reader reads the segments of one task."""
         layout = layout.to(self.base.device)
