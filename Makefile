@@ -13,8 +13,12 @@ quickstart: .venv/.installed
 
 # Two processes with a thread each: much of the time goes to waiting for runs that are started, killed and started again.
 WORKERS ?= 2
-test: .venv/.installed-test
+test: .venv/.installed-test models/smollm2-135m/source.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 -n $(WORKERS) --dist worksteal
+
+# The pretrained model of the tests marked real. Where it cannot be downloaded, they say so and skip.
+models/smollm2-135m/source.json: | .venv/.installed-test
+	-$(BIN)/hyperllama fetch smollm2
 
 # The same with what is newest within the ranges of setup.py; docs/versions.md says what fails and why. TORCH= takes the newest
 # torch too, which for Linux brings gigabytes of CUDA.

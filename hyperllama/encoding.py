@@ -50,14 +50,18 @@ def sink_states(model: PreTrainedModel, token: int, *, gradient: bool = False) -
 
     With `gradient`, and where gradients are taken, for a model that is being trained.
     """
-    ids, training = torch.tensor([[token]], device=model.device), model.training
-    model.eval()  # gradient checkpointing, which would keep no keys and values, is for training
+    ids, layers = torch.tensor([[token]], device=model.device), list(model.get_decoder().layers)
+    training = [layer.training for layer in layers]
+    for layer in layers:
+        # Gradient checkpointing would keep no keys and values. Not `eval`, at which 4-bit weights are packed for good.
+        layer.training = False
     try:
         taken = torch.set_grad_enabled(gradient and torch.is_grad_enabled())
         with taken, torch.autocast(model.device.type, enabled=False):
             return gist_rows(model, GistLayout([Segment(1, gists=1)]).to(model.device), input_ids=ids)
     finally:
-        model.train(training)
+        for layer, was in zip(layers, training):
+            layer.training = was
 
 
 def behind_sink(prefix: Prefix, sink: States, inv_freq: Tensor) -> Prefix:

@@ -98,7 +98,7 @@ def test_compress_generate_inspect(call, trained, examples, task_file, tmp_path)
     code, out, err = call(
         "compress", trained, examples, "--output", tmp_path / "one.safetensors", "--shots", 2, "--instruction", "Shout."
     )
-    assert code == 0 and "2 examples" in out and "-> 3 gists" in out
+    assert code == 0 and "2 examples" in out and "-> 3 rows" in out
     manifest = Prefix.load(tmp_path / "one.safetensors").manifest
     assert (manifest.task, manifest.examples, manifest.instruction) == ("examples", 2, "Shout.")
     assert manifest.hypernetwork == str(trained) and manifest.base.tokenizer
@@ -263,9 +263,9 @@ def test_compose(call, trained, examples, tmp_path):
     call("compress", trained, examples, "--output", tmp_path / "a.safetensors")
     a = tmp_path / "a.safetensors"
     code, out, _ = call("compose", a, a, "--output", tmp_path / "b.safetensors")
-    assert code == 0 and "6 gists" in out and Prefix.load(tmp_path / "b.safetensors").gists == 6
+    assert code == 0 and "6 rows" in out and Prefix.load(tmp_path / "b.safetensors").gists == 6
     code, out, _ = call("compose", a, a, "--gists", 2, "--int8", "--output", tmp_path / "c.safetensors")
-    assert code == 0 and "4 gists" in out and "keys off by 0." in out
+    assert code == 0 and "4 rows" in out and "keys off by 0." in out
     code, out, err = call("compose", a, "--gists", 9, "--output", tmp_path / "d.safetensors")
     assert code == 2 and "can be cut to 1 .. 3 of them, not 9" in err and not (tmp_path / "d.safetensors").exists()
 

@@ -19,6 +19,7 @@ from hyperllama.errors import UserError
 from hyperllama.hypernetwork import GistHypernetwork
 from hyperllama.recipe import LoraRecipe, ModelRecipe, Recipe
 from hyperllama.recipe_files import load_recipe
+from hyperllama.workflows import packing_of
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_7B |= {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096}
@@ -92,8 +93,8 @@ def test_the_report_without_data_or_tokenizer(recipe, tmp_path, monkeypatch):
     text = check(recipe, [base, "data.root=/nowhere", "model.dtype=bfloat16"], hardware=Hardware.of(gpus=1, gpu="4090"))
     assert "figures of the data are left out: data.root: /nowhere is neither" in text
     assert "6,738,415,616 frozen" in text and "an upper bound, from limits and data.queries" in text
-    # 304 rows of each context, twice two queries of 74 rows, one of whose 75 tokens is predicted and not read.
-    assert "904 tokens (608 of contexts with gists), 256 targets" in text
+    # 304 rows of each context and a sink, twice two queries of 74 rows, one of whose 75 tokens is predicted and not read.
+    assert "906 tokens (610 of contexts with gists), 256 targets" in text
     table = figures(text)
     assert table["no ZeRO"][0] == pytest.approx((6_738_415_616 * 2 + 4 * 39.6e6) / 1e9, abs=0.01)
     for cells in table.values():
@@ -149,7 +150,7 @@ def test_time_by_hand(recipe, tmp_path, monkeypatch):
     overrides = [shipped(tmp_path, monkeypatch), "data.root=/nowhere", "training.max_steps=1000"]
     here = load_recipe(recipe, overrides, data=False)
     config = base_config(here)
-    batch = pack_gist([largest_episode(here)] * 2, 4)
+    batch = pack_gist([largest_episode(here)] * 2, packing_of(here))
     step = ModelCost.of(config).train(batch.layout, len(batch.targets), rank=16).total * 3  # accumulated
     hours = 1000 * step / (312e12 * 0.5) / 3600
     text = "\n".join(plan(here, Hardware.of(gpus=4, nodes=2, gpu="a100-80", utilisation=0.5)))

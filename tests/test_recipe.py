@@ -147,7 +147,7 @@ def test_a_good_recipe_with_overrides(tmp_path):
         ),
         (
             "limits: {context_tokens: 90}",
-            "{file}: limits: context_tokens, query_tokens and gists need 102 positions, but the model has 64",
+            "{file}: limits: context_tokens, query_tokens and gists need 103 positions, but the model has 64",
         ),
         ("format: {query: x}", "{file}: format.query: must use {input} and no other field, not 'x'"),
         ("training: {max_steps: -1}", "{file}: training.max_steps: the synthetic language is endless, so say how many steps"),
