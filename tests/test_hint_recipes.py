@@ -95,7 +95,9 @@ def test_the_quickstart_of_hint(tmp_path, changes):
     assert found["kind"] == "hint" and found["finished"] and found["hint"]["mlp_size"] == 8
     summary = evaluate(RECIPES / "evaluate.yaml", ["episodes=5", f"hypernetwork={run}", f"output={tmp_path}/evaluation"])
     ours, fused = summary["methods"]["prefix"], "hint.fusion=false" not in changes
-    rows = found["gists"] + 16 * fused  # the start token, 4 categories of 3 words and 3 commas
+    sink = int(changes != LORA_ALONE)  # what has no rows has no sink
+    assert sink == (found["sink"] is not None)
+    rows = sink + found["gists"] + 16 * fused  # the start token, 4 categories of 3 words and 3 commas
     assert ours["state_rows"] == rows and ours["encode_flops"] > summary["methods"]["full_context"]["encode_flops"]
     assert set(summary["methods"]) == {"no_context", "full_context", "prefix", "swapped_prefix", "shuffled_instruction"}
     task = write(tmp_path / "task.jsonl", lines([{"input": "w1", "output": "s1"}]))
@@ -104,8 +106,8 @@ def test_the_quickstart_of_hint(tmp_path, changes):
     size, lora = (0, 2) if changes == LORA_ALONE else (4, 0)
     assert said["adapters"] == ({"q_proj": 2, "v_proj": 2} if lora else {"adapter": 4})
     assert said["adapter_bytes"] == 2 * 2 * 16 * (size + 2 * lora) * 4
-    assert said.get("late_rows", 0) == (said["gists"] - found["gists"] if changes == LATE else 0)
-    assert said["gists"] == found["gists"] + Prefix.load(path).manifest.context_tokens * fused
+    assert said.get("late_rows", 0) == (said["gists"] - found["gists"] - sink if changes == LATE else 0)
+    assert said["gists"] == sink + found["gists"] + Prefix.load(path).manifest.context_tokens * fused
     assert len(workflows.generate(path, ["w2", "w3"], max_new_tokens=2)) == 2
     with pytest.raises(UserError, match="prefix tuning starts from keys and values only"):
         tune(

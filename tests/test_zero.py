@@ -31,7 +31,7 @@ model: {{name_or_path: {saved_base}}}
 gist: {{tokens: 2, kind: lora}}
 lora: {{rank: 2}}
 data: {{source: jsonl, root: {tmp_path}/data, shots: 5, min_shots: 1, queries: 3}}
-limits: {{context_tokens: 60, query_tokens: 20, too_long_query: skip}}
+limits: {{context_tokens: 60, query_tokens: 21, too_long_query: skip}}
 training: {{use_cpu: true, disable_tqdm: true, max_steps: {STEPS}, per_device_train_batch_size: 2, learning_rate: 1.0e-2,
             logging_steps: 1, save_steps: 8}}
 """,
