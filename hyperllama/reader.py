@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from hyperllama.adapters import Stack, adapted
 from hyperllama.backbone import cache_argument, identify
@@ -98,7 +98,7 @@ class Reader:
             mask = torch.cat([gists[:: len(rows) // len(prefixes)].to(mask.dtype), mask], dim=1)
         settings = {"do_sample": False, "pad_token_id": pad, "eos_token_id": tokenizer.eos_token_id, **settings}
         if stop:
-            settings |= {"stop_strings": [stop], "tokenizer": tokenizer}
+            settings["stopping_criteria"] = [*settings.get("stopping_criteria", ()), StopsAt(stop, tokenizer, longest)]
         longest_answer = settings.setdefault("max_new_tokens", 64)
         if mask.shape[1] + longest_answer > self.model.config.max_position_embeddings:
             raise UserError(
@@ -141,6 +141,20 @@ class Reader:
             ]
             longer.append(Prefix(*sides, prefix.manifest, prefix.adapters))
         return longer
+
+
+class StopsAt(StoppingCriteria):
+    """A row is done when `stop` is in the text of its tokens from `start` on.
+
+    transformers' own `stop_strings` looks at the prompt's end too, and cannot take tokenizers that know whole words only.
+    """
+
+    def __init__(self, stop: str, tokenizer: PreTrainedTokenizerBase, start: int):
+        self.stop, self.tokenizer, self.start = stop, tokenizer, start
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        texts = (self.tokenizer.decode(row) for row in input_ids[:, self.start :])
+        return torch.tensor([self.stop in text for text in texts], device=input_ids.device)
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:

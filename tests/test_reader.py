@@ -12,6 +12,7 @@ from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
 from hyperllama.prefix import Prefix
 from hyperllama.reader import Reader, one_product_head
+from hyperllama.workflows import AnswerStreamer
 
 
 @pytest.fixture
@@ -119,3 +120,35 @@ def test_what_a_reader_refuses(setting, tokenizer):
         reader.generate([[5], [6]], prefixes[:1])
     with pytest.raises(ValueError, match="one answer a prompt"):
         reader.generate([[5]], prefixes[:1], num_return_sequences=2)
+
+
+def test_an_answer_stops_at_a_text_as_if_it_had_been_cut_there(setting):
+    """In a batch and alone, at a text of one token or of several; what comes behind it is not there."""
+    reader, prefixes = setting
+    long = reader.generate(PROMPTS, prefixes, max_new_tokens=12, min_new_tokens=12)
+    for length in (1, 2):
+        stop = reader.tokenizer.decode(long[0][4 : 4 + length])
+        stopped = reader.generate(PROMPTS, prefixes, max_new_tokens=12, stop=stop)
+        for whole, cut in zip(reader.generate(PROMPTS, prefixes, max_new_tokens=12), stopped):
+            ends = [n for n in range(1, len(whole) + 1) if stop in reader.tokenizer.decode(whole[:n])]
+            assert cut == (whole[: ends[0]] if ends else whole)
+        assert any(len(cut) < 12 for cut in stopped)
+
+
+@pytest.mark.parametrize("cuts", [[3, 5, 6], [1, 2, 3, 4, 5, 6, 7, 8, 9], [9]])
+def test_what_is_streamed_ends_before_the_stop(capsys, cuts):
+    text = "yes\n#\n\nmore #\n\n"
+    streamer, start = AnswerStreamer(None, "\n\n"), 0
+    for end in [*cuts, len(text)]:
+        streamer.on_finalized_text(text[start:end])
+        start = end
+    streamer.on_finalized_text("", stream_end=True)
+    assert capsys.readouterr().out == "yes\n#\n"
+
+
+def test_what_only_begins_like_the_stop_is_shown(capsys):
+    streamer = AnswerStreamer(None, "\n\n")
+    for piece in ("one\n", "two\n"):
+        streamer.on_finalized_text(piece)
+    streamer.on_finalized_text("", stream_end=True)
+    assert capsys.readouterr().out == "one\ntwo\n\n"
