@@ -65,7 +65,7 @@ def main() -> None:
 
 def draw_results(summary: dict, path: str | Path) -> None:
     """The picture of a summary of the quickstart."""
-    made = f"{summary['shots']} demonstrations as {summary['budget']} gists"
+    made = f"{summary['shots']} demonstrations as {summary['budget']} rows"
     draw_quality(summary, path, f"{made}: {summary['queries']:,} new words in {summary['episodes']} unseen tasks")
 
 
@@ -74,7 +74,7 @@ def show_one(run: Path, folder: Path, episode: Episode) -> None:
     lines = [json.dumps({"input": e.input, "output": e.output}) for e in episode.demonstrations]
     write_atomically(folder / "example.jsonl", "\n".join(lines) + "\n")
     path, prefix = workflows.compress(run, [folder / "example.jsonl"], folder / "example.safetensors")[0]
-    print(f"{path}: {prefix.manifest.examples} demonstrations in {prefix.gists} gists, {path.stat().st_size:,} bytes")
+    print(f"{path}: {prefix.manifest.examples} demonstrations in {prefix.gists} rows, {path.stat().st_size:,} bytes")
     for example in episode.demonstrations[:4]:
         print(f"  shown   {example.input:8} -> {example.output}")
     print("  ...")
