@@ -20,14 +20,14 @@ from transformers import set_seed
 
 from benchmarks.measure import machine, median_ratio, paired, parser, write_json
 from benchmarks.training_step import GISTS, VOCABULARY, benchmark_hypernetwork
-from hyperllama.backbone import random_base
-from hyperllama.contexts import compress_into, passes, shown_of
+from hyperllama.base.loading import random_base
 from hyperllama.data.episode import Example, Task
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
-from hyperllama.hypernetwork import GistHypernetwork
-from hyperllama.prefix import Prefix
-from hyperllama.store import PrefixStore
+from hyperllama.hypernetworks.gist_lora import GistHypernetwork
+from hyperllama.inference.many import compress_into, passes, shown_of
+from hyperllama.prefixes.prefix import Prefix
+from hyperllama.prefixes.store import PrefixStore
 
 LENGTHS = {"short": (20, 60), "long": (20, 600)}
 PASSES = {"one at a time": 1, "passes of 2,048": 2048, "passes of 16,384": 16384}

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from hyperllama.backbone import cache_argument
+from hyperllama.base.decoder import cache_argument
 from hyperllama.data.text import EncodedEpisode
-from hyperllama.hypernetwork import GistHypernetwork
-from hyperllama.objectives import TokenLoss, answer_cross_entropy
+from hyperllama.hypernetworks.gist_lora import GistHypernetwork
+from hyperllama.objectives.losses import TokenLoss, answer_cross_entropy
 
 
 def row_per_query(hypernetwork: GistHypernetwork, episodes: Sequence[EncodedEpisode]) -> TokenLoss:

@@ -16,9 +16,9 @@ import torch
 
 from benchmarks.measure import machine, median_ratio, paired, parser, write_json
 from benchmarks.training_step import GISTS, VOCABULARY, benchmark_hypernetwork, ragged_episodes
-from hyperllama.backbone import cache_argument
-from hyperllama.prefix import Prefix
-from hyperllama.scoring import Question, continuation_scores
+from hyperllama.base.decoder import cache_argument
+from hyperllama.inference.scoring import Question, continuation_scores
+from hyperllama.prefixes.prefix import Prefix
 
 QUESTIONS, CHOICES, BATCH = 32, 4, 16
 

@@ -11,7 +11,7 @@ whole prompt   the examples and the query in every row, nothing reused
 floor          as "cached prompt", of a text that has only as many tokens as there are gists: no reader can be faster
 
 "+ head" is with the same output head as our reader's: stock `generate` multiplies the last rows of the prompts one after the
-other, see `hyperllama.reader.one_product_head`.
+other, see `hyperllama.inference.reader.one_product_head`.
 
 A state is what has to be kept of the task: keys and values at every layer. "compress" turns the examples into the prefix,
 "prefill" computes the cache of the examples with the plain model. Sizes are options, for a larger model on a GPU.
@@ -32,11 +32,12 @@ from transformers import DynamicCache, set_seed
 
 from benchmarks.measure import machine, median_ratio, paired, parser, peak_bytes, write_json
 from benchmarks.training_step import GISTS, VOCABULARY
-from hyperllama.backbone import cache_argument, random_base
+from hyperllama.base.decoder import cache_argument
+from hyperllama.base.loading import random_base
 from hyperllama.data.vocabulary import train_tokenizer
-from hyperllama.hypernetwork import GistHypernetwork
-from hyperllama.prefix import Prefix
-from hyperllama.reader import Reader, one_product_head
+from hyperllama.hypernetworks.gist_lora import GistHypernetwork
+from hyperllama.inference.reader import Reader, one_product_head
+from hyperllama.prefixes.prefix import Prefix
 
 HEAD_DIM = 64
 SIZES = {"context": 1024, "gists": GISTS, "rows": 32, "query": 32, "new": 16, "layers": 6, "hidden": 512}

@@ -25,14 +25,14 @@ from transformers import TrainerCallback, set_seed
 from benchmarks.measure import machine, matmul_rate, parser, peak_bytes, write_json
 from eval.flops import ModelCost
 from eval.sizing import GPUS, Hardware, base_config, checkpointing, memory, parameters, whole
-from hyperllama.backbone import default_device, random_base
+from hyperllama.base.loading import default_device, random_base
 from hyperllama.data.packing import GistBatch, pack_gist
 from hyperllama.data.stream import Collator
 from hyperllama.data.text import EncodedEpisode
-from hyperllama.hypernetwork import GistHypernetwork
-from hyperllama.recipe import Recipe
-from hyperllama.recipe_files import load_recipe
-from hyperllama.training import GistTrainer, training_arguments
+from hyperllama.hypernetworks.gist_lora import GistHypernetwork
+from hyperllama.recipe.loading import load_recipe
+from hyperllama.recipe.schema import Recipe
+from hyperllama.training.trainer import GistTrainer, training_arguments
 
 WARMUP = 3  # steps that do not count: allocators and kernels settle
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 500}

@@ -20,10 +20,10 @@ from transformers import set_seed
 from benchmarks.measure import machine, matmul_rate, median_ratio, paired, parser, peak_bytes, write_json
 from benchmarks.peers import row_per_episode, row_per_query, two_pass
 from eval.flops import ModelCost
-from hyperllama.backbone import random_base
+from hyperllama.base.loading import random_base
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.text import EncodedEpisode
-from hyperllama.hypernetwork import GistHypernetwork
+from hyperllama.hypernetworks.gist_lora import GistHypernetwork
 
 CONTEXTS, QUERIES, ANSWER, GISTS, VOCABULARY = (200, 420, 700, 1024), 4, 8, 16, 32_000
 PEERS = {"row_per_query": row_per_query, "row_per_episode": row_per_episode, "two_pass": two_pass}

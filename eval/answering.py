@@ -15,11 +15,11 @@ from attention_masks import GistLayout
 from eval.flops import ModelCost, rectangle
 from eval.methods import Bench, Method, State
 from eval.metrics import score_choices, score_text
-from hyperllama.compressor import Hypernetwork
 from hyperllama.data.episode import Episode
 from hyperllama.errors import UserError
-from hyperllama.reader import Reader
-from hyperllama.scoring import Question
+from hyperllama.hypernetworks.base import Hypernetwork
+from hyperllama.inference.reader import Reader
+from hyperllama.inference.scoring import Question
 
 Kind = Literal["text", "choices", "loss"]
 

@@ -15,8 +15,9 @@ from eval.flops import ModelCost
 from eval.plan import plan
 from eval.run import check_leaks
 from eval.sizing import Hardware
-from hyperllama.backbone import check_config, find_config, load_tokenizer, random_config
-from hyperllama.compressor import read_config
+from hyperllama.base.checks import check_config
+from hyperllama.base.loading import find_config, load_tokenizer, random_config
+from hyperllama.commands.train import packing_of
 from hyperllama.data.episode import Source
 from hyperllama.data.leaks import find_leaks
 from hyperllama.data.mixture import MixtureSource
@@ -27,10 +28,10 @@ from hyperllama.data.templates import TemplateSource
 from hyperllama.data.text import EncodedEpisode, Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
-from hyperllama.recipe import AnyRecipe, EvaluationRecipe, Recipe
-from hyperllama.recipe_files import load_any_recipe
-from hyperllama.sources import make_source
-from hyperllama.workflows import packing_of
+from hyperllama.hypernetworks.config import read_config
+from hyperllama.recipe.loading import load_any_recipe
+from hyperllama.recipe.schema import AnyRecipe, EvaluationRecipe, Recipe
+from hyperllama.recipe.sources import make_source
 
 PERCENTILES = (5, 50, 95, 100)
 MASK_ROWS = 28

@@ -19,13 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from attention_masks import GistLayout, Segment
-from hyperllama.backbone import check_config, head_dim, kv_heads
+from hyperllama.base.checks import check_config
+from hyperllama.base.decoder import head_dim, kv_heads
 from hyperllama.errors import UserError
-from hyperllama.hint.settings import HintSettings
-from hyperllama.objectives import head_chunks
+from hyperllama.hypernetworks.hint.settings import HintSettings
+from hyperllama.objectives.losses import head_chunks
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-# What `hyperllama.last_layer` leaves of the last layer for rows that are compressed.
+# What `hyperllama.hypernetworks.last_layer` leaves of the last layer for rows that are compressed.
 KEPT_IN_LAST_LAYER = ("k_proj", "v_proj")
 
 
@@ -183,7 +184,7 @@ class ModelCost:
         return self.encode(context) + looking + self.layers * (2 * settings.mlp_size * outputs + fused)
 
     def adapters(self, rows: int, sizes: Mapping[str, int]) -> int:
-        """FLOPs of adapters for `rows` rows, in all layers; `sizes` has b of each kind, see `hyperllama.adapters`."""
+        """FLOPs of adapters for `rows` rows, in all layers; `sizes` has b of each kind, see `hyperllama.base.adapters`."""
         return rows * self.layers * sum(2 * size * sum(self._beside(name)) for name, size in sizes.items())
 
     def late(self, prompt: int, gists: int) -> int:

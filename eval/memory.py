@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from attention_masks import GistLayout
 from eval.flops import KEPT_IN_LAST_LAYER, ModelCost
-from hyperllama.objectives import head_chunks
+from hyperllama.objectives.losses import head_chunks
 
 # 4 bits; one 8-bit constant for 64 weights, and one of 32 bits for 256 such constants (arXiv 2305.14314, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -209,7 +209,7 @@ def activations(
     Without checkpointing every layer keeps what `_layer` says; with it, its input only, and one layer at a time is run again.
     The norm before the head keeps its input and a scale a row; cosines and sines are shared by all layers. The loss keeps
     log-probabilities in float32, and when the backward pass starts, two gradients of that size are beside them. Where it is
-    computed in chunks (`hyperllama.objectives.LOGITS`), it keeps what the head reads instead, and these are of one chunk; a
+    computed in chunks (`LOGITS`), it keeps what the head reads instead, and these are of one chunk; a
     trained head then has the gradient of a chunk beside the sum of those before it.
     While a layer's backward pass runs, gradients take the place of what has just been used, but for one of the stream; that of
     the context's rows of a LoRA's input is spread over all rows, which takes one more of the stream and one of the MLP's width.

@@ -15,15 +15,15 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
-from hyperllama.backbone import inverse_frequencies
-from hyperllama.compressor import Hypernetwork
+from hyperllama.base.decoder import inverse_frequencies
 from hyperllama.data.episode import Episode, Example
 from hyperllama.data.text import Encoder, Limits
-from hyperllama.encoding import last_rows, mean_pooled
 from hyperllama.errors import UserError
-from hyperllama.pooling import PoolingHypernetwork
-from hyperllama.prefix import Prefix
-from hyperllama.reader import Reader
+from hyperllama.hypernetworks.base import Hypernetwork
+from hyperllama.hypernetworks.pooling import PoolingHypernetwork
+from hyperllama.inference.reader import Reader
+from hyperllama.prefixes.prefix import Prefix
+from hyperllama.prefixes.rows import last_rows, mean_pooled
 
 Role = Literal["ours", "context", "budget", "control", "copy"]
 

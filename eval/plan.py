@@ -28,7 +28,7 @@ from eval.sizing import (
 from hyperllama.data.packing import GistBatch
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
-from hyperllama.recipe import Recipe
+from hyperllama.recipe.schema import Recipe
 
 TWO_STATES = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused")
 

@@ -22,12 +22,14 @@ if __name__ == "__main__":
 
 from eval.report import draw_quality
 from eval.run import evaluate
-from hyperllama import workflows
+from hyperllama.commands import compress as commands_compress
+from hyperllama.commands import generate as commands_generate
+from hyperllama.commands import train as commands_train
 from hyperllama.data.episode import Episode
 from hyperllama.data.synthetic import SyntheticSource
 from hyperllama.files import write_atomically
-from hyperllama.recipe import EvaluationRecipe
-from hyperllama.recipe_files import load_recipe
+from hyperllama.recipe.loading import load_recipe
+from hyperllama.recipe.schema import EvaluationRecipe
 
 METHODS = ("no_context", "swapped_prefix", "prefix", "full_context")
 RECIPES = Path(__file__).parent.parent / "recipes" / "quickstart"
@@ -42,9 +44,9 @@ def main() -> None:
     start = time.perf_counter()
 
     print("1/3  A tiny Llama learns to learn in context: full attention over demonstrations.", flush=True)
-    workflows.train(arguments.recipes / "base.yaml")
+    commands_train.train(arguments.recipes / "base.yaml")
     print("\n2/3  It is frozen. A hypernetwork learns to compress demonstrations into a prefix.", flush=True)
-    workflows.train(arguments.recipes / "hypernetwork.yaml")
+    commands_train.train(arguments.recipes / "hypernetwork.yaml")
 
     print("\n3/3  Unseen tasks: the frozen model reads prefixes instead of demonstrations.\n", flush=True)
     recipe = load_recipe(arguments.recipes / "evaluate.yaml", schema=EvaluationRecipe)
@@ -73,13 +75,13 @@ def show_one(run: Path, folder: Path, episode: Episode) -> None:
     """Compress one unseen task into a file with the same code as the command line, and answer new words from that file."""
     lines = [json.dumps({"input": e.input, "output": e.output}) for e in episode.demonstrations]
     write_atomically(folder / "example.jsonl", "\n".join(lines) + "\n")
-    path, prefix = workflows.compress(run, [folder / "example.jsonl"], folder / "example.safetensors")[0]
+    path, prefix = commands_compress.compress(run, [folder / "example.jsonl"], folder / "example.safetensors")[0]
     print(f"{path}: {prefix.manifest.examples} demonstrations in {prefix.gists} rows, {path.stat().st_size:,} bytes")
     for example in episode.demonstrations[:4]:
         print(f"  shown   {example.input:8} -> {example.output}")
     print("  ...")
     words = [query.input for query in episode.queries]
-    for query, answer in zip(episode.queries, workflows.generate(path, words)):
+    for query, answer in zip(episode.queries, commands_generate.generate(path, words)):
         print(f"  new     {query.input:8} -> {answer:6} {'right' if query.accepts(answer) else f'wrong, {query.output}'}")
     command = os.path.join(os.path.relpath(Path(sys.executable).parent), "hyperllama")
     print(f"\nThe same by hand:\n  {command} inspect {path}\n  {command} generate {path} --input {words[0]}\n", flush=True)

@@ -20,19 +20,21 @@ from eval.answering import Kind, Query, before_queries, kind_of, queries_of, res
 from eval.methods import METHODS, NEEDS, Bench, Method, found_in, instruction_fits
 from eval.report import write_report
 from eval.summary import summarise
-from hyperllama import workflows
-from hyperllama.backbone import check_config, load_base, load_config, load_tokenizer
-from hyperllama.compressor import read_config
+from hyperllama.base.checks import check_config
+from hyperllama.base.environment import versions
+from hyperllama.base.loading import load_base, load_config, load_tokenizer
+from hyperllama.commands import train as commands_train
 from hyperllama.data.episode import Episode, Source
 from hyperllama.data.leaks import find_leaks
 from hyperllama.data.text import Encoder, Limits, TextFormat
-from hyperllama.environment import versions
 from hyperllama.errors import UserError
 from hyperllama.files import whole_json_lines, write_atomically
-from hyperllama.reader import Reader
-from hyperllama.recipe import EvaluationRecipe
-from hyperllama.recipe_files import differences, load_recipe, save_recipe
-from hyperllama.sources import make_source
+from hyperllama.hypernetworks import loading as hypernetworks_loading
+from hyperllama.hypernetworks.config import read_config
+from hyperllama.inference.reader import Reader
+from hyperllama.recipe.loading import differences, load_recipe, save_recipe
+from hyperllama.recipe.schema import EvaluationRecipe
+from hyperllama.recipe.sources import make_source
 
 EXAMPLES, EPISODES, SUMMARY, RECIPE = "examples", "episodes.jsonl", "summary.json", "recipe.yaml"
 # May change between one start and the next: what is there stays valid.
@@ -216,7 +218,7 @@ def make_bench(recipe: EvaluationRecipe, episodes: Sequence[Episode]) -> Bench:
         return Bench(**shared)
     hypernetwork, name, encoder = None, recipe.model, None
     if recipe.hypernetwork:
-        hypernetwork, encoder = workflows.load_hypernetwork(recipe.hypernetwork, recipe.model, dtype=recipe.dtype)
+        hypernetwork, encoder = hypernetworks_loading.load_hypernetwork(recipe.hypernetwork, recipe.model, dtype=recipe.dtype)
         base, tokenizer = hypernetwork.base, encoder.tokenizer
         shared["gists"] = recipe.gists or hypernetwork.num_gists
         shared["budget"] = recipe.budget or max(1, shared["gists"] + (hypernetwork.sink is not None))
@@ -260,7 +262,7 @@ def check_leaks(recipe: EvaluationRecipe, source: Source) -> tuple[str, bool]:
     base = recipe.model or (read_config(recipe.hypernetwork)["base"]["name"] if recipe.hypernetwork else None)
     found, shares = [], False
     for run in dict.fromkeys(filter(None, (recipe.hypernetwork, base, recipe.multi_task))):
-        path = Path(run) / workflows.RECIPE
+        path = Path(run) / commands_train.RECIPE
         if not path.is_file():
             found.append(f"{run}: what it was trained on is not known")
             continue

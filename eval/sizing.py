@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from eval.flops import ModelCost
 from eval.memory import SETTINGS, Activations, Parameters, States, Zero, activations, model_states, precision
-from hyperllama.backbone import find_config, random_config
+from hyperllama.base.loading import find_config, random_config
+from hyperllama.commands.train import packing_of
 from hyperllama.data.packing import GistBatch, pack_full, pack_gist
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
-from hyperllama.hypernetwork import GistHypernetwork
-from hyperllama.recipe import Recipe
-from hyperllama.workflows import packing_of
+from hyperllama.hypernetworks.gist_lora import GistHypernetwork
+from hyperllama.recipe.schema import Recipe
 
 FREE = 0.1  # of a GPU's memory: for the CUDA context, NCCL's buffers and the allocator's fragments
 BATCHES = 32  # as many batches are packed for the figures of a step

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from eval.intervals import Bootstrap
+from hyperllama.commands.tune import full_attention, tune
 from hyperllama.errors import UserError
 from hyperllama.files import read_json, whole_json_lines, write_atomically
-from hyperllama.recipe import StudyRecipe, TuneRecipe
-from hyperllama.recipe_files import load_recipe
-from hyperllama.tune import full_attention, tune
-from hyperllama.tuning import CURVES
+from hyperllama.recipe.loading import load_recipe
+from hyperllama.recipe.schema import StudyRecipe, TuneRecipe
+from hyperllama.tuning.curves import CURVES
 
 COLOURS = ("#f58518", "#4c78a8", "#72b7b2", "#b279a2", "#9d755d", "#54a24b", "#bab0ac")
 FULL, TOLERANCE = "full_attention.json", 0.01

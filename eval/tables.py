@@ -18,10 +18,10 @@ from eval.methods import METHODS
 from eval.metrics import METRICS
 from eval.run import evaluate
 from eval.summary import OURS
+from hyperllama.commands.train import RESULT, train
 from hyperllama.files import read_json, sha256, write_atomically
-from hyperllama.recipe import EvaluationRecipe, Recipe, TableRecipe
-from hyperllama.recipe_files import load_recipe
-from hyperllama.workflows import RESULT, train
+from hyperllama.recipe.loading import load_recipe
+from hyperllama.recipe.schema import EvaluationRecipe, Recipe, TableRecipe
 
 RESULTS, TABLE = "results.json", "table.md"
 # What is kept of a method's cost, beside its quality: means per task, FLOPs per query.

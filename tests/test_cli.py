@@ -15,10 +15,13 @@ import torch
 from conftest import trained_hypernetwork
 
 from attention_masks import BACKENDS
-from hyperllama import cli, export, noise, workflows
-from hyperllama.backbone import load_base, load_tokenizer
+from hyperllama import cli, noise
+from hyperllama.base.loading import load_base, load_tokenizer
+from hyperllama.commands import generate as commands_generate
 from hyperllama.data.text import Limits, TextFormat
-from hyperllama.prefix import Prefix
+from hyperllama.prefixes.export import peft as prefixes_export_peft
+from hyperllama.prefixes.export.peft import from_peft
+from hyperllama.prefixes.prefix import Prefix
 
 ROOT = Path(__file__).parent.parent
 VERBS = ("check", "train", "compress", "list", "compose", "generate", "chat", "tune", "study")
@@ -77,7 +80,7 @@ def test_help_is_there_at_once():
 
 def test_nothing_heavy_is_imported_before_a_verb_runs():
     code = (
-        "import sys, hyperllama, hyperllama.cli, hyperllama.recipe_files\n"
+        "import sys, hyperllama, hyperllama.cli, hyperllama.recipe.loading\n"
         "heavy = {'torch', 'transformers', 'peft', 'matplotlib', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -196,7 +199,7 @@ def test_a_prefix_for_another_base(call, trained, examples, saved_base, tmp_path
     from conftest import tiny_architecture
     from transformers import set_seed
 
-    from hyperllama.backbone import random_base
+    from hyperllama.base.loading import random_base
 
     path = tmp_path / "p.safetensors"
     call("compress", trained, examples, "-o", path)
@@ -308,7 +311,7 @@ def test_chat_templates(call, trained, examples, tmp_path, saved_base):
     shutil.copytree(saved_base, folder)
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{% if add_generation_prompt %} [me]{% endif %}"
     (folder / "chat_template.jinja").write_text(template)
-    session = workflows.Session(tmp_path / "p.safetensors", base_path=str(folder), chat_template=True)
+    session = commands_generate.Session(tmp_path / "p.safetensors", base_path=str(folder), chat_template=True)
     assert session.tokenizer.decode(session.prompt("hello")) == "[user] hello [me]"
     code, out, _ = call("generate", tmp_path / "p.safetensors", "--input", "a", "--chat-template", "--base", folder)
     assert code == 0
@@ -363,10 +366,10 @@ def test_export(call, trained, examples, tmp_path, monkeypatch):
     call("compress", trained, examples, "--output", tmp_path / "p.safetensors")
     code, out, _ = call("export", tmp_path / "p.safetensors", tmp_path / "adapter")
     assert code == 0 and "gists=3" in out and (tmp_path / "adapter" / "adapter_config.json").is_file()
-    assert Prefix.from_peft(tmp_path / "adapter") == Prefix.load(tmp_path / "p.safetensors")
+    assert from_peft(tmp_path / "adapter") == Prefix.load(tmp_path / "p.safetensors")
     sentence = "PEFT 0.21.2 loses a prefix in generate with transformers 5.24.0, though not in forward; generate with "
     for newest, said in (("5.24.0", True), ("5.23.0", False)):
-        monkeypatch.setattr(export, "version", {"peft": "0.21.2", "transformers": newest}.__getitem__)
+        monkeypatch.setattr(prefixes_export_peft, "version", {"peft": "0.21.2", "transformers": newest}.__getitem__)
         assert call("export", tmp_path / "p.safetensors", tmp_path / "adapter")[2].startswith(sentence) == said
 
 

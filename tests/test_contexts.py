@@ -14,14 +14,16 @@ import pytest
 import torch
 from conftest import trained_hypernetwork
 
-from hyperllama import contexts, workflows
-from hyperllama.backbone import load_base, load_tokenizer
-from hyperllama.contexts import compress_into, context_sha256, shown_of, task_files
+from hyperllama.base.loading import load_base, load_tokenizer
+from hyperllama.commands.compress import compress
 from hyperllama.data.episode import Example, Task
 from hyperllama.data.text import Limits, TextFormat
 from hyperllama.errors import UserError
-from hyperllama.prefix import Prefix
-from hyperllama.store import PrefixStore
+from hyperllama.hypernetworks.loading import load_hypernetwork
+from hyperllama.inference import many as inference_many
+from hyperllama.inference.many import compress_into, context_sha256, shown_of, task_files
+from hyperllama.prefixes.prefix import Prefix
+from hyperllama.prefixes.store import PrefixStore
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +45,7 @@ def run(tmp_path_factory, saved_base):
 
 @pytest.fixture(scope="module")
 def loaded(run):
-    return workflows.load_hypernetwork(run)
+    return load_hypernetwork(run)
 
 
 def ragged_tasks(count, seed=0):
@@ -115,7 +117,7 @@ class TestCompressInto:
         (folder / "task7.json").write_text(json.dumps({**sni, "Instances": [{"input": "b", "output": ["b"]}]}))
         options = {"shots": 3, "instruction": "Do."}
         summary, _ = self.into(store, loaded, task_files([folder]), run=run, **options)
-        alone = workflows.compress(run, task_files([folder]), tmp_path / "alone", **options)
+        alone = compress(run, task_files([folder]), tmp_path / "alone", **options)
         assert summary.made == len(alone) == 4
         for _, prefix in alone:
             found = store.load(prefix.manifest.task).manifest
@@ -124,9 +126,9 @@ class TestCompressInto:
         assert (task7.examples, task7.dropped_examples, task7.instruction, task7.hypernetwork) == (2, 1, "Do.", str(run))
 
     def test_passes_are_full_of_like_lengths_and_written_as_they_come(self, store, loaded, monkeypatch):
-        monkeypatch.setattr(contexts, "WINDOW", 3)
-        monkeypatch.setattr(contexts, "PASS_TASKS", 5)
-        monkeypatch.setattr(contexts, "PROGRESS_SECONDS", 0)
+        monkeypatch.setattr(inference_many, "WINDOW", 3)
+        monkeypatch.setattr(inference_many, "PASS_TASKS", 5)
+        monkeypatch.setattr(inference_many, "PROGRESS_SECONDS", 0)
         held, lines = [], []
 
         def progress(line):
@@ -230,12 +232,12 @@ class TestCompressInto:
 
 WORKER = """
 import json, sys, time
-from hyperllama import workflows
-from hyperllama.contexts import compress_into, task_files
-from hyperllama.store import PrefixStore
+from hyperllama.hypernetworks.loading import load_hypernetwork
+from hyperllama.inference.many import compress_into, task_files
+from hyperllama.prefixes.store import PrefixStore
 
 run, folder, store, rank, ranks, pause = sys.argv[1:]
-hypernetwork, encoder = workflows.load_hypernetwork(run)
+hypernetwork, encoder = load_hypernetwork(run)
 compress, compressed = hypernetwork.compress, []
 
 def counted(contexts, manifests):

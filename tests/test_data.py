@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hyperllama.data.episode import Episode, Example, Task, TaskSource
-from hyperllama.data.files import read_examples, read_json_lines_tasks
+from hyperllama.data.json_lines import read_examples, read_json_lines_tasks
 from hyperllama.data.packing import pack_full, pack_gist
 from hyperllama.data.sni import read_sni, read_sni_task, read_task
 from hyperllama.data.stream import EpisodeStream
@@ -305,7 +305,7 @@ class TestStream:
 
 @pytest.mark.parametrize("kind", ["words", "bytes"])
 def test_tokenizers_survive_their_files(tmp_path, kind):
-    from hyperllama.backbone import load_tokenizer
+    from hyperllama.base.loading import load_tokenizer
 
     tokenizer = train_tokenizer(["some words 1 2", "others"], kind=kind, vocab_size=300)
     tokenizer.save_pretrained(tmp_path)

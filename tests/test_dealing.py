@@ -5,7 +5,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperllama.backbone import load_tokenizer
+from hyperllama.base.loading import load_tokenizer
 from hyperllama.data.dealing import Dealt, deal
 from hyperllama.data.packing import full_tokens, gist_tokens, pack_full, pack_gist
 from hyperllama.data.sni import read_sni

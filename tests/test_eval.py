@@ -28,16 +28,17 @@ from eval.mistakes import telling
 from eval.report import write_report
 from eval.run import evaluate, readable
 from eval.summary import difference, quantity, summarise
-from hyperllama.backbone import cache_argument, random_base
+from hyperllama.base.decoder import cache_argument
+from hyperllama.base.loading import random_base
+from hyperllama.data.chunking import Reading
 from hyperllama.data.episode import Episode, Example, TextWindow
-from hyperllama.data.reading import Reading
 from hyperllama.data.synthetic import SyntheticLanguage, SyntheticSource
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
 from hyperllama.files import whole_json_lines
-from hyperllama.hypernetwork import GistHypernetwork
-from hyperllama.reader import Reader
+from hyperllama.hypernetworks.gist_lora import GistHypernetwork
+from hyperllama.inference.reader import Reader
 
 ROOT = Path(__file__).parent.parent
 LANGUAGE = SyntheticLanguage(categories=12, words_per_category=4, symbols=16, task_categories=3)
@@ -511,7 +512,7 @@ class TestRuns:
             evaluate(run_folder / "evaluate.yaml", ["methods=[instruction_only]"])
 
     def test_stored_prefixes_are_read_by_task(self, run_folder, tmp_path):
-        from hyperllama import workflows
+        from hyperllama.commands import compress as commands_compress
 
         data = tmp_path / "data"
         data.mkdir()
@@ -520,7 +521,7 @@ class TestRuns:
             task = source.task(Random(name), 6, 4)
             lines = [json.dumps({"input": e.input, "output": e.output}) for e in (*task.demonstrations, *task.queries)]
             (data / f"{name}.jsonl").write_text("\n".join(lines))
-        workflows.compress(run_folder / "run", sorted(data.iterdir()), f"{tmp_path}/prefixes/")
+        commands_compress.compress(run_folder / "run", sorted(data.iterdir()), f"{tmp_path}/prefixes/")
         changes = ["data.source=jsonl", f"data.root={data}", f"prefixes={tmp_path}/prefixes", f"output={tmp_path}/out"]
         summary = evaluate(run_folder / "evaluate.yaml", [*changes, "methods=[stored_prefix,copy_input]"])
         assert summary["queries"] == 4 and summary["methods"]["stored_prefix"]["state_rows"] == 3

@@ -16,14 +16,16 @@ from safetensors.torch import load_file, save_file
 from test_prefix import random_prefix
 from transformers import AutoModelForCausalLM, set_seed
 
-from hyperllama import export
-from hyperllama.backbone import cache_argument, random_base
+from hyperllama.base.decoder import cache_argument
+from hyperllama.base.loading import random_base
 from hyperllama.data.text import TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
-from hyperllama.export import from_peft, to_peft
-from hyperllama.prefix import Manifest, Prefix
-from hyperllama.reader import Reader
+from hyperllama.inference.reader import Reader
+from hyperllama.prefixes.export import peft as prefixes_export_peft
+from hyperllama.prefixes.export.peft import from_peft, to_peft
+from hyperllama.prefixes.manifest import Manifest
+from hyperllama.prefixes.prefix import Prefix
 
 KINDS = ("prefix_tuning", "cartridge")
 # The last two: keys wider than hidden_size / heads, and a config that leaves the head dimension to transformers.
@@ -118,7 +120,9 @@ class TestStockPeft:
                 found = results[f"{name}/{gists}/{kind}/{call}"]
                 torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], atol=1e-5, rtol=0)
 
-    @pytest.mark.xfail(bool(export.lost_in_generate()), reason=str(export.lost_in_generate()), strict=True)
+    @pytest.mark.xfail(
+        bool(prefixes_export_peft.lost_in_generate()), reason=str(prefixes_export_peft.lost_in_generate()), strict=True
+    )
     def test_greedy_text_is_ours(self, stock, name, gists, kind):
         bases, prefixes, results = stock
         tokenizer = train_tokenizer([" ".join(str(i) for i in range(VOCABULARY - 4))], kind="words", vocab_size=0)
@@ -134,11 +138,11 @@ class TestStockPeft:
     [("0.21.2", "5.24.0", True), ("0.19.0", "6.1.0", True), ("0.21.2", "5.23.0", False), ("0.21.3", "5.24.0", False)],
 )
 def test_a_peft_whose_generate_loses_prefixes_is_named(tmp_path, monkeypatch, recwarn, peft_is, transformers_is, lost):
-    monkeypatch.setattr(export, "version", {"peft": peft_is, "transformers": transformers_is}.__getitem__)
+    monkeypatch.setattr(prefixes_export_peft, "version", {"peft": peft_is, "transformers": transformers_is}.__getitem__)
     sentence = f"PEFT {peft_is} loses a prefix in generate with transformers {transformers_is}"
     to_peft(random_prefix(), tmp_path)
     assert any(sentence in str(warning.message) for warning in recwarn) == lost
-    assert (export.lost_in_generate() or "").startswith(sentence) == lost
+    assert (prefixes_export_peft.lost_in_generate() or "").startswith(sentence) == lost
 
 
 def test_the_prefix_matters(stock):
@@ -184,14 +188,14 @@ class TestRoundTrip:
 
     def test_a_crash_leaves_no_adapter(self, tmp_path, monkeypatch):
         to_peft(random_prefix(), tmp_path)
-        write = export.write_atomically
+        write = prefixes_export_peft.write_atomically
 
         def full(path, content):
             if Path(path).name == "README.md":
                 raise OSError("no space left on device")
             write(path, content)
 
-        monkeypatch.setattr(export, "write_atomically", full)
+        monkeypatch.setattr(prefixes_export_peft, "write_atomically", full)
         with pytest.raises(OSError, match="no space left"):
             to_peft(random_prefix(seed=1), tmp_path)
         with pytest.raises(UserError, match="no folder with adapter_config.json"):

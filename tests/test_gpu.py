@@ -5,12 +5,12 @@ import torch
 from conftest import VOCABULARY, tiny_base, trained_hypernetwork
 from waiting import KINDS, model_and_batch, train_watched
 
-from hyperllama import objectives
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.stream import Collator
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.files import whole_json_lines
-from hyperllama.training import GistTrainer, training_arguments
+from hyperllama.objectives import losses as objectives_losses
+from hyperllama.training.trainer import GistTrainer, training_arguments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -113,7 +113,7 @@ def test_forward_backward_and_optimiser_never_wait(checkpointing):
 
 def test_a_loss_in_chunks_is_that_at_once(monkeypatch):
     loss, expected = loss_and_gradients(trained_hypernetwork(tiny_base()).to("cuda"))
-    monkeypatch.setattr(objectives, "LOGITS", 2 * VOCABULARY)
+    monkeypatch.setattr(objectives_losses, "LOGITS", 2 * VOCABULARY)
     chunked, found = loss_and_gradients(trained_hypernetwork(tiny_base()).to("cuda"))
     assert chunked == pytest.approx(loss, rel=1e-6)
     for name, gradient in expected.items():

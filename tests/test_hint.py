@@ -9,18 +9,21 @@ from conftest import ARCHITECTURES, tiny_base
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperllama.adapters import Adapters, Stack, adapted
-from hyperllama.backbone import cache_argument, load_base, load_tokenizer
+from hyperllama.base.adapters import Adapters, Stack, adapted
+from hyperllama.base.decoder import cache_argument
+from hyperllama.base.loading import load_base, load_tokenizer
 from hyperllama.data.packing import Packing, pack_gist
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
-from hyperllama.hint.hypernetwork import HintHypernetwork
-from hyperllama.hint.settings import HintSettings
-from hyperllama.kinds import load_hypernetwork_onto
-from hyperllama.mix import Mix
-from hyperllama.prefix import Manifest, Prefix
-from hyperllama.reader import Reader
-from hyperllama.scoring import Question
+from hyperllama.hypernetworks.hint.hypernetwork import HintHypernetwork
+from hyperllama.hypernetworks.hint.settings import HintSettings
+from hyperllama.hypernetworks.registry import load_hypernetwork_onto
+from hyperllama.inference.reader import Reader
+from hyperllama.inference.scoring import Question
+from hyperllama.objectives.mix import Mix
+from hyperllama.prefixes.export.peft import to_peft
+from hyperllama.prefixes.manifest import Manifest
+from hyperllama.prefixes.prefix import Prefix
 
 # Prefix rows, bottleneck, rank of LoRA and fusion: all together, each alone, and fusion for rows that predict.
 FORMS = {
@@ -165,7 +168,7 @@ def test_lora_is_added_to_the_weights_and_is_peft_s(kind, tmp_path, saved_base):
     ids = torch.tensor([[5, 6, 7, 8]])
     with adapted(base, Stack.of([prefix.adapters], base)), torch.no_grad():
         found = base(ids).logits
-    assert (prefix.to_peft(tmp_path) / "adapter_config.json").is_file()
+    assert (to_peft(prefix, tmp_path) / "adapter_config.json").is_file()
     assert "LoRA" in (tmp_path / "README.md").read_text()
     with torch.no_grad():
         torch.testing.assert_close(PeftModel.from_pretrained(tiny_base(kind), tmp_path)(ids).logits, found)
@@ -174,10 +177,10 @@ def test_lora_is_added_to_the_weights_and_is_peft_s(kind, tmp_path, saved_base):
             for name, (down, up) in prefix.adapters.pairs.items():
                 getattr(layer.self_attn, name).weight += (down[i] @ up[i]).T
         torch.testing.assert_close(base(ids).logits, found)
-    prefix.to_peft(tmp_path)  # over the one before
+    to_peft(prefix, tmp_path)  # over the one before
     rows = Prefix(*_rows(base, 2))
     with pytest.raises(UserError, match="holds a LORA adapter"):
-        rows.to_peft(tmp_path)
+        to_peft(rows, tmp_path)
 
 
 @pytest.mark.parametrize("form", ["late", "late fusion"])
@@ -238,7 +241,7 @@ def test_a_module_file_holds_everything(form, tmp_path, saved_base):
     "has, no_peft", [("adapters", "non-linearity is no form"), ("rows that only answers see", "to all rows")]
 )
 def test_what_reads_keys_and_values_only_refuses_more(tmp_path, has, no_peft):
-    from hyperllama.prefix_tuning import PrefixTuner
+    from hyperllama.tuning.prefix_tuner import PrefixTuner
 
     hypernetwork = made("all" if has == "adapters" else "late fusion")
     (prefix,) = hypernetwork.compress([[5, 6, 7]])
@@ -252,10 +255,10 @@ def test_what_reads_keys_and_values_only_refuses_more(tmp_path, has, no_peft):
         with pytest.raises(UserError, match=f"keys and values only, but this task module has {has}"):
             refused()
     with pytest.raises(UserError, match=no_peft):
-        prefix.to_peft(tmp_path / "peft")
+        to_peft(prefix, tmp_path / "peft")
     assert not list(tmp_path.iterdir())
     (rows,) = made("prefix").compress([[5, 6, 7]])
-    assert (rows.to_peft(tmp_path / "peft") / "adapter_config.json").is_file()
+    assert (to_peft(rows, tmp_path / "peft") / "adapter_config.json").is_file()
 
 
 def test_fused_rows_come_first_and_the_prefix_stands_where_it_always_stands():
@@ -300,7 +303,7 @@ def test_the_paper_regime_trains_the_model_too(form, tmp_path, saved_base):
 
 
 def test_what_makes_no_sense_is_refused(tmp_path):
-    from hyperllama.data.reading import Reading
+    from hyperllama.data.chunking import Reading
 
     for settings, said in (
         ({"hint": HintSettings(adapter_size=0, fusion=False), "gists": 0}, "nothing is generated"),

@@ -7,11 +7,14 @@ import pytest
 from data_files import lines, write
 
 from eval.run import evaluate
-from hyperllama import workflows
+from hyperllama.commands import compress as commands_compress
+from hyperllama.commands import generate as commands_generate
+from hyperllama.commands import inspect as commands_inspect
+from hyperllama.commands import train as commands_train
+from hyperllama.commands.tune import tune
 from hyperllama.data.synthetic import SyntheticLanguage, SyntheticSource
 from hyperllama.errors import UserError
-from hyperllama.prefix import Prefix
-from hyperllama.tune import tune
+from hyperllama.prefixes.prefix import Prefix
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "hint"
 FEW = ["training.max_steps=2", "training.save_steps=2", "training.use_cpu=true", "training.disable_tqdm=true"]
@@ -88,10 +91,10 @@ def test_instructions_that_cannot_be_are_refused(changes, problem):
 def test_the_quickstart_of_hint(tmp_path, changes):
     """From the recipes to a task module that is evaluated, compressed, inspected and generated from."""
     sizes = ["hidden_size=16", "intermediate_size=16", "num_hidden_layers=2", "num_attention_heads=2", "num_key_value_heads=2"]
-    workflows.train(RECIPES / "base.yaml", [*[f"model.architecture.{s}" for s in sizes], *FEW, f"output={tmp_path}/base"])
+    commands_train.train(RECIPES / "base.yaml", [*[f"model.architecture.{s}" for s in sizes], *FEW, f"output={tmp_path}/base"])
     run, base = tmp_path / "run", f"model.name_or_path={tmp_path}/base"
-    workflows.train(RECIPES / "hypernetwork.yaml", [*FEW, *SMALL, *changes, base, f"output={run}"])
-    found = workflows.inspect(run)
+    commands_train.train(RECIPES / "hypernetwork.yaml", [*FEW, *SMALL, *changes, base, f"output={run}"])
+    found = commands_inspect.inspect(run)
     assert found["kind"] == "hint" and found["finished"] and found["hint"]["mlp_size"] == 8
     summary = evaluate(RECIPES / "evaluate.yaml", ["episodes=5", f"hypernetwork={run}", f"output={tmp_path}/evaluation"])
     ours, fused = summary["methods"]["prefix"], "hint.fusion=false" not in changes
@@ -101,14 +104,14 @@ def test_the_quickstart_of_hint(tmp_path, changes):
     assert ours["state_rows"] == rows and ours["encode_flops"] > summary["methods"]["full_context"]["encode_flops"]
     assert set(summary["methods"]) == {"no_context", "full_context", "prefix", "swapped_prefix", "shuffled_instruction"}
     task = write(tmp_path / "task.jsonl", lines([{"input": "w1", "output": "s1"}]))
-    ((path, _),) = workflows.compress(run, [task], tmp_path / "p.safetensors", instruction="call a <1> , call b <2>")
-    said = workflows.inspect(path)
+    ((path, _),) = commands_compress.compress(run, [task], tmp_path / "p.safetensors", instruction="call a <1> , call b <2>")
+    said = commands_inspect.inspect(path)
     size, lora = (0, 2) if changes == LORA_ALONE else (4, 0)
     assert said["adapters"] == ({"q_proj": 2, "v_proj": 2} if lora else {"adapter": 4})
     assert said["adapter_bytes"] == 2 * 2 * 16 * (size + 2 * lora) * 4
     assert said.get("late_rows", 0) == (said["gists"] - found["gists"] - sink if changes == LATE else 0)
     assert said["gists"] == sink + found["gists"] + Prefix.load(path).manifest.context_tokens * fused
-    assert len(workflows.generate(path, ["w2", "w3"], max_new_tokens=2)) == 2
+    assert len(commands_generate.generate(path, ["w2", "w3"], max_new_tokens=2)) == 2
     with pytest.raises(UserError, match="prefix tuning starts from keys and values only"):
         tune(
             RECIPES.parent / "quickstart" / "tune.yaml",
@@ -134,15 +137,17 @@ def test_pretraining_and_both_settings_of_natural_instructions(tmp_path, saved_b
         f"model.name_or_path={saved_base}",
     ]
     small = ["data.text.context_tokens=30", "data.text.continuation_tokens=30"]
-    workflows.train(RECIPES / "pretrain.yaml", [*common, *small, f"data.root={tmp_path}/text", f"output={tmp_path}/pretrained"])
+    commands_train.train(
+        RECIPES / "pretrain.yaml", [*common, *small, f"data.root={tmp_path}/text", f"output={tmp_path}/pretrained"]
+    )
     for setting, shots in (("sni-definition", 0), ("sni-definition-positives", 2)):
         run, data = tmp_path / setting, [f"data.root={tmp_path}/sni", "limits.context_tokens=300", "limits.query_tokens=100"]
         start = [f"start_from={tmp_path}/pretrained", f"output={run}"]
-        workflows.train(RECIPES / f"{setting}.yaml", [*common, *data, *start])
+        commands_train.train(RECIPES / f"{setting}.yaml", [*common, *data, *start])
         out = [f"hypernetwork={run}", f"output={run}-evaluated", f"data.shots={shots}", "format.answer_tokens=4"]
         evaluate(RECIPES / "sni-evaluate.yaml", [*data, *out, "methods=[no_context,full_context,prefix]"])
         found = [json.loads(line) for line in (tmp_path / f"{setting}-evaluated/examples/rank0.jsonl").read_text().splitlines()]
         assert len(found) == 3 * 6 and {line["task"] for line in found} == {"t2"}
     with pytest.raises(UserError, match="other sizes"):
         larger = ["hint.adapter_size=5", f"output={tmp_path}/other", f"start_from={tmp_path}/pretrained"]
-        workflows.train(RECIPES / "sni-definition.yaml", [*common, *data, *larger])
+        commands_train.train(RECIPES / "sni-definition.yaml", [*common, *data, *larger])

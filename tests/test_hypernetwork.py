@@ -13,14 +13,14 @@ from layouts import MANY
 from transformers import DynamicCache
 
 from attention_masks import GistLayout, Segment
-from hyperllama.backbone import cache_argument, packed_arguments
+from hyperllama.base.decoder import cache_argument, packed_arguments
 from hyperllama.data.packing import pack_full, pack_gist
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
-from hyperllama.full_attention import FullAttention
-from hyperllama.hypernetwork import GistHypernetwork
-from hyperllama.objectives import answer_cross_entropy
-from hyperllama.prefix import Prefix
+from hyperllama.hypernetworks.gist_lora import GistHypernetwork
+from hyperllama.objectives.losses import answer_cross_entropy
+from hyperllama.prefixes.prefix import Prefix
+from hyperllama.training.full_attention import FullAttention
 
 
 def tokens(n, seed):

@@ -10,19 +10,19 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, kl_div
 
 from attention_masks import rotate
-from hyperllama.adapters import Stack, adapted
-from hyperllama.backbone import cache_argument, inverse_frequencies
+from hyperllama.base.adapters import Stack, adapted
+from hyperllama.base.decoder import cache_argument, inverse_frequencies
+from hyperllama.data.chunking import Reading
 from hyperllama.data.packing import Packing, nested_gists, pack_gist
-from hyperllama.data.reading import Reading
 from hyperllama.data.text import ContextIds, EncodedEpisode
 from hyperllama.errors import UserError
-from hyperllama.hypernetwork import GistHypernetwork
-from hyperllama.kinds import KINDS, load_hypernetwork_onto
-from hyperllama.mix import Mix
-from hyperllama.pooling import in_shares
-from hyperllama.prefix import Prefix
-from hyperllama.reader import Reader
-from hyperllama.scoring import Question
+from hyperllama.hypernetworks.gist_lora import GistHypernetwork
+from hyperllama.hypernetworks.pooling import in_shares
+from hyperllama.hypernetworks.registry import KINDS, load_hypernetwork_onto
+from hyperllama.inference.reader import Reader
+from hyperllama.inference.scoring import Question
+from hyperllama.objectives.mix import Mix
+from hyperllama.prefixes.prefix import Prefix
 
 EPISODES = [
     EncodedEpisode((5, 6, 7, 8, 9, 10, 11), (((12, 13), (14, 15)), ((16,), (17,))), answers=((1, 3), (4, 7)), index=3),
@@ -98,7 +98,7 @@ def test_everything_that_is_trained_has_a_gradient_and_nothing_else(kind):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_what_is_saved_comes_back(kind, tmp_path, saved_base):
-    from hyperllama.backbone import load_base, load_tokenizer
+    from hyperllama.base.loading import load_base, load_tokenizer
 
     base, tokenizer = load_base(str(saved_base)), load_tokenizer(str(saved_base))
     reading = Reading("parallel", 4) if kind != "hint" else Reading()
@@ -156,7 +156,7 @@ def test_tokens_stand_in_order_within_the_shares_of_the_rows(tokens, rows, recen
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_attended_rows_are_tokens_as_they_are_those_that_the_last_ones_attend_to(kind, monkeypatch):
-    monkeypatch.setattr("hyperllama.attended.SCORES", 500)  # several blocks of queries
+    monkeypatch.setattr("hyperllama.hypernetworks.attended.SCORES", 500)  # several blocks of queries
     base, contexts, rows = tiny_base(kind), [list(range(3, 43)), list(range(50, 71))], 8
     hypernetwork = KINDS["pooling"](base, gists=rows, attended=0.25, sharpness=1e4)
     oracle = tiny_base(kind)
@@ -250,7 +250,7 @@ def test_objectives_do_not_change_each_other_where_the_head_is_cut_into_chunks(m
         return [loss.sum, *torch.autograd.grad(loss.sum, list(hypernetwork.trainable().values()))]
 
     whole = gradients()
-    monkeypatch.setattr("hyperllama.objectives.LOGITS", 200)
+    monkeypatch.setattr("hyperllama.objectives.losses.LOGITS", 200)
     for a, b in zip(whole, gradients(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 

@@ -14,14 +14,15 @@ from test_export import without_us
 from tokenizers.processors import TemplateProcessing
 from transformers import set_seed
 
-from hyperllama.backbone import load_base, load_tokenizer, random_base
+from hyperllama.base.loading import load_base, load_tokenizer, random_base
 from hyperllama.data.episode import Example
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
-from hyperllama.export import lm_eval_task, lost_in_generate, to_peft
-from hyperllama.reader import Reader
-from hyperllama.scoring import Question
+from hyperllama.inference.reader import Reader
+from hyperllama.inference.scoring import Question
+from hyperllama.prefixes.export.lm_eval import lm_eval_task
+from hyperllama.prefixes.export.peft import lost_in_generate, to_peft
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 FORMAT = TextFormat()

@@ -14,12 +14,12 @@ from transformers import AutoConfig, set_seed
 
 from eval.flops import ModelCost
 from eval.memory import NF4_BYTES, SETTINGS, Parameters, Precision, Zero, activations, model_states, precision
-from hyperllama import objectives
-from hyperllama.backbone import random_base
+from hyperllama.base.loading import random_base
 from hyperllama.data.packing import pack_full, pack_gist
 from hyperllama.data.text import EncodedEpisode
-from hyperllama.full_attention import FullAttention
-from hyperllama.hypernetwork import GistHypernetwork
+from hyperllama.hypernetworks.gist_lora import GistHypernetwork
+from hyperllama.objectives import losses as objectives_losses
+from hyperllama.training.full_attention import FullAttention
 
 SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 8, "head_dim": 16}
 WIDE = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
@@ -160,7 +160,7 @@ def test_activations_agree_with_what_is_measured(shape, how, checkpointing):
 def test_a_loss_in_chunks_keeps_no_logits(monkeypatch, how):
     """With many words and targets: what is saved, and the peak, which is that of one chunk."""
     how, rows, words = HOW[how], 20, 3000
-    monkeypatch.setattr(objectives, "LOGITS", rows * words)
+    monkeypatch.setattr(objectives_losses, "LOGITS", rows * words)
     full, half, deepspeed = (how.get(name, False) for name in ("full", "half", "deepspeed"))
     dtype, data = how.get("dtype", "float32"), episodes(2, 30, 4, 10, 20)
     size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
@@ -182,7 +182,7 @@ def test_a_loss_in_chunks_keeps_no_logits(monkeypatch, how):
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None) if full else 0
     # The gradients of a trained base's layers come after the loss; those of its head are there by then.
     assert expected.peak <= living.peak * 1.15 and living.peak <= 1.15 * (expected.peak + gradients)
-    monkeypatch.setattr(objectives, "LOGITS", len(batch.targets) * words)
+    monkeypatch.setattr(objectives_losses, "LOGITS", len(batch.targets) * words)
     whole = activations(ModelCost.of(model.base.config), batch.layout, len(batch.targets), precise, rank=rank)
     assert whole.logits - expected.logits >= 2 * 7 * rows * words * 4 and whole.peak > 1.5 * living.peak
 
@@ -272,7 +272,7 @@ def test_model_states_by_hand():
 @pytest.mark.parametrize("rows", [0, 3], ids=["at once", "in chunks"])
 def test_flops_of_a_step_are_those_that_torch_counts(monkeypatch, targets, full, checkpointing, rows):
     if rows:
-        monkeypatch.setattr(objectives, "LOGITS", rows * VOCABULARY)
+        monkeypatch.setattr(objectives_losses, "LOGITS", rows * VOCABULARY)
     lora = {"rank": 4, "targets": targets}
     model = built("qwen3", {"num_hidden_layers": 3}, full=full, checkpointing=checkpointing, lora=lora)
     data = episodes(2, 30, 2, 9, 4, 3)

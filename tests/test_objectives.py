@@ -8,12 +8,14 @@ from conftest import VOCABULARY, tiny_architecture, tiny_base, trained_hypernetw
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import set_seed
 
-from hyperllama import objectives, packed
-from hyperllama.backbone import random_base
+from hyperllama.base.loading import random_base
 from hyperllama.data.packing import pack_full, pack_gist
 from hyperllama.data.text import EncodedEpisode
-from hyperllama.full_attention import FullAttention
-from hyperllama.prefix_tuning import PrefixTuner, random_start
+from hyperllama.objectives import losses as objectives_losses
+from hyperllama.objectives import packed_model as objectives_packed_model
+from hyperllama.training.full_attention import FullAttention
+from hyperllama.tuning.prefix_tuner import PrefixTuner
+from hyperllama.tuning.starts import random_start
 
 ROWS = 3  # of logits in a chunk
 EPISODES = [
@@ -50,7 +52,7 @@ def step(model, batch, half=False):
 def both(monkeypatch, model, batch, half=False):
     """A step at once and one in chunks, on the same model."""
     whole = step(model, batch, half)
-    monkeypatch.setattr(objectives, "LOGITS", ROWS * VOCABULARY)
+    monkeypatch.setattr(objectives_losses, "LOGITS", ROWS * VOCABULARY)
     return whole, step(model, batch, half)
 
 
@@ -100,35 +102,35 @@ def test_chunks_are_the_whole_under_autocast(monkeypatch, kind):
 
 
 def test_chunks_are_as_many_as_needed(monkeypatch):
-    monkeypatch.setattr(objectives, "LOGITS", 1000)
-    counts = [objectives.head_chunks(rows, 100) for rows in (0, 1, 10, 11, 20, 21)]
+    monkeypatch.setattr(objectives_losses, "LOGITS", 1000)
+    counts = [objectives_losses.head_chunks(rows, 100) for rows in (0, 1, 10, 11, 20, 21)]
     assert counts == [1, 1, 1, 2, 2, 3]
-    assert objectives.head_chunks(5, 10_000) == 5, "a row at least"
+    assert objectives_losses.head_chunks(5, 10_000) == 5, "a row at least"
     batch = pack_gist(EPISODES, 3)
-    assert objectives.head_chunks(len(batch.targets), VOCABULARY) == 1
+    assert objectives_losses.head_chunks(len(batch.targets), VOCABULARY) == 1
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 100])
 def test_every_target_is_in_one_chunk(monkeypatch, rows):
     set_seed(0)
     hidden, weight, targets = torch.randn(8, 6), torch.randn(11, 6), torch.arange(8)
-    monkeypatch.setattr(objectives, "LOGITS", rows * 11)
-    whole = objectives.answer_cross_entropy(hidden @ weight.T, targets)
-    found = objectives.HeadCrossEntropy()(hidden, targets, weight=weight)
+    monkeypatch.setattr(objectives_losses, "LOGITS", rows * 11)
+    whole = objectives_losses.answer_cross_entropy(hidden @ weight.T, targets)
+    found = objectives_losses.HeadCrossEntropy()(hidden, targets, weight=weight)
     torch.testing.assert_close(found, whole.sum, rtol=1e-6, atol=0)
     with torch.no_grad():
-        assert objectives.HeadCrossEntropy()(hidden, targets, weight=weight) == found
+        assert objectives_losses.HeadCrossEntropy()(hidden, targets, weight=weight) == found
 
 
 def test_logits_that_are_more_than_the_heads_are_left_to_the_model(monkeypatch):
     set_seed(0)
     base = random_base(tiny_architecture("granite", logits_scaling=8.0), vocab_size=VOCABULARY)
-    assert not packed.has_plain_head(base)
+    assert not objectives_packed_model.has_plain_head(base)
     (loss, _, _), (again, _, rows) = both(monkeypatch, *hypernetwork(base))
     assert again.sum == loss.sum and rows == loss.count
     ids = torch.randint(3, VOCABULARY, (1, 8))
-    for kind in packed.PLAIN_HEADS:  # and those of the others are the head's
+    for kind in objectives_packed_model.PLAIN_HEADS:  # and those of the others are the head's
         base = tiny_base(kind)
-        assert packed.has_plain_head(base)
+        assert objectives_packed_model.has_plain_head(base)
         hidden = base.get_decoder()(input_ids=ids).last_hidden_state
         assert torch.equal(base(input_ids=ids).logits, base.get_output_embeddings()(hidden))

@@ -13,13 +13,14 @@ from eval.flops import ModelCost
 from eval.memory import NF4_BYTES, SETTINGS
 from eval.plan import plan
 from eval.sizing import Hardware, base_config, largest_episode, parameters
-from hyperllama import backbone, cli
+from hyperllama import cli
+from hyperllama.base import loading as base_loading
+from hyperllama.commands.train import packing_of
 from hyperllama.data.packing import pack_gist
 from hyperllama.errors import UserError
-from hyperllama.hypernetwork import GistHypernetwork
-from hyperllama.recipe import LoraRecipe, ModelRecipe, Recipe
-from hyperllama.recipe_files import load_recipe
-from hyperllama.workflows import packing_of
+from hyperllama.hypernetworks.gist_lora import GistHypernetwork
+from hyperllama.recipe.loading import load_recipe
+from hyperllama.recipe.schema import LoraRecipe, ModelRecipe, Recipe
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_7B |= {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096}
@@ -69,7 +70,7 @@ def shipped(tmp_path, monkeypatch, name="owner/model", **changes):
     """The config of a hub model, as it is shipped; the tests have no hub to ask."""
     folder = tmp_path / "shipped"
     write(folder / name.replace("/", "--") / "config.json", {**LLAMA_7B, **changes})
-    monkeypatch.setattr(backbone, "SHIPPED_CONFIGS", folder)
+    monkeypatch.setattr(base_loading, "SHIPPED_CONFIGS", folder)
     return f"model.name_or_path={name}"
 
 
@@ -208,9 +209,9 @@ def test_bad_input_is_one_sentence(recipe, tmp_path, monkeypatch):
 
 def test_a_shipped_config_is_for_hub_names_only(tmp_path, monkeypatch):
     shipped(tmp_path, monkeypatch, name="owner/model", hidden_size=64, num_attention_heads=4)
-    assert backbone.find_config("owner/model").hidden_size == 64
+    assert base_loading.find_config("owner/model").hidden_size == 64
     write(tmp_path / "owner" / "model" / "config.json", {**LLAMA_7B, "hidden_size": 32, "num_attention_heads": 4})
     monkeypatch.chdir(tmp_path)
-    assert backbone.find_config("owner/model").hidden_size == 32
+    assert base_loading.find_config("owner/model").hidden_size == 32
     with pytest.raises(UserError, match="no such model folder"):
-        backbone.find_config("./owner/other")
+        base_loading.find_config("./owner/other")

@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attention_masks import GistLayout, Segment
-from hyperllama.backbone import BaseIdentity, identify
+from hyperllama.base.identity import BaseIdentity, identify
 from hyperllama.errors import UserError
-from hyperllama.prefix import Manifest, Prefix
+from hyperllama.prefixes.manifest import Manifest
+from hyperllama.prefixes.prefix import Prefix
 
 IDENTITY = BaseIdentity(name="a-base", weights="1" * 64, config="2" * 64, tokenizer="3" * 64)
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import tiny_base, trained_hypernetwork
 
-from hyperllama.backbone import cache_argument
+from hyperllama.base.decoder import cache_argument
 from hyperllama.data.episode import Example
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
-from hyperllama.quality import fewest_gists, leave_one_out, verdict
-from hyperllama.reader import Reader
+from hyperllama.inference.quality import fewest_gists, leave_one_out, verdict
+from hyperllama.inference.reader import Reader
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,15 @@ from conftest import tiny_architecture
 from data_files import WORDS, lines, write
 from transformers import set_seed
 
-from hyperllama import workflows
-from hyperllama.backbone import identify, load_base, load_tokenizer, random_base
+from hyperllama.base.identity import identify
+from hyperllama.base.loading import load_base, load_tokenizer, random_base
+from hyperllama.commands import compress as commands_compress
+from hyperllama.commands import generate as commands_generate
+from hyperllama.commands import train as commands_train
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
-from hyperllama.prefix import Prefix
+from hyperllama.hypernetworks import loading as hypernetworks_loading
+from hyperllama.prefixes.prefix import Prefix
 
 
 @pytest.fixture
@@ -43,13 +47,13 @@ limits: {{context_tokens: 120, query_tokens: 30}}
 training: {{use_cpu: true, disable_tqdm: true, max_steps: 3, per_device_train_batch_size: 2, learning_rate: 1.0e-2}}
 """,
     )
-    workflows.train(recipe)
-    hypernetwork, _ = workflows.load_hypernetwork(tmp_path / "run")
+    commands_train.train(recipe)
+    hypernetwork, _ = hypernetworks_loading.load_hypernetwork(tmp_path / "run")
     linear = hypernetwork.base.get_decoder().layers[0].mlp.up_proj
     assert isinstance(linear, bitsandbytes.nn.Linear4bit) and linear.weight.dtype == torch.uint8
-    ((path, prefix),) = workflows.compress(tmp_path / "run", [examples], tmp_path / "p.safetensors")
+    ((path, prefix),) = commands_compress.compress(tmp_path / "run", [examples], tmp_path / "p.safetensors")
     assert prefix.manifest.base.quantize == "nf4"
-    assert len(workflows.generate(path, ["one", "two"], max_new_tokens=3)) == 2
+    assert len(commands_generate.generate(path, ["one", "two"], max_new_tokens=3)) == 2
     identity = identify(hypernetwork.base, load_tokenizer(str(base_folder)))
     hypernetwork.base(torch.tensor([[5, 6, 7]]))
     assert identify(hypernetwork.base, load_tokenizer(str(base_folder))) == identity, "reading changes no fingerprint"

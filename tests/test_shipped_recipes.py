@@ -9,8 +9,12 @@ import torch
 from data_files import lines, write
 
 from eval.run import evaluate
-from hyperllama import workflows
+from hyperllama.commands import compress as commands_compress
+from hyperllama.commands import generate as commands_generate
+from hyperllama.commands import inspect as commands_inspect
+from hyperllama.commands import train as commands_train
 from hyperllama.errors import UserError
+from hyperllama.hypernetworks import loading as hypernetworks_loading
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SETS = {
@@ -67,7 +71,7 @@ SMALL += [f"training.{key}" for key in ("per_device_train_batch_size=2", "save_s
 def train_and_evaluate(name, folder, saved_base, data, evaluation):
     """Both recipes of a collection with all their own settings but sizes and places; returns summary and result lines."""
     run, out = folder / "run", folder / "out"
-    workflows.train(RECIPES / f"{name}.yaml", [*SMALL, *data, f"output={run}", f"model.name_or_path={saved_base}"])
+    commands_train.train(RECIPES / f"{name}.yaml", [*SMALL, *data, f"output={run}", f"model.name_or_path={saved_base}"])
     summary = evaluate(RECIPES / f"{name}-evaluate.yaml", [*data, *evaluation, f"output={out}", f"hypernetwork={run}"])
     found = [json.loads(line) for line in (out / "examples" / "rank0.jsonl").read_text().splitlines()]
     return summary, found
@@ -77,7 +81,7 @@ def train_and_evaluate(name, folder, saved_base, data, evaluation):
 def test_symbol_tuning(collections, saved_base):
     data = [f"data.root={collections}/cls"]
     sets = ["data.symbols.sets=[mnli,copa]"], ["data.symbols.sets=[cb,poem_sentiment]", "episodes=6", "data.queries=2"]
-    workflows.train(
+    commands_train.train(
         RECIPES / "symbols-small.yaml",
         [*SMALL, *data, *sets[0], f"output={collections}/run", f"model.name_or_path={saved_base}"],
     )
@@ -103,7 +107,7 @@ def test_symbol_tuning(collections, saved_base):
 def test_templates(collections, saved_base):
     data = [f"data.root={collections}/cls", f"data.templates.templates={collections}/templates.jsonl"]
     run, out = collections / "run", collections / "out"
-    workflows.train(
+    commands_train.train(
         RECIPES / "templates-small.yaml",
         [*SMALL, *data, "data.templates.sets=[mnli,poem_sentiment]", f"output={run}", f"model.name_or_path={saved_base}"],
     )
@@ -158,18 +162,19 @@ def test_pretraining_on_text_is_gone_on_from(collections, saved_base, name):
     data += ["data.text.min_context_tokens=20"] if name == "small" else []
     ours = [f"output={collections}/text-run", f"model.name_or_path={saved_base}", "deepspeed=null", "model.dtype=float32"]
     ours += ["training.bf16=false", "training.gradient_checkpointing=false", "training.dataloader_num_workers=0"]
-    workflows.train(RECIPES / "hyperpretrain" / f"{name}.yaml", [*SMALL, *data, *ours])
+    commands_train.train(RECIPES / "hyperpretrain" / f"{name}.yaml", [*SMALL, *data, *ours])
     run = [f"data.root={collections}/sni", f"output={collections}/run", f"model.name_or_path={saved_base}"]
     alpha = ["lora.alpha=16" if name == "llama-2-7b" else "lora.alpha=32"]
     start = [f"start_from={collections}/text-run", "training.max_steps=1", "training.learning_rate=0.0"]
-    workflows.train(RECIPES / "sni-small.yaml", [*SMALL, *run, *alpha, *start])
+    commands_train.train(RECIPES / "sni-small.yaml", [*SMALL, *run, *alpha, *start])
     before, after = (
-        workflows.load_hypernetwork(collections / folder)[0].compress([range(5, 30)])[0] for folder in ("text-run", "run")
+        hypernetworks_loading.load_hypernetwork(collections / folder)[0].compress([range(5, 30)])[0]
+        for folder in ("text-run", "run")
     )
     assert all(torch.equal(x, y) for x, y in zip((*before.keys, *before.values), (*after.keys, *after.values)))
     other = [f"output={collections}/other", f"model.name_or_path={saved_base}", *run[:1], f"start_from={collections}"]
     with pytest.raises(UserError, match="start_from: .* is not the folder of a trained hypernetwork"):
-        workflows.train(RECIPES / "sni-small.yaml", [*SMALL, *other])
+        commands_train.train(RECIPES / "sni-small.yaml", [*SMALL, *other])
 
 
 @pytest.mark.slow
@@ -178,14 +183,14 @@ def test_every_kind_of_hypernetwork_has_a_quickstart(tmp_path, kind):
     """From the recipe to prefixes that are evaluated, inspected and generate."""
     sizes = ["hidden_size=16", "intermediate_size=16", "num_hidden_layers=2", "num_attention_heads=2", "num_key_value_heads=2"]
     base = [*[f"model.architecture.{size}" for size in sizes], "training.max_steps=2", "training.use_cpu=true"]
-    workflows.train(RECIPES / "quickstart" / "base.yaml", [*base, f"output={tmp_path}/base"])
+    commands_train.train(RECIPES / "quickstart" / "base.yaml", [*base, f"output={tmp_path}/base"])
     run = tmp_path / kind
     changes = ["training.max_steps=2", "training.use_cpu=true", f"model.name_or_path={tmp_path}/base", f"output={run}"]
-    workflows.train(RECIPES / "quickstart" / "kinds" / f"{kind}.yaml", changes)
-    assert workflows.inspect(run)["kind"] == kind
+    commands_train.train(RECIPES / "quickstart" / "kinds" / f"{kind}.yaml", changes)
+    assert commands_inspect.inspect(run)["kind"] == kind
     few = ["methods=[no_context,full_context,prefix,swapped_prefix]", "episodes=5", "leaks=warn", "multi_task=null"]
     summary = evaluate(RECIPES / "quickstart" / "evaluate.yaml", [*few, f"hypernetwork={run}", f"output={tmp_path}/evaluation"])
     assert summary["methods"]["prefix"]["state_rows"] == 16 + 1 and summary["methods"]["prefix"]["encode_flops"] > 0
     write(tmp_path / "task.jsonl", lines([{"input": "w1", "output": "s1"}] * 3))
-    ((path, _),) = workflows.compress(run, [tmp_path / "task.jsonl"], tmp_path / "p.safetensors")
-    assert len(workflows.generate(path, ["w2"], max_new_tokens=2)) == 1
+    ((path, _),) = commands_compress.compress(run, [tmp_path / "task.jsonl"], tmp_path / "p.safetensors")
+    assert len(commands_generate.generate(path, ["w2"], max_new_tokens=2)) == 1

@@ -5,17 +5,21 @@ import torch
 from conftest import tiny_base, trained_hypernetwork
 from test_hypernetwork import RAGGED, read_stored
 
-from hyperllama.backbone import cache_argument, identify, inverse_frequencies
+from hyperllama.base.decoder import cache_argument, inverse_frequencies
+from hyperllama.base.identity import identify
+from hyperllama.data.chunking import Reading
 from hyperllama.data.packing import Packing, pack_gist
-from hyperllama.data.reading import Reading
-from hyperllama.encoding import encode_whole, sink_states
 from hyperllama.errors import UserError
-from hyperllama.hint.hypernetwork import HintHypernetwork
-from hyperllama.hypernetwork import GistingHypernetwork
-from hyperllama.pooling import PoolingHypernetwork
-from hyperllama.prefix import Manifest, Prefix
-from hyperllama.prefix_tuning import PrefixTuner, demonstrations_start, random_start, vocabulary_start
-from hyperllama.two_pass import FullHypernetwork
+from hyperllama.hypernetworks.full_copy import FullHypernetwork
+from hyperllama.hypernetworks.gisting import GistingHypernetwork
+from hyperllama.hypernetworks.hint.hypernetwork import HintHypernetwork
+from hyperllama.hypernetworks.pooling import PoolingHypernetwork
+from hyperllama.prefixes.capture import encode_whole, sink_states
+from hyperllama.prefixes.export.peft import from_peft, to_peft
+from hyperllama.prefixes.manifest import Manifest
+from hyperllama.prefixes.prefix import Prefix
+from hyperllama.tuning.prefix_tuner import PrefixTuner
+from hyperllama.tuning.starts import demonstrations_start, random_start, vocabulary_start
 
 SINK = 5
 HINT = {"fusion": True, "adapter_size": 4, "mlp_size": 8, "heads": 2}
@@ -72,7 +76,7 @@ def test_a_packed_pass_reads_what_a_stored_prefix_holds(base, tmp_path, kind, gr
 @pytest.mark.parametrize("hint", [{}, {"fusion_visibility": "targets"}, {"regime": "paper"}])
 def test_a_module_of_hint_begins_with_it_too(hint):
     """Where only answers see the fused rows, it stands behind these: the first that every row sees."""
-    from hyperllama.scoring import Question, continuation_scores
+    from hyperllama.inference.scoring import Question, continuation_scores
 
     hypernetwork = made("hint", tiny_base(), hint=hint)
     packed = hypernetwork(pack_gist(RAGGED, packing(hypernetwork)))
@@ -180,9 +184,9 @@ def test_stock_peft_reads_it(base, tmp_path):
     mask = torch.ones(1, prefix.gists + ids.shape[1], dtype=torch.long)
     with torch.no_grad():
         ours = base(ids, attention_mask=mask, **cache_argument(base, prefix.to_cache())).logits
-        adapter = peft.PeftModel.from_pretrained(base, prefix.to_peft(tmp_path / "adapter"))
+        adapter = peft.PeftModel.from_pretrained(base, to_peft(prefix, tmp_path / "adapter"))
         torch.testing.assert_close(adapter(ids, attention_mask=torch.ones_like(ids)).logits, ours, atol=1e-5, rtol=1e-5)
-    assert Prefix.from_peft(tmp_path / "adapter") == prefix
+    assert from_peft(tmp_path / "adapter") == prefix
 
 
 def test_it_is_one_row_alone(base):

@@ -9,11 +9,11 @@ from attention_masks import GistLayout, Segment, rotate
 from eval.flops import ModelCost
 from eval.memory import Zero, model_states, precision
 from eval.sizing import largest_episode, parameters
-from hyperllama.backbone import spread, spread_sample
+from hyperllama.base.identity import spread, spread_sample
+from hyperllama.commands.train import packing_of
 from hyperllama.data.packing import pack_gist
-from hyperllama.objectives import LOGITS, head_chunks
-from hyperllama.recipe_files import load_recipe
-from hyperllama.workflows import packing_of
+from hyperllama.objectives.losses import LOGITS, head_chunks
+from hyperllama.recipe.loading import load_recipe
 
 LLAMA = "recipes/models/meta-llama--Llama-2-7b-hf"
 RECIPE = "recipes/train/llama-2-7b-mixture.yaml"

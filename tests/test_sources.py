@@ -20,8 +20,8 @@ from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.data.windows import WindowSettings, WindowSource, load_text_column, read_text_files
 from hyperllama.errors import UserError
-from hyperllama.recipe_files import load_recipe
-from hyperllama.sources import make_source
+from hyperllama.recipe.loading import load_recipe
+from hyperllama.recipe.sources import make_source
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from data_files import WORDS, lines, write
 
 from eval.starts import study, summarise
 from hyperllama.errors import UserError
-from hyperllama.recipe import StudyRecipe
+from hyperllama.recipe.schema import StudyRecipe
 
 
 def curve(metric, **tasks):

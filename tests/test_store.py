@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperllama.backbone import BaseIdentity
+from hyperllama.base.identity import BaseIdentity
 from hyperllama.errors import UserError
-from hyperllama.prefix import Manifest, Prefix
-from hyperllama.store import PrefixStore
+from hyperllama.prefixes.manifest import Manifest
+from hyperllama.prefixes.prefix import Prefix
+from hyperllama.prefixes.store import PrefixStore
 
 ROOT = Path(__file__).parent.parent
 IDENTITY = BaseIdentity(name="a-base", weights="1" * 64, config="2" * 64, tokenizer="3" * 64)

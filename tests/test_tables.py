@@ -6,10 +6,10 @@ import pytest
 from data_files import write
 
 from eval.tables import markdown, table
+from hyperllama.commands.train import train
 from hyperllama.errors import UserError
-from hyperllama.recipe import StudyRecipe
-from hyperllama.recipe_files import load_any_recipe
-from hyperllama.workflows import train
+from hyperllama.recipe.loading import load_any_recipe
+from hyperllama.recipe.schema import StudyRecipe
 
 LANGUAGE = "{source: synthetic, shots: 4, queries: 2, synthetic: {categories: 10, task_categories: 4, symbols: 8}}"
 FORMAT = """

@@ -13,11 +13,13 @@ import yaml
 from data_files import lines, write
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-from hyperllama import workflows
-from hyperllama.backbone import check_config, random_base
+from hyperllama.base.checks import check_config
+from hyperllama.base.loading import random_base
+from hyperllama.commands import train as commands_train
 from hyperllama.data.vocabulary import train_tokenizer
-from hyperllama.recipe_files import load_recipe
-from hyperllama.sources import make_source
+from hyperllama.hypernetworks import loading as hypernetworks_loading
+from hyperllama.recipe.loading import load_recipe
+from hyperllama.recipe.sources import make_source
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "recipes" / "models"
@@ -190,14 +192,14 @@ def test_a_recipe_takes_two_steps(path, bases, place, tmp_path, monkeypatch):
     base = bases / recipe["model"]["name_or_path"]
     changed = write(tmp_path / path.name, yaml.safe_dump({**recipe, "data": local(recipe["data"])}))
     overrides = [*CPU, f"model.name_or_path={base}"]
-    result = workflows.train(changed, overrides)
+    result = commands_train.train(changed, overrides)
     run = place / recipe["output"]
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in logged if "loss" in line]
     assert result.global_step == len(losses) == 2 and all(0 < loss < math.inf for loss in losses)
     assert all(line["targets"] > 0 and not line["skipped_queries"] for line in logged if "loss" in line)
     if recipe["method"] == "hypernetwork":
-        trained, _ = workflows.load_hypernetwork(run, dtype="bfloat16")
+        trained, _ = hypernetworks_loading.load_hypernetwork(run, dtype="bfloat16")
         assert trained.gists.shape == (16, trained.base.config.hidden_size)
         moved = [matrix.weight.abs().max() > 0 for matrix in trained.lora.B.values()]
         assert all(moved) and len(moved) == 7 + 2  # all projections of the first layer, keys and values of the last

@@ -12,14 +12,17 @@ import pytest
 import torch
 from conftest import tiny_architecture, tiny_base, trained_hypernetwork
 
-from hyperllama import workflows
-from hyperllama.checkpoints import newest_checkpoint
+from hyperllama.commands import compress as commands_compress
+from hyperllama.commands import generate as commands_generate
+from hyperllama.commands import train as commands_train
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.stream import Collator
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
 from hyperllama.files import whole_json_lines
-from hyperllama.training import GistTrainer, training_arguments
+from hyperllama.hypernetworks import loading as hypernetworks_loading
+from hyperllama.training.checkpoints import newest_checkpoint
+from hyperllama.training.trainer import GistTrainer, training_arguments
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +72,7 @@ def hyperllama(*arguments, **settings):
 
 
 def test_a_run_leaves_all_that_describes_it(recipe, tmp_path):
-    result = workflows.train(recipe)
+    result = commands_train.train(recipe)
     run = tmp_path / "run"
     assert result.global_step == 6 and [step for step, *_ in losses(run)] == [1, 2, 3, 4, 5, 6]
     names = {path.name for path in run.iterdir()}
@@ -81,11 +84,11 @@ def test_a_run_leaves_all_that_describes_it(recipe, tmp_path):
     saved = {path.name for path in (run / "checkpoints" / "checkpoint-6").iterdir()}
     assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= saved
     assert not any(name.startswith("model") for name in saved), "the frozen base is not in a checkpoint"
-    assert workflows.train(recipe) is None, "a finished run is left alone"
+    assert commands_train.train(recipe) is None, "a finished run is left alone"
 
 
 def test_e_resuming_is_never_having_stopped(recipe, tmp_path):
-    workflows.train(recipe)
+    commands_train.train(recipe)
     whole = losses(tmp_path / "run")
     stopped = recipe.with_name("stopped.yaml")
     stopped.write_text(recipe.read_text().replace(f"{tmp_path}/run", f"{tmp_path}/stopped"))
@@ -104,9 +107,9 @@ def test_e_resuming_is_never_having_stopped(recipe, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(GistTrainer, "__init__", with_stop)
-        workflows.train(stopped)
+        commands_train.train(stopped)
     assert newest_checkpoint(tmp_path / "stopped" / "checkpoints").endswith("checkpoint-4")
-    workflows.train(stopped)
+    commands_train.train(stopped)
     assert losses(tmp_path / "stopped") == whole, "dropout, optimiser, schedule and data go on where they were"
     weights = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("run", "stopped")]
     assert weights[0] == weights[1]
@@ -114,7 +117,7 @@ def test_e_resuming_is_never_having_stopped(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_kill_9_and_train_again(recipe, tmp_path):
-    workflows.train(recipe)
+    commands_train.train(recipe)
     killed = recipe.with_name("killed.yaml")
     killed.write_text(recipe.read_text().replace(f"{tmp_path}/run", f"{tmp_path}/killed"))
     command = [sys.executable, "-m", "hyperllama", "train", str(killed)]
@@ -146,17 +149,17 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
 
 
 def test_another_recipe_does_not_go_on_in_the_same_folder(recipe, tmp_path):
-    workflows.train(recipe, ["training.max_steps=2"])
+    commands_train.train(recipe, ["training.max_steps=2"])
     with pytest.raises(UserError, match=r"holds a run of another recipe \(it differs in gist.tokens, training.max_steps\)"):
-        workflows.train(recipe, ["gist.tokens=3"])
+        commands_train.train(recipe, ["gist.tokens=3"])
 
 
 def test_workers_and_bf16_and_tensorboard(recipe, tmp_path):
     """Data from two worker processes is the same data; a run in bf16 trains; TensorBoard gets its file."""
-    workflows.train(recipe)
+    commands_train.train(recipe)
     runs = {"workers": ["training.dataloader_num_workers=2"], "bf16": ["training.bf16=true", "training.report_to=tensorboard"]}
     for name, overrides in runs.items():
-        workflows.train(recipe, [f"output={tmp_path}/{name}", *overrides])
+        commands_train.train(recipe, [f"output={tmp_path}/{name}", *overrides])
     assert losses(tmp_path / "workers") == losses(tmp_path / "run")
     expected = [loss for _, loss, _ in losses(tmp_path / "run")]
     assert [loss for _, loss, _ in losses(tmp_path / "bf16")] == pytest.approx(expected, rel=0.05)
@@ -165,21 +168,21 @@ def test_workers_and_bf16_and_tensorboard(recipe, tmp_path):
 
 def test_one_worker_gives_the_losses_of_none(recipe, tmp_path, monkeypatch):
     """Pinned as on a GPU too: a CPU cannot, so memory is copied where it would be pinned."""
-    workflows.train(recipe)
+    commands_train.train(recipe)
     expected = losses(tmp_path / "run")
-    workflows.train(recipe, [f"output={tmp_path}/one", "training.dataloader_num_workers=1"])
+    commands_train.train(recipe, [f"output={tmp_path}/one", "training.dataloader_num_workers=1"])
     assert losses(tmp_path / "one") == expected
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x.clone())
     collate = Collator.__call__
     monkeypatch.setattr(Collator, "__call__", lambda *args: {**(found := collate(*args)), "batch": found["batch"].pin_memory()})
-    workflows.train(recipe, [f"output={tmp_path}/pinned", "training.accelerator_config={non_blocking: true}"])
+    commands_train.train(recipe, [f"output={tmp_path}/pinned", "training.accelerator_config={non_blocking: true}"])
     assert losses(tmp_path / "pinned") == expected
     assert len(pinned) == 6 * 2 * 4, "ids, target rows, targets, and a layout as one buffer"
 
 
 def test_what_the_limits_leave_out_is_counted_and_said(recipe, tmp_path, capsys):
-    workflows.train(recipe, ["limits.context_tokens=60"])
+    commands_train.train(recipe, ["limits.context_tokens=60"])
     lines = whole_json_lines(tmp_path / "run" / "metrics.jsonl")
     dropped = sum(line.get("dropped_demonstrations", 0) for line in lines)
     assert dropped > 0 and dropped + sum(line.get("demonstrations", 0) for line in lines) == 6 * 4 * 3
@@ -261,7 +264,7 @@ limits: {{context_tokens: 64, query_tokens: 64}}
 full_attention: {{supervise_demonstrations: true}}
 training: {{use_cpu: true, disable_tqdm: true, max_steps: 3, per_device_train_batch_size: 4, logging_steps: 1, save_steps: 2}}
 """)
-    assert workflows.train(base).global_step == 3
+    assert commands_train.train(base).global_step == 3
     hypernetwork = tmp_path / "hyper.yaml"
     hypernetwork.write_text(
         base.read_text()
@@ -269,10 +272,10 @@ training: {{use_cpu: true, disable_tqdm: true, max_steps: 3, per_device_train_ba
         .replace(f"output: {tmp_path}/base", f"output: {tmp_path}/hyper")
         .replace(f"architecture: {json.dumps(architecture)}, tokenizer: words", f"name_or_path: {tmp_path}/base")
     )
-    assert workflows.train(hypernetwork).global_step == 3
+    assert commands_train.train(hypernetwork).global_step == 3
     example = tmp_path / "e.jsonl"
-    source_word = workflows.load_hypernetwork(tmp_path / "hyper")[1].tokenizer.convert_ids_to_tokens(5)
+    source_word = hypernetworks_loading.load_hypernetwork(tmp_path / "hyper")[1].tokenizer.convert_ids_to_tokens(5)
     example.write_text(json.dumps({"input": source_word, "output": "<1>"}))
-    ((path, prefix),) = workflows.compress(tmp_path / "hyper", [example], tmp_path / "e.safetensors")
+    ((path, prefix),) = commands_compress.compress(tmp_path / "hyper", [example], tmp_path / "e.safetensors")
     assert path.is_file() and prefix.manifest.examples == 1
-    assert len(workflows.generate(path, [source_word, source_word])) == 2
+    assert len(commands_generate.generate(path, [source_word, source_word])) == 2

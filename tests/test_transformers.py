@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, set_seed
 
 from attention_masks import dense_mask
-from hyperllama.backbone import cache_argument, check_config, identify, load_base, packed_arguments, prepare, random_base
+from hyperllama.base.checks import check_config, prepare
+from hyperllama.base.decoder import cache_argument, packed_arguments
+from hyperllama.base.identity import identify
+from hyperllama.base.loading import load_base, random_base
 from hyperllama.errors import UserError
 
 
@@ -53,7 +56,7 @@ def test_a_layout_that_moves_keys_equals_its_segments_run_one_after_the_other(ba
 
 def sequential(base, ids, layout):
     """Run segments one by one behind a cache of the gists that they read, each at positions 0, 1, 2, ... of its own."""
-    from hyperllama.prefix import Prefix
+    from hyperllama.prefixes.prefix import Prefix
 
     states, results = [], []
     for segment, row in zip(layout.segments, layout.row_starts):
@@ -70,7 +73,7 @@ def sequential(base, ids, layout):
 
 def join(base, parts):
     """Gists of several segments behind each other at positions 0, 1, 2, ..., moved by the model's own rotary code."""
-    from hyperllama.prefix import Prefix
+    from hyperllama.prefixes.prefix import Prefix
 
     apply = sys.modules[type(base).__module__].apply_rotary_pos_emb
     keys, values = [], []

@@ -10,18 +10,19 @@ from launch import torchrun, zero_settings
 from transformers import DynamicCache
 
 from attention_masks import rotate
-from hyperllama import tune as tune_module
-from hyperllama.backbone import cache_argument, inverse_frequencies, load_base, load_tokenizer
+from hyperllama.base.decoder import cache_argument, inverse_frequencies
+from hyperllama.base.loading import load_base, load_tokenizer
+from hyperllama.commands.tune import _named_apart, tune
 from hyperllama.data.episode import Episode
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.text import EncodedEpisode
-from hyperllama.encoding import encode_whole
 from hyperllama.errors import UserError
 from hyperllama.files import whole_json_lines
-from hyperllama.prefix import Prefix
-from hyperllama.prefix_tuning import PrefixTuner, demonstrations_start, random_start, vocabulary_start
-from hyperllama.reader import Reader
-from hyperllama.tune import tune
+from hyperllama.inference.reader import Reader
+from hyperllama.prefixes.capture import encode_whole
+from hyperllama.prefixes.prefix import Prefix
+from hyperllama.tuning.prefix_tuner import PrefixTuner
+from hyperllama.tuning.starts import demonstrations_start, random_start, vocabulary_start
 
 CONTEXTS = {"a": (5, 6, 7, 8, 9), "b": (40, 41, 42), "c": (60, 61, 62, 63, 64, 65)}
 QUERIES = {"a": (((10, 11), (12, 13)), ((14,), (15,))), "b": (((20,), (21, 22, 23)),), "c": (((30, 31, 32), (33,)),)}
@@ -246,7 +247,7 @@ class TestTune:
             assert all(torch.equal(a, b) for a, b in zip(again.keys, Prefix.load(path).keys)), name
 
     def test_names_of_tasks_are_names_of_files(self):
-        named = tune_module._named_apart([Episode("", (), (), task) for task in ("a/b", "a_b", "A_B", "Übung", "a_b_2")])
+        named = _named_apart([Episode("", (), (), task) for task in ("a/b", "a_b", "A_B", "Übung", "a_b_2")])
         assert [episode.task for episode in named] == ["a_b", "a_b_2", "A_B_3", "Ubung", "a_b_2_2"]
 
     def test_fewer_tasks_a_step(self, tune_recipe, tmp_path):

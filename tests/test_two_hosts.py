@@ -13,7 +13,7 @@ import pytest
 from launch import ENVIRONMENT, hyperllama
 from test_faults import end_of, recipe  # noqa: F401
 
-from hyperllama.checkpoints import newest_checkpoint
+from hyperllama.training.checkpoints import newest_checkpoint
 
 
 def ip(*command):

@@ -7,7 +7,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from waiting import KINDS, model_and_batch, train_watched
 
-from hyperllama import objectives
+from hyperllama.objectives import losses as objectives_losses
 
 aten = torch.ops.aten
 # Numbers that the host reads, shapes that depend on numbers, and tensors made of the host's numbers.
@@ -61,7 +61,7 @@ class WaitsForNothing(TorchDispatchMode):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_waits_for_nothing(kind, settings, tmp_path, monkeypatch):
     """From the end of one optimiser step to the end of the next: data, forward, backward, clipping, AdamW, schedule."""
-    monkeypatch.setattr(objectives, "LOGITS", 2 * VOCABULARY)
+    monkeypatch.setattr(objectives_losses, "LOGITS", 2 * VOCABULARY)
     train_watched(*model_and_batch(kind), WaitsForNothing(), tmp_path, use_cpu=True, **settings)
 
 

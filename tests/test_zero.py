@@ -9,10 +9,10 @@ import torch
 from data_files import WORDS, lines, write
 from launch import torchrun, zero_settings
 
-from hyperllama import workflows
-from hyperllama.checkpoints import newest_checkpoint, read_shape, settings_to_go_on
+from hyperllama.commands import train as commands_train
 from hyperllama.errors import UserError
 from hyperllama.files import whole_json_lines
+from hyperllama.training.checkpoints import newest_checkpoint, read_shape, settings_to_go_on
 
 STEPS = 20
 
@@ -59,7 +59,7 @@ def test_ranks_train_what_one_process_trains(recipe, tmp_path, stage):
     if stage:
         pytest.importorskip("deepspeed")
     settings = [f"deepspeed={zero_settings(tmp_path, stage)}"] if stage else []
-    workflows.train(recipe, ["training.gradient_accumulation_steps=2"])
+    commands_train.train(recipe, ["training.gradient_accumulation_steps=2"])
     one = losses(tmp_path / "one")
     assert len(one) == STEPS and one[-1] < 0.8 * one[0]
     run = tmp_path / "ranks"
@@ -98,7 +98,7 @@ def test_the_loss_in_chunks_is_that_at_once(recipe, tmp_path, full, checkpointin
     changes = ["training.max_steps=6", "training.learning_rate=1.0e-3", f"training.gradient_checkpointing={checkpointing}"]
     if full:
         recipe.write_text("method: full_attention\n" + recipe.read_text().replace("gist:", "#").replace("lora:", "#"))
-    workflows.train(recipe, [*changes, "training.gradient_accumulation_steps=2"])
+    commands_train.train(recipe, [*changes, "training.gradient_accumulation_steps=2"])
     keep = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     settings = [f"deepspeed={zero_settings(tmp_path, 3, **keep)}"] if stage else []
     torchrun(Path(__file__).parent / "in_chunks.py", recipe, f"output={tmp_path}/chunks", *settings, *changes)
@@ -109,7 +109,7 @@ def test_the_loss_in_chunks_is_that_at_once(recipe, tmp_path, full, checkpointin
 
 @pytest.mark.slow
 def test_one_process_is_followed_by_two(recipe, tmp_path):
-    workflows.train(recipe, ["training.gradient_accumulation_steps=2"])
+    commands_train.train(recipe, ["training.gradient_accumulation_steps=2"])
     one, run = losses(tmp_path / "one"), tmp_path / "one"
     shutil.rmtree(newest_checkpoint(run / "checkpoints"))
     (run / "result.json").unlink()
@@ -151,7 +151,7 @@ def test_a_step_keeps_its_episodes_on_another_number_of_processes(tmp_path):
 def test_other_kinds_over_a_partitioned_base(recipe, tmp_path, kind):
     pytest.importorskip("deepspeed")
     changes = [f"gist.kind={kind}", "training.max_steps=6", "hint.mlp_size=8", "hint.lora_rank=2"]
-    workflows.train(recipe, [*changes, "training.gradient_accumulation_steps=2"])
+    commands_train.train(recipe, [*changes, "training.gradient_accumulation_steps=2"])
     run = tmp_path / "ranks"
     torchrun("train", recipe, f"output={run}", *changes, f"deepspeed={zero_settings(tmp_path, 3)}")
     assert losses(run) == pytest.approx(losses(tmp_path / "one"), abs=1e-4)

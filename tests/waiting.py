@@ -6,9 +6,10 @@ from transformers import TrainerCallback
 
 from hyperllama.data.packing import pack_full, pack_gist
 from hyperllama.data.text import EncodedEpisode
-from hyperllama.full_attention import FullAttention
-from hyperllama.prefix_tuning import PrefixTuner, random_start
-from hyperllama.training import GistTrainer, training_arguments
+from hyperllama.training.full_attention import FullAttention
+from hyperllama.training.trainer import GistTrainer, training_arguments
+from hyperllama.tuning.prefix_tuner import PrefixTuner
+from hyperllama.tuning.starts import random_start
 
 EPISODES = [
     EncodedEpisode((5, 6, 7, 8, 9, 10, 11), (((12, 13), (14, 15)), ((16,), (17,)))),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hyperllama.data.hub import load_split, require_columns
+from hyperllama.data.hub_datasets import load_split, require_columns
 from hyperllama.errors import UserError
 from hyperllama.files import read_json_lines
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attention_masks import GistLayout, Segment
-from hyperllama.data.reading import SINGLE, Reading
+from hyperllama.data.chunking import SINGLE, Reading
 from hyperllama.data.text import EncodedEpisode
 
 PLACEHOLDER = 0  # the id in gist rows, sinks and of markers; their embedding, or their keys and values, are replaced

@@ -12,8 +12,8 @@ from pathlib import Path
 from random import Random
 
 from hyperllama.data.episode import Example, Task, TaskSource
-from hyperllama.data.files import example_from, read_examples
-from hyperllama.data.hub import load_split, require_columns
+from hyperllama.data.hub_datasets import load_split, require_columns
+from hyperllama.data.json_lines import example_from, read_examples
 from hyperllama.errors import UserError
 from hyperllama.files import read_json
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from hyperllama.data.copies import copied_tokens
 from hyperllama.data.episode import Episode, Provenance, TextWindow
-from hyperllama.data.hub import load_split, require_columns
+from hyperllama.data.hub_datasets import load_split, require_columns
 from hyperllama.errors import UserError
 
 # More characters than a token has on average in any text that a tokenizer was made for: a window is cut from a longer span.

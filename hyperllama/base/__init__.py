@@ -1,0 +1,1 @@
+"""The frozen decoder underneath: loading it, checking it, knowing it again, and what touches its inside."""

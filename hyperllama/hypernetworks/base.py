@@ -1,0 +1,343 @@
+"""What every hypernetwork has in common: a context in, the keys and values of gist rows at every layer out.
+
+A kind of hypernetwork is one class with one method, `gist_states`, and what it keeps on disk. It trains, compresses, is tuned
+from, exported and evaluated through what is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from attention_masks import GistLayout, Segment, rotate
+from hyperllama import __version__
+from hyperllama.base.decoder import inverse_frequencies, rotary_settings
+from hyperllama.base.distributed import gathered
+from hyperllama.base.identity import BaseIdentity, identify
+from hyperllama.base.mlp_blocks import CHUNK_ROWS
+from hyperllama.data.chunking import SINGLE, Reading
+from hyperllama.data.packing import PLACEHOLDER, SINK, GistBatch, chunk_segments, chunks_read
+from hyperllama.errors import UserError
+from hyperllama.files import canonical_json, sha256, write_atomically
+from hyperllama.hypernetworks.config import CARD, CONFIG, FORMAT_VERSION, _card, read_config
+from hyperllama.objectives.losses import TokenLoss
+from hyperllama.objectives.mix import ANSWERS, Mix
+from hyperllama.objectives.packed_model import PackedModel
+from hyperllama.prefixes.capture import States, prefixes_of, sink_states
+from hyperllama.prefixes.manifest import Manifest
+from hyperllama.prefixes.prefix import Prefix
+from hyperllama.prefixes.rows import behind_sink
+
+
+class Hypernetwork(PackedModel, ABC):
+    """Turns contexts into prefixes for a frozen `base`, which comes from `hyperllama.base.loading`.
+
+    `gists` is how many rows a context (or each chunk of it, see `Reading`) becomes, at most if it is `elastic`: then it was
+    trained for any number up to that. `sink` is the token whose row, computed by the base alone, stands before them in every
+    prefix, since attention rests there (Xiao et al. 2023, arXiv 2309.17453); None for prefixes without it. `mix` is what it is
+    trained for.
+    Subclasses give `gist_states`, `save_weights`, `load_weights` and the names of their settings.
+    """
+
+    kind: ClassVar[str]
+    own_settings: ClassVar[tuple[str, ...]] = ()  # beside those that all have
+    fewest_gists: ClassVar[int] = 1
+    # Whether training changes the base too, so that prefixes belong to what it becomes; whether readers see a context's own
+    # rows as well, before its gists.
+    trains_base = False
+    keeps_context = False
+    late_context = False  # and whether only the rows that predict see them
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        *,
+        gists: int = 16,
+        reading: Reading = SINGLE,
+        elastic: bool = False,
+        sink: int | None = None,
+        mix: Mix = ANSWERS,
+        backend: str = "auto",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        super().__init__(base, tokenizer, backend)
+        if gists < self.fewest_gists:
+            raise UserError(f"gist.tokens: a hypernetwork needs at least one gist token, not {gists}")
+        if mix.distillation and self.head_loss is None:
+            raise UserError(f"objectives.distillation: the head of a {base.config.model_type} model is not a plain product")
+        self.num_gists, self.reading, self.elastic, self.mix = gists, reading, elastic, mix
+        self.sink, self._sink_states = sink, None
+        # What a context is said again after: trained with the rest, and of no use afterwards.
+        self.marker = nn.Parameter(likely_words(base, 1)[0]) if mix.reconstruction else None
+        self._hashed: tuple[tuple[str, ...], Tensor, str] | None = None  # names and bits of the weights that had this hash
+
+    @abstractmethod
+    def gist_states(
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = None
+    ) -> States:
+        """Keys and values (N, S, D) of the rows `layout.gist_rows` at each layer, keys rotated to where these rows stand.
+
+        ids (1, T), anything in gist rows; every segment has gists. `given` are keys and values of the first rows, sinks, which
+        only a kind whose chunks read chunks is given. Without gradients a layer's MLP may run in chunks of `chunk_rows` rows.
+        """
+
+    @property
+    def rows(self) -> int:
+        """How many keys and values a prefix has at most, of one chunk."""
+        return self.num_gists + (self.sink is not None)
+
+    def sink_rows(self, places: Tensor) -> States | None:
+        """The base's own row of its first token, alone, at each of the positions `places` (n,): (N, n, D) at every layer.
+
+        None for no places. Computed once, unless training changes the base.
+        """
+        if not len(places):
+            return None
+        if self._sink_states is None or self.trains_base:
+            self._sink_states = sink_states(self.base, self.sink, gradient=self.trains_base)
+        inv_freq = inverse_frequencies(self.base)
+        spread = [(k.expand(-1, len(places), -1), v.expand(-1, len(places), -1)) for k, v in self._sink_states]
+        return [(rotate(k.to(places.device), places, inv_freq), v.to(places.device)) for k, v in spread]
+
+    def settings(self) -> dict:
+        """What the class is to be called with, beside a base, to load what was saved: `own_settings` and what all have."""
+        own = {"gists": self.num_gists, "elastic": self.elastic, "sink": self.sink}
+        return {**own, "reading": dataclasses.asdict(self.reading)}
+
+    @abstractmethod
+    def save_weights(self, folder: Path) -> list[str]:
+        """Write the trained weights into a folder; returns the names of the files."""
+
+    @abstractmethod
+    def load_weights(self, folder: str | Path) -> None:
+        """Read what `save_weights` wrote."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    @cached_property
+    def identity(self) -> BaseIdentity:
+        """The fingerprints of the model that reads; it is frozen, so they are taken once."""
+        return identify(self.base, self.tokenizer)
+
+    def forward(self, batch: GistBatch) -> TokenLoss:
+        """Compress, and read what comes out: two passes, because they are not computed with the same weights."""
+        ids, layout, reading = batch.halves()
+        states = self.gist_states(ids, layout, given=self.given_rows(layout, reading.sinks))
+        sinks = self.sink_rows(reading.layout.positions[: reading.sinks])
+        return self.reading_loss(reading, layout, states, sinks, self.teach(batch))
+
+    def given_rows(self, layout: GistLayout, sinks: int) -> States | None:
+        """The keys and values of the `sinks` first rows of a compress region, if its chunks read them; else None."""
+        return self.sink_rows(layout.positions[:sinks]) if chunks_read(layout.segments) else None
+
+    def reading_loss(
+        self, reading: GistBatch, layout: GistLayout, states: States, sinks: States | None, teacher: Tensor | None
+    ) -> TokenLoss:
+        """The loss of what reads `sinks`, and `states`, which were compressed under `layout`; see `GistBatch.halves`."""
+        inv_freq, first = inverse_frequencies(self.base), reading.sinks
+        inside = first if chunks_read(layout.segments) else 0  # sinks that chunks read are among the states
+        rows = layout.gist_rows[inside:]
+        shifts = reading.layout.positions[first : first + len(rows)] - layout.positions[rows]
+        moved = [(rotate(keys[:, inside:], shifts, inv_freq), values[:, inside:]) for keys, values in states]
+        if sinks is not None:
+            pairs = zip(sinks, moved, strict=True)
+            moved = [tuple(torch.cat([a.to(b.dtype), b], 1) for a, b in zip(*pair)) for pair in pairs]
+        embeds = self.with_markers(self.base.get_input_embeddings()(reading.ids), reading)
+        return self.answer_loss(reading, moved, mix=self.mix, teacher=teacher, inputs_embeds=embeds)
+
+    def teach(self, batch: GistBatch) -> Tensor | None:
+        """What the frozen model says with the whole context, where `mix` asks for it."""
+        return self.taught(batch.teacher) if self.mix.distillation and batch.teacher is not None else None
+
+    def mixed_loss(self, batch: GistBatch, **inputs) -> TokenLoss:
+        """The loss of a batch that is compressed and read in one pass, under `mix`."""
+        sinks = self.sink_rows(batch.layout.positions[: batch.sinks])
+        return self.answer_loss(batch, sinks, mix=self.mix, teacher=self.teach(batch), **inputs)
+
+    def with_markers(self, embeds: Tensor, batch: GistBatch) -> Tensor:
+        """embeds (1, T, hidden) with the marker in the rows from which contexts are said again."""
+        if self.marker is None or batch.marker_rows is None:
+            return embeds
+        rows = self.marker.to(embeds.dtype).expand(1, len(batch.marker_rows), -1)
+        return embeds.index_copy(1, batch.marker_rows, rows)
+
+    @torch.no_grad()
+    def compress(
+        self,
+        contexts: Sequence[Sequence[int] | Tensor],
+        manifests: Sequence[Manifest] | None = None,
+        *,
+        gists: int | None = None,
+        chunk_rows: int = CHUNK_ROWS,
+    ) -> list[Prefix]:
+        """Turn contexts into prefixes: one task or many, of any lengths, in one packed pass.
+
+        `contexts` are token ids, without gists; those of an `Encoder` know where demonstrations end, for `reading` in chunks.
+        `manifests` say where each comes from; base, rotary settings, hypernetwork and a hash of the context are filled in here.
+        `gists`: fewer than all of them, which an elastic hypernetwork has learned to make do with. `chunk_rows`: see
+        `gist_rows`. Raises UserError for a context longer than the model, or more gists than there are.
+        """
+        if not len(contexts) or not all(len(context) for context in contexts):
+            raise UserError("there is nothing to compress: every context needs at least one token")
+        gists = self.num_gists if gists is None else gists
+        if not min(self.fewest_gists, self.num_gists) <= gists <= self.num_gists:
+            raise UserError(f"this hypernetwork makes prefixes of 1 to {self.num_gists} gists, not of {gists}")
+        # Chunks that read each other read a sink too, and so it stands before them.
+        sinks = len(contexts) if self.sink is not None and self.reading.graph == "recurrent" else 0
+        pieces, segments, readers = [(PLACEHOLDER,)] * sinks, [SINK] * sinks, []
+        for i, context in enumerate(contexts):
+            own, made = self.cut(context, gists, len(segments), i if sinks else None)
+            readers.append(range(len(segments), len(segments) + len(made)))
+            segments += made
+            pieces += own
+        ids = torch.tensor([[token for piece in pieces for token in piece]])
+        manifests = manifests or [Manifest(base=self.identity) for _ in contexts]
+        prefixes = self.encode(ids, GistLayout(segments), readers, sinks=sinks, chunk_rows=chunk_rows)
+        if self.sink is not None:
+            sink = self.sink_rows(torch.zeros(1, dtype=torch.long, device=self.base.device))
+            prefixes = [behind_sink(p, sink, inverse_frequencies(self.base)) for p in prefixes]
+        fingerprint = self.fingerprint()  # of all trained weights: once, not once a prefix
+        for prefix, context, manifest in zip(prefixes, contexts, manifests, strict=True):
+            prefix.manifest = self._sign(manifest, torch.as_tensor(context).tolist(), fingerprint)
+        return prefixes
+
+    def cut(
+        self, context: Sequence[int] | Tensor, gists: int | None = None, first: int = 0, sink: int | None = None
+    ) -> tuple[list[tuple[int, ...]], list[Segment]]:
+        """A context as `reading` cuts it, with room for gists: token ids of its segments, and the segments.
+
+        The first of them will be segment `first` of its layout, where segment `sink` is their sink.
+        """
+        gists = self.num_gists if gists is None else gists
+        chunks = self.reading.chunks(torch.as_tensor(context).tolist(), getattr(context, "ends", ()))
+        pieces = [(*chunk, *[PLACEHOLDER] * gists) for chunk in chunks]
+        shown = {"whole": self.keeps_context, "late": self.late_context, "sink": sink}
+        return pieces, chunk_segments(self.reading, chunks, gists, first, **shown)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        ids: Tensor,
+        layout: GistLayout,
+        readers: Sequence[Sequence[int]],
+        *,
+        sinks: int = 0,
+        chunk_rows: int = CHUNK_ROWS,
+    ) -> list[Prefix]:
+        """Run the compress region of any reading graph; a prefix for each reader.
+
+        ids (1, T), anything in gist rows; `layout` has gists in every segment, the first `sinks` of which are sinks; a reader
+        is the list of segments that it reads, in order, and its prefix holds their gists one after the other at positions 0,
+        1, 2, ...
+        """
+        layout = layout.to(self.base.device)
+        given = self.given_rows(layout, sinks)
+        states = self.gist_states(ids.to(self.base.device), layout, given=given, chunk_rows=chunk_rows)
+        return prefixes_of(states, layout, readers, inverse_frequencies(self.base))
+
+    def _sign(self, manifest: Manifest, context: list[int], fingerprint: str) -> Manifest:
+        return dataclasses.replace(
+            manifest,
+            base=self.identity,
+            rotary=rotary_settings(self.base),
+            hypernetwork_sha256=fingerprint,
+            context_tokens=len(context),
+            context_sha256=context_sha256(context),
+            sink=self.sink,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            made_with={"hyperllama": __version__, "torch": torch.__version__},
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the trained weights and of the token that prefixes begin with.
+
+        It is taken anew when a bit of them has changed since the last call. Of a hypernetwork for 7 billion weights it takes as
+        long as compressing some contexts on a GPU; comparing with a copy that stays there takes a thousandth of that.
+        """
+        names, weights = zip(*sorted(self.trainable().items()))
+        bits = parameters_to_vector([p.detach().float() for p in weights]).view(torch.int32)  # so that NaN equals itself
+        if self._hashed is None or self._hashed[0] != names or not _equal(self._hashed[1], bits):
+            parts = [(name, p.detach().float().cpu().numpy().tobytes()) for name, p in zip(names, weights)]
+            self._hashed = names, bits, sha256(f"sink {self.sink}", *(part for pair in parts for part in pair))
+        return self._hashed[2]
+
+    def save_pretrained(self, folder: str | Path, notes: dict | None = None) -> None:
+        """Write the trained weights and what is needed to use them: weights, a manifest and a model card.
+
+        `notes` are kept in hypernetwork.json: the text format, limits and data that it was trained with.
+        """
+        folder = Path(folder)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "files": self.save_weights(folder),
+            **self.settings(),
+            "base": self.identity.as_dict(),
+            "notes": notes or {},
+            "made_with": {"hyperllama": __version__, "torch": torch.__version__},
+        }
+        write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        write_atomically(folder / CARD, _card(config, sum(p.numel() for p in self.trainable().values())))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        base: PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        backend: str = "auto",
+        mix: Mix = ANSWERS,
+    ) -> Self:
+        """Read a folder that `save_pretrained` wrote onto the base that it was trained for; UserError for any other.
+
+        `mix` is what it is trained for from here on. Folders of all kinds: `load_hypernetwork_onto`.
+        """
+        config = read_config(folder)
+        if config["kind"] != cls.kind:
+            raise UserError(f"{folder}: a hypernetwork of kind {config['kind']}, not {cls.kind}")
+        settings = {key: config[key] for key in ("gists", "elastic", "sink", *cls.own_settings) if key in config}
+        reading = Reading(**config.get("reading", {}))
+        made_for = BaseIdentity(**config["base"])
+        hypernetwork = cls(base, **settings, reading=reading, mix=mix, backend=backend, tokenizer=tokenizer)
+        here = hypernetwork.identity
+        if (made_for.weights, made_for.config) != (here.weights, here.config):
+            hypernetwork.remove()
+            raise UserError(
+                f"{folder} was trained for {made_for.name} ({made_for.weights[:8]}), not for {here.name} ({here.weights[:8]})"
+            )
+        hypernetwork.load_weights(folder)
+        return hypernetwork.eval()
+
+    def remove(self) -> None:
+        """Take what it put into the base out of it again."""
+
+
+def likely_words(base: PreTrainedModel, count: int) -> Tensor:
+    """Embeddings (count, hidden) drawn with the mean and spread of those that the model knows: new tokens start as words."""
+    words = base.get_input_embeddings().weight
+    with gathered([words]):
+        mean, spread = words.detach().float().mean(0), words.detach().float().std(0)
+    return mean + spread * torch.randn(count, len(mean), device=mean.device)
+
+
+def context_sha256(context: Sequence[int]) -> str:
+    """The hash by which a manifest knows the token ids of its context."""
+    return sha256(canonical_json(list(context)))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and torch.equal(one, other)

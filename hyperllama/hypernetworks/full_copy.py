@@ -1,0 +1,50 @@
+"""A hypernetwork that compresses in one pass and reads in another: a tuned copy of the base makes prefixes for it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from attention_masks import GistLayout
+from hyperllama.base.mlp_blocks import CHUNK_ROWS
+from hyperllama.files import write_atomically
+from hyperllama.hypernetworks.gist_tokens import WithGistTokens
+from hyperllama.prefixes.capture import States, gist_rows
+
+COMPRESSOR = "compressor.safetensors"
+
+
+class FullHypernetwork(WithGistTokens):
+    """A copy of the base reads the context and the gist tokens, all of its weights trained; the base reads the prefix."""
+
+    kind = "full"
+
+    def __init__(self, base: PreTrainedModel, **settings):
+        super().__init__(base, **settings)
+        self.gists, self.compressor = self.new_gists(), copy.deepcopy(base)
+        self.compressor.get_decoder().requires_grad_(True)
+        # What is behind the last keys and values is never read: gists by their own embeddings, words by those of the copy.
+        decoder = self.compressor.get_decoder()
+        for unused in (decoder.norm, decoder.layers[-1].mlp, decoder.layers[-1].post_attention_layernorm):
+            unused.requires_grad_(False)
+        for name in ("q_proj", "o_proj"):
+            getattr(decoder.layers[-1].self_attn, name).requires_grad_(False)
+
+    def gist_states(
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = CHUNK_ROWS
+    ) -> States:
+        settings = {"backend": self.backend, "given": given, "chunk_rows": chunk_rows}
+        return gist_rows(self.compressor, layout, inputs_embeds=self.embed(ids, layout, self.compressor), **settings)
+
+    def save_weights(self, folder: Path) -> list[str]:
+        weights = {name: x.detach().cpu().contiguous() for name, x in self.compressor.get_decoder().state_dict().items()}
+        write_atomically(folder / COMPRESSOR, safetensors.torch.save(weights))
+        return [*super().save_weights(folder), COMPRESSOR]
+
+    def load_weights(self, folder: str | Path) -> None:
+        self.compressor.get_decoder().load_state_dict(safetensors.torch.load_file(Path(folder) / COMPRESSOR))
+        super().load_weights(folder)

@@ -1,0 +1,46 @@
+"""Hypernetworks that read a context and learned gist tokens after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from attention_masks import GistLayout
+from hyperllama.errors import UserError
+from hyperllama.files import write_atomically
+from hyperllama.hypernetworks.base import Hypernetwork, likely_words
+from hyperllama.hypernetworks.config import GISTS
+
+
+class WithGistTokens(Hypernetwork):
+    """A decoder reads the context and learned embeddings `gists` (G, hidden) after it."""
+
+    def new_gists(self) -> nn.Parameter:
+        """Gist embeddings to start from: random words."""
+        return nn.Parameter(likely_words(self.base, self.num_gists))
+
+    def embed(self, ids: Tensor, layout: GistLayout, model: PreTrainedModel | None = None) -> Tensor:
+        """Token embeddings (1, T, hidden) of the base, or of `model`, with gist embeddings in the gist rows."""
+        embeds = (model or self.base).get_input_embeddings()(ids)
+        if not len(layout.gist_rows):
+            return embeds
+        return embeds.index_copy(1, layout.gist_rows, self.gists.to(embeds.dtype)[layout.gist_slots][None])
+
+    def save_weights(self, folder: Path) -> list[str]:
+        own = {"gists": self.gists, "marker": self.marker}
+        kept = {name: x.detach().cpu().contiguous() for name, x in own.items() if x is not None}
+        write_atomically(folder / GISTS, safetensors.torch.save(kept))
+        return [GISTS]
+
+    def load_weights(self, folder: str | Path) -> None:
+        saved = safetensors.torch.load_file(Path(folder) / GISTS)
+        if saved["gists"].shape != self.gists.shape:
+            raise UserError(f"{folder}: has {len(saved['gists'])} gists, not {len(self.gists)}; set gist.tokens to that")
+        with torch.no_grad():
+            self.gists.copy_(saved["gists"])
+            if self.marker is not None and "marker" in saved:
+                self.marker.copy_(saved["marker"])

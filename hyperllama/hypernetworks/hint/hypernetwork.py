@@ -1,0 +1,219 @@
+"""HINT as one more kind of hypernetwork: an instruction becomes prefix rows, adapters and rows of its own encoding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from attention_masks import GistLayout, Segment, rotate
+from hyperllama.base.adapters import LORA, Adapters, Stack, adapted
+from hyperllama.base.decoder import head_dim, inverse_frequencies, kv_heads, packed_arguments
+from hyperllama.base.identity import BaseIdentity, identify
+from hyperllama.base.loading import load_weights_into
+from hyperllama.base.mlp_blocks import CHUNK_ROWS, chunked_mlps
+from hyperllama.data.packing import GistBatch
+from hyperllama.errors import UserError
+from hyperllama.files import write_atomically
+from hyperllama.hypernetworks.base import Hypernetwork
+from hyperllama.hypernetworks.gisting import save_model
+from hyperllama.hypernetworks.hint.fusion import Fusion
+from hyperllama.hypernetworks.hint.generator import Generator
+from hyperllama.hypernetworks.hint.settings import HintSettings
+from hyperllama.objectives.losses import TokenLoss
+from hyperllama.prefixes.capture import States, prefixes_of
+from hyperllama.prefixes.prefix import Prefix
+
+WEIGHTS = "hint.safetensors"
+
+
+class HintHypernetwork(Hypernetwork):
+    """Instructions in, task modules out (Ivison et al. 2023, arXiv 2212.10315): one pass reads, another generates and decodes.
+
+    The hyperencoder is the base itself, modules off: its final normalised states of the instruction's tokens, packed, so that
+    there is no padding to depend on. Of them `generator` makes `gists` prefix rows and adapters beside every MLP, and `fusion`
+    rows to be read. Rows that read see the encoded instruction, at positions 0, 1, ..., then the prefix rows, then themselves.
+    With regime "paper" the base is trained too, and the modules belong to what it becomes.
+
+    Raises UserError for sizes that make no sense, contexts in chunks, or `elastic`.
+    """
+
+    kind = "hint"
+    own_settings = ("hint",)
+    fewest_gists = 0
+
+    def __init__(self, base: PreTrainedModel, *, hint: HintSettings | dict | None = None, **settings):
+        super().__init__(base, **settings)
+        self.hint = HintSettings(**hint) if isinstance(hint, dict) else hint or HintSettings()
+        if problems := self.hint.problems(self.num_gists):
+            raise UserError(f"hint: {'; '.join(problems)}")
+        if self.reading.graph != "single":
+            raise UserError("gist.reading.graph: hint reads an instruction as a whole; choose single")
+        if self.elastic:
+            raise UserError("gist.elastic: the modules of hint have one size; set it to false")
+        if self.trains_base and self.mix.distillation:
+            raise UserError("objectives.distillation: the regime paper changes the model that would teach; set it to 0")
+        config = base.config
+        sizes = (config.hidden_size, config.num_hidden_layers, kv_heads(config), head_dim(config), self.num_gists)
+        attention = base.get_decoder().layers[0].self_attn
+        widths = {"adapter": config.hidden_size, **{name: getattr(attention, name).out_features for name in LORA}}
+        pairs = {name: (size, widths[name]) for name, size in self.hint.sizes().items()}
+        self.generator = Generator(*sizes, pairs, self.hint).to(base.device) if self.num_gists or pairs else None
+        self.fusion = Fusion(base, self.hint.fusion_rank) if self.hint.fusion else None
+        self.folder: Path | None = None
+        base.requires_grad_(self.trains_base)
+
+    @property
+    def trains_base(self) -> bool:
+        return self.hint.regime == "paper"
+
+    @property
+    def keeps_context(self) -> bool:
+        return self.hint.fusion
+
+    @property
+    def late_context(self) -> bool:
+        return self.hint.late_fusion
+
+    @property
+    def identity(self) -> BaseIdentity:
+        """The fingerprints of the model that reads: those of the frozen base, or of the model as training has made it."""
+        if self.trains_base:
+            return identify(self.base, self.tokenizer, None if self.folder is None else str(self.folder))
+        return self._frozen
+
+    @cached_property
+    def _frozen(self) -> BaseIdentity:
+        return identify(self.base, self.tokenizer)
+
+    def settings(self) -> dict:
+        return {**super().settings(), "hint": dataclasses.asdict(self.hint)}
+
+    def forward(self, batch: GistBatch) -> TokenLoss:
+        """Read the instructions, and answer with their modules. The teacher, if there is one, reads without any."""
+        ids, layout, reading = batch.halves()
+        states, stack = self.task_modules(ids, layout)
+        teacher = self.teach(batch)
+        sinks = self.sink_rows(reading.layout.positions[: reading.sinks])  # before there are adapters
+        with adapted(self.base, stack, reading.reader_rows()):
+            return self.reading_loss(reading, layout, states, sinks, teacher)
+
+    def gist_states(
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = CHUNK_ROWS
+    ) -> States:
+        return self.task_modules(ids, layout, chunk_rows=chunk_rows)[0]
+
+    def task_modules(
+        self, ids: Tensor, layout: GistLayout, *, chunk_rows: int | None = CHUNK_ROWS
+    ) -> tuple[States, Stack | None]:
+        """What instructions become: rows as `gist_states` gives them, and adapters, of each task in the order of `layout`.
+
+        The last `num_gists` rows of a task stand for prefix rows and are not read.
+        """
+        rows = [segment.tokens for segment in layout.segments]
+        rows = [sum(rows[i : i + self._segments]) for i in range(0, len(rows), self._segments)]
+        tokens = [n - self.num_gists for n in rows]
+        if min(tokens) < 1:
+            raise UserError("hint needs at least one token of instruction or examples for each task")
+        own = [piece[:, :n] for piece, n in zip(ids.split(rows, 1), tokens, strict=True)]
+        encoded = self.hyperencode(torch.cat(own, 1), GistLayout([Segment(n) for n in tokens]), chunk_rows)
+        made = self.generator(encoded.split(tokens)) if self.generator is not None else {}
+        kinds = self.hint.sizes()
+        pairs = {kind: tuple(made[f"{kind}_{side}"].to(self.base.dtype) for side in ("down", "up")) for kind in kinds}
+        return self._rows(layout, tokens, encoded, made), Stack(pairs) if pairs else None
+
+    @property
+    def _segments(self) -> int:
+        """How many segments of a layout are one task: where fused rows are read apart, the prefix rows are another one."""
+        return 2 if self.hint.late_fusion and self.num_gists else 1
+
+    def hyperencode(self, ids: Tensor, layout: GistLayout, chunk_rows: int | None = None) -> Tensor:
+        """Final normalised states (T, hidden) of packed instructions; with gradients only where the base is trained."""
+        layout = layout.to(ids.device)
+        trained = torch.is_grad_enabled() and self.trains_base
+        long = chunk_rows is not None and layout.tokens > chunk_rows and not trained
+        with torch.set_grad_enabled(trained), chunked_mlps(self.base, chunk_rows) if long else nullcontext():
+            arguments = packed_arguments(self.base, layout, self.backend)
+            return self.base.get_decoder()(input_ids=ids, use_cache=False, **arguments).last_hidden_state[0]
+
+    def _rows(self, layout: GistLayout, tokens: list[int], encoded: Tensor, made: dict[str, Tensor]) -> States:
+        """Of each context its encoded tokens, if they are read, and its prefix rows; keys stand where `layout` has them."""
+        config, count, rows = self.base.config, sum(tokens), self.num_gists
+        fused = self.fusion(self.base, encoded) if self.fusion is not None else None
+        # Rows come as all tokens, then all prefixes; they go context by context.
+        first, order = count if fused else 0, []
+        for i, (n, end) in enumerate(zip(tokens, accumulate(tokens))):
+            order += range(end - n, end) if fused else ()
+            order += range(first + i * rows, first + (i + 1) * rows)
+        order = torch.tensor(order, dtype=torch.long, device=encoded.device)
+        places, inv_freq = layout.positions[layout.gist_rows], inverse_frequencies(self.base)
+        nothing = encoded.new_zeros(kv_heads(config), 0, head_dim(config))
+        states = []
+        for layer in range(config.num_hidden_layers):
+            sides = []
+            for side, name in enumerate(("prefix_keys", "prefix_values")):
+                parts = [fused[layer][side]] if fused else []
+                parts += [made[name][layer].transpose(0, 1).flatten(1, 2)] if name in made else []
+                sides.append(torch.cat([nothing, *parts], 1)[:, order])
+            keys, values = sides
+            states.append((rotate(keys, places, inv_freq).to(self.base.dtype), values.to(self.base.dtype)))
+        return states
+
+    def cut(
+        self, context: Sequence[int] | Tensor, gists: int | None = None, first: int = 0, sink: int | None = None
+    ) -> tuple[list[tuple[int, ...]], list[Segment]]:
+        if gists not in (None, self.num_gists):
+            raise UserError(f"the modules of hint have one size: it generates {self.num_gists} prefix rows, not {gists}")
+        return super().cut(context, gists, first, sink)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        ids: Tensor,
+        layout: GistLayout,
+        readers: Sequence[Sequence[int]],
+        *,
+        sinks: int = 0,
+        chunk_rows: int = CHUNK_ROWS,
+    ) -> list[Prefix]:
+        """As of every hypernetwork, with adapters in the prefixes; a reader reads the segments of one task."""
+        layout = layout.to(self.base.device)
+        states, stack = self.task_modules(ids.to(self.base.device), layout, chunk_rows=chunk_rows)
+        prefixes = prefixes_of(states, layout, readers, inverse_frequencies(self.base))
+        for prefix, reads in zip(prefixes, readers, strict=True):
+            task = reads[0] // self._segments
+            if stack is not None:
+                pairs = {kind: tuple(side[:, task].clone() for side in pair) for kind, pair in stack.pairs.items()}
+                prefix.adapters = Adapters(pairs)
+            prefix.late = layout.segments[reads[0]].tokens if self.hint.late_fusion else 0
+        return prefixes
+
+    def save_weights(self, folder: Path) -> list[str]:
+        own = {name: x.detach().cpu().contiguous() for name, x in self.trainable().items() if not name.startswith("base.")}
+        write_atomically(folder / WEIGHTS, safetensors.torch.save(own))
+        if not self.trains_base:
+            return [WEIGHTS]
+        self.folder = folder
+        return [WEIGHTS, *save_model(self.base, self.tokenizer, folder)]
+
+    def load_weights(self, folder: str | Path) -> None:
+        saved = safetensors.torch.load_file(Path(folder) / WEIGHTS)
+        own = {name: x for name, x in self.trainable().items() if not name.startswith("base.")}
+        wrong = [name for name, x in own.items() if name != "marker" and (name not in saved or saved[name].shape != x.shape)]
+        if wrong:
+            raise UserError(f"{folder}: was trained with other sizes of gist.tokens or hint; {wrong[0]} does not fit")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                if name in saved:
+                    parameter.copy_(saved[name])
+        if self.trains_base:
+            self.folder = Path(folder)
+            load_weights_into(self.base, folder)

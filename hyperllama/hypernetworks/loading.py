@@ -1,0 +1,23 @@
+"""Loading a trained hypernetwork with its base and the encoder of its text format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hyperllama.base.loading import load_base, load_tokenizer
+from hyperllama.data.text import Encoder, Limits, TextFormat
+from hyperllama.hypernetworks.base import Hypernetwork
+from hyperllama.hypernetworks.config import read_config
+from hyperllama.hypernetworks.hub import fetch
+from hyperllama.hypernetworks.registry import load_hypernetwork_onto
+
+
+def load_hypernetwork(run: str | Path, base_path: str | None = None, *, dtype: str = "float32") -> tuple[Hypernetwork, Encoder]:
+    """A trained hypernetwork with its base, and the encoder of its text format; `base_path` where the base has moved."""
+    run = fetch(run)
+    config = read_config(run)
+    name = base_path or config["base"]["name"]
+    base, tokenizer = load_base(name, dtype=dtype, quantize=config["base"].get("quantize")), load_tokenizer(name)
+    notes = config["notes"]
+    encoder = Encoder(tokenizer, TextFormat(**notes.get("format", {})), Limits(**notes.get("limits", {})))
+    return load_hypernetwork_onto(run, base, tokenizer=tokenizer), encoder

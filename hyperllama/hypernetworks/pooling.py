@@ -1,0 +1,164 @@
+"""A hypernetwork that pools the keys and values that the base has of a context anyway."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import accumulate
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from attention_masks import GistLayout, Segment, rotate
+from hyperllama.base.decoder import head_dim, inverse_frequencies, kv_heads
+from hyperllama.base.mlp_blocks import CHUNK_ROWS
+from hyperllama.errors import UserError
+from hyperllama.files import write_atomically
+from hyperllama.hypernetworks.attended import attention_received, kept_queries, most_attended
+from hyperllama.hypernetworks.base import Hypernetwork
+from hyperllama.hypernetworks.row_lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RowLora
+from hyperllama.prefixes.capture import States, gist_rows
+
+POOLING = "pooling.safetensors"
+
+
+class PoolingHypernetwork(Hypernetwork):
+    """Each layer's keys and values of the context, pooled by a small cross-attention of their own.
+
+    A row of the prefix is a weighted mean over the context, for each key-value head by itself: weights are a softmax of how
+    well a learned query meets the keys without their positions, and of how near a token stands to the middle of the row's share
+    of the context. To the mean a linear map of it is added. Queries and maps start at zero.
+
+    With `recency` 0 shares are equal, and with `sharpness` 1 training starts from mean pooling with soft edges. With a recency
+    r a share at distance d from the end of T tokens is as wide as d + r * T (r * T at least a token): the last tokens have most
+    rows. The first row is then the first token's, where attention rests (Xiao et al. 2023, arXiv 2309.17453). A sharpness of
+    some hundreds starts from the token in the middle of each share, as it is. With `attended` a, rows do not begin with shares
+    but, for each key-value head, with the tokens that the last a * T of the context attend to most, see `attended`;
+    nearness then counts in tokens. With a `rank` the context is read with LoRA of that rank (and `alpha`, `dropout`,
+    `targets`, see `RowLora`), so that a token's row can gather what stands around it; without, nothing of the decoder is
+    trained, and training needs no backward pass through the context.
+    """
+
+    kind = "pooling"
+    own_settings = ("recency", "sharpness", "attended", "rank", "alpha", "dropout", "targets")
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        *,
+        recency: float = 0.0,
+        sharpness: float = 1.0,
+        attended: float = 0.0,
+        rank: int = 0,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        targets: str | Sequence[str] = "all-linear",
+        **settings,
+    ):
+        super().__init__(base, **settings)
+        if self.reading.graph == "recurrent":
+            raise UserError("gist.graph: pooling reads chunks one by one, so they cannot read each other; choose parallel")
+        if recency < 0 or sharpness <= 0:
+            raise UserError(f"pooling: recency must not be negative and sharpness above 0, not {recency} and {sharpness}")
+        if not 0 <= attended <= 1 or (attended and recency):
+            raise UserError(f"pooling: attended is a share of the context, beside recency 0, not {attended} beside {recency}")
+        layers, heads, width = base.config.num_hidden_layers, kv_heads(base.config), head_dim(base.config)
+        gists, self.recency, self.sharpness, self.attended = self.num_gists, recency, sharpness, attended
+        place = {"device": base.device, "dtype": torch.float32}
+        self.queries = nn.Parameter(torch.zeros(layers, heads, gists, width, **place))
+        # Of each row and head: how sharply it looks at its own share of the context.
+        self.log_sharpness = nn.Parameter(torch.full((layers, heads, gists), math.log(sharpness), **place))
+        self.maps = nn.Parameter(torch.zeros(2, layers, heads, width, width, **place))
+        self.lora = RowLora(base, rank=rank, alpha=alpha, dropout=dropout, targets=targets) if rank else None
+
+    def settings(self) -> dict:
+        own = {"recency": self.recency, "sharpness": self.sharpness, "attended": self.attended, "rank": 0}
+        if lora := self.lora:
+            own |= {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout.p, "targets": lora.targets}
+        return {**super().settings(), **own}
+
+    def gist_states(
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = CHUNK_ROWS
+    ) -> States:
+        """The rows that stand for gists in `layout` are not computed: only the tokens before them are read."""
+        counts = [segment.gists for segment in layout.segments]
+        tokens = [segment.tokens - segment.gists for segment in layout.segments]
+        if min(tokens) < 1:
+            raise UserError("pooling needs at least one token of context for each prefix")
+        whole = GistLayout([Segment(n, gists=n) for n in tokens]).to(ids.device)
+        own = [piece[:, :n] for piece, n in zip(ids.split([s.tokens for s in layout.segments], 1), tokens, strict=True)]
+        inv_freq, places = inverse_frequencies(self.base), layout.positions[layout.gist_rows]
+        ends = [range(end - math.ceil(self.attended * n), end) for n, end in zip(tokens, accumulate(tokens))]
+        asking = torch.tensor([row for rows in ends for row in rows], dtype=torch.long, device=ids.device)
+        with kept_queries(self.base, asking) if self.attended else nullcontext() as queries:
+            read = self._read(torch.cat(own, 1), whole, chunk_rows)
+        states = []
+        for layer, (keys, values) in enumerate(read):
+            received: list[Tensor | None] = [None] * len(tokens)
+            if self.attended:
+                asked = rotate(queries[layer], whole.positions[asking], inv_freq).split([len(rows) for rows in ends], 1)
+                received = [attention_received(q, k) for q, k in zip(asked, keys.split(tokens, 1), strict=True)]
+            keys = rotate(keys.float(), -whole.positions, inv_freq)
+            contexts = zip(keys.split(tokens, 1), values.float().split(tokens, 1), counts, received, strict=True)
+            pooled = [self._pool(layer, *context) for context in contexts]
+            keys, new_values = (torch.cat(side, 1) for side in zip(*pooled, strict=True))
+            states.append((rotate(keys, places, inv_freq).to(values.dtype), new_values.to(values.dtype)))
+        return states
+
+    def _read(self, ids: Tensor, whole: GistLayout, chunk_rows: int | None) -> States:
+        inputs = {"input_ids": ids} | ({"gist_lora": self.lora} if self.lora else {})
+        with nullcontext() if self.lora else torch.no_grad():
+            return gist_rows(self.base, whole, backend=self.backend, chunk_rows=chunk_rows, **inputs)
+
+    def _pool(self, layer: int, keys: Tensor, values: Tensor, gists: int, received: Tensor | None) -> tuple[Tensor, Tensor]:
+        """keys without positions and values (N, T, D), attention received (N, T) or None -> (N, gists, D) each."""
+        if received is not None and keys.shape[1] > gists:
+            places = torch.arange(keys.shape[1], device=keys.device)
+            centres = most_attended(received, gists)  # (N, gists)
+        else:
+            places = in_shares(keys.shape[1], gists, self.recency).to(keys.device)
+            centres = torch.arange(gists, device=keys.device)[None] + 0.5
+        away = (places - centres[..., None]).square() * 2  # (N or 1, gists, T)
+        scores = self.queries[layer, :, :gists] @ keys.transpose(1, 2) * keys.shape[2] ** -0.5
+        weights = (scores - away * self.log_sharpness[layer, :, :gists, None].exp()).softmax(-1)
+        pooled = [weights @ x for x in (keys, values)]
+        return tuple(x + x @ self.maps[side, layer] for side, x in enumerate(pooled))
+
+    def save_weights(self, folder: Path) -> list[str]:
+        own = {name: x.detach().cpu().contiguous() for name, x in self._own().items()}
+        write_atomically(folder / POOLING, safetensors.torch.save(own))
+        if self.lora:
+            self.lora.save(folder, self.identity.name)
+        return [POOLING, *([ADAPTER_CONFIG, ADAPTER_WEIGHTS] if self.lora else [])]
+
+    def load_weights(self, folder: str | Path) -> None:
+        saved = safetensors.torch.load_file(Path(folder) / POOLING)
+        with torch.no_grad():
+            for name, parameter in self._own().items():
+                if name in saved:
+                    parameter.copy_(saved[name])
+        if self.lora:
+            self.lora.load(folder)
+
+    def _own(self) -> dict[str, nn.Parameter]:
+        """What is trained beside LoRA."""
+        return {name: parameter for name, parameter in self.trainable().items() if not name.startswith("lora.")}
+
+    def remove(self) -> None:
+        """Take the hooks off the base."""
+        if self.lora:
+            self.lora.remove()
+
+
+def in_shares(tokens: int, rows: int, recency: float) -> Tensor:
+    """Where each of (tokens,) stands among the shares that `rows` rows have of them, 0 .. rows; see `PoolingHypernetwork`."""
+    if not recency or tokens <= rows or rows < 2:
+        return (torch.arange(tokens) + 0.5) * (rows / tokens)
+    scale = max(recency * tokens, 1)
+    from_end = (tokens - 1 - torch.arange(tokens - 1) - 0.5) / scale
+    rest = (rows - 1) * (1 - torch.log1p(from_end) / math.log1p((tokens - 1) / scale))
+    return torch.cat([torch.tensor([0.5]), 1 + rest])

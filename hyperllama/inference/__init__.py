@@ -1,0 +1,1 @@
+"""The frozen model that reads prefixes, and how good they are."""

@@ -1,0 +1,222 @@
+"""From tasks to prefixes: what of a task is shown to a hypernetwork and what its manifest says, and many tasks into a store.
+
+Many tasks are compressed in packed passes. Tasks are read one after the other; a window of them is sorted by length and cut
+into passes by tokens, and the prefixes of a pass are written before the next begins, so neither tasks nor prefixes add up in
+memory. What the store has is not compressed again: a run that was stopped goes on when it is started again, with any
+number of ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from attention_masks import GistLayout
+from hyperllama.base.identity import BaseIdentity
+from hyperllama.data.episode import Example, Task
+from hyperllama.data.sni import read_task
+from hyperllama.data.text import Encoder
+from hyperllama.errors import UserError, in_one_line
+from hyperllama.hypernetworks.base import Hypernetwork, context_sha256
+from hyperllama.prefixes.manifest import Manifest
+from hyperllama.prefixes.store import PrefixStore
+
+TASK_FILES = (".json", ".jsonl")
+# A window of so many passes is sorted by length; the prefixes of a pass, at most so many, are in memory together.
+WINDOW, PASS_TASKS = 8, 256
+PROGRESS_SECONDS = 5
+Context = tuple[list[int], Manifest]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What of a task is compressed, as text. `where`, a file or the task's name, begins the sentence of an error."""
+
+    where: str
+    task: str
+    instruction: str
+    demonstrations: tuple[Example, ...]
+
+    def encode(self, encoder: Encoder, base: BaseIdentity, run: str | Path) -> tuple[list[int], Manifest]:
+        """Token ids of the context, and the manifest of the prefix that the hypernetwork of `run` makes of them for `base`.
+
+        Demonstrations that do not fit are left out whole and counted in the manifest. Raises UserError if none fits, or the
+        instruction alone does not.
+        """
+        try:
+            context, answers = encoder.context(self.instruction, self.demonstrations)
+        except UserError as error:
+            raise UserError(f"{self.where}: {error}") from None
+        if not context:
+            raise UserError(f"{self.where}: nothing to compress, its instruction and demonstrations have no tokens")
+        if self.demonstrations and not answers:
+            raise UserError(
+                f"{self.where}: none of its {len(self.demonstrations)} demonstrations fits into "
+                f"context_tokens={encoder.limits.context_tokens}; give shorter ones, or train with a higher limit"
+            )
+        return context, Manifest(
+            base=base,
+            hypernetwork=str(run),
+            task=self.task,
+            instruction=self.instruction or None,
+            examples=len(answers),
+            dropped_examples=len(self.demonstrations) - len(answers),
+            text_format=dataclasses.asdict(encoder.format),
+        )
+
+
+def shown_of(task: Task | str | Path, *, shots: int | None = None, instruction: str | None = None) -> Shown:
+    """What of a task, or of a file that `read_task` reads, is compressed: no model and no tokenizer is needed to say so.
+
+    A task's own demonstrations are shown, of one that has none its examples; `shots` keeps the first K. `instruction`
+    replaces that of the task. Raises UserError, naming the file, if it cannot be read or leaves nothing to compress.
+    """
+    where = task.name if isinstance(task, Task) else str(task)
+    task = task if isinstance(task, Task) else read_task(task)
+    text = task.instruction if instruction is None else instruction
+    demonstrations = tuple((task.demonstrations or task.examples)[:shots])
+    if not demonstrations and not text:
+        raise UserError(f"{where}: nothing to compress, neither demonstrations nor an instruction")
+    return Shown(where, task.name, text, demonstrations)
+
+
+def task_files(paths: Sequence[str | Path]) -> list[Path]:
+    """Files of tasks: those given, and of a folder its .json and .jsonl files by name. A file named twice counts once.
+
+    Raises UserError for a folder without any. Whether a file can be read is found out when it is.
+    """
+    found = []
+    for path in map(Path, paths):
+        inside = sorted(p for p in path.iterdir() if p.suffix in TASK_FILES and p.is_file()) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"{path}: a folder without .json or .jsonl files; give task files, or the folder that they are in")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+@dataclass
+class Summary:
+    """What `compress_into` did: prefixes made, prefixes that were there already, and a sentence for each task that failed."""
+
+    made: int = 0
+    there: int = 0
+    failed: list[str] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def done(self) -> int:
+        """Tasks that were dealt with, in one way or another."""
+        return self.made + self.there + len(self.failed)
+
+    def __str__(self) -> str:
+        speed = f", {self.made / self.seconds:.1f} tasks/s" if self.made and self.seconds else ""
+        return f"{self.made} made ({self.tokens:,} tokens{speed}), {self.there} were there, {len(self.failed)} failed"
+
+
+def compress_into(
+    store: PrefixStore,
+    hypernetwork: Hypernetwork,
+    encoder: Encoder,
+    tasks: Iterable[Task | str | Path],
+    *,
+    run: str | Path,
+    batch_tokens: int = 16384,
+    rank: int = 0,
+    ranks: int = 1,
+    shots: int | None = None,
+    instruction: str | None = None,
+    progress: Callable[[str], object] = print,
+) -> Summary:
+    """Compress tasks, or files of tasks, into a store, in packed passes of at most `batch_tokens` tokens and gists.
+
+    A task whose context this hypernetwork has already compressed for this base is skipped. This rank takes every
+    `ranks`-th task, so all ranks must be given the same tasks in the same order. `progress` gets a line every few seconds and
+    in the end. A task that cannot be read, leaves nothing to compress or is longer than the model does not stop the others:
+    it is in the summary's `failed`. Raises UserError for settings that make no sense, OSError when the disk refuses.
+    """
+    if not 0 <= rank < ranks or batch_tokens < 1:
+        raise UserError(f"rank {rank} of {ranks} ranks with batch_tokens={batch_tokens}: count ranks from 0, and tokens from 1")
+    total = f" of {len(range(rank, len(tasks), ranks))}" if isinstance(tasks, Sized) else ""
+    summary, told = Summary(), time.perf_counter()
+    start = told
+
+    def tell(silence: float = PROGRESS_SECONDS) -> None:
+        nonlocal told
+        now = time.perf_counter()
+        if now - told >= silence:
+            told, summary.seconds = now, now - start
+            progress(f"{store.folder}: {summary.done}{total} tasks: {summary}")
+
+    def missing() -> Iterator[Context]:
+        fingerprint, taken = hypernetwork.fingerprint(), set()
+        for task in islice(tasks, rank, None, ranks):
+            tell()
+            try:
+                context, manifest = _fitting(shown_of(task, shots=shots, instruction=instruction), hypernetwork, encoder, run)
+            except UserError as error:
+                summary.failed.append(str(error))
+                continue
+            except Exception as error:  # a file of another form can fail anywhere, and the others are not to blame
+                where = task.name if isinstance(task, Task) else task
+                summary.failed.append(f"{where}: cannot be read as a task ({type(error).__name__}: {in_one_line(error)})")
+                continue
+            hashes = {"context_sha256": context_sha256(context), "hypernetwork_sha256": fingerprint}
+            manifest = dataclasses.replace(manifest, **hashes)
+            path = store.path_of(manifest)
+            if path in taken or store.remember(manifest, rank=rank):
+                summary.there += 1
+                continue
+            taken.add(path)  # the store does not know of it until its pass is written
+            yield context, manifest
+
+    for batch in passes(missing(), hypernetwork.num_gists, batch_tokens):
+        contexts, manifests = zip(*batch)
+        store.add_all(hypernetwork.compress(contexts, manifests), rank=rank)
+        summary.made += len(batch)
+        summary.tokens += sum(map(len, contexts))
+        tell()
+    tell(silence=0)
+    return summary
+
+
+def _fitting(shown: Shown, hypernetwork: Hypernetwork, encoder: Encoder, run: str | Path) -> Context:
+    """A context that the model has positions for: one that is too long would refuse all others of its pass."""
+    context, manifest = shown.encode(encoder, hypernetwork.identity, run)
+    layout, positions = GistLayout(hypernetwork.cut(context)[1]), hypernetwork.base.config.max_position_embeddings
+    if layout.last_position >= positions:
+        raise UserError(
+            f"{shown.where}: takes {len(context)} tokens and {hypernetwork.num_gists} gists, but the model has {positions} "
+            "positions; show fewer or shorter examples"
+        )
+    return context, manifest
+
+
+def passes(contexts: Iterable[Context], gists: int, batch_tokens: int) -> Iterator[list[Context]]:
+    """Contexts of like length, with their gists no more than `batch_tokens` together, or one alone."""
+    contexts = iter(contexts)
+    while window := list(_window(contexts, gists, WINDOW * batch_tokens)):
+        # The longest first: what does not fit into memory fails at once, not in the end.
+        window.sort(key=lambda context: len(context[0]), reverse=True)
+        batch, tokens = [], 0
+        for context in window:
+            size = len(context[0]) + gists
+            if batch and (tokens + size > batch_tokens or len(batch) == PASS_TASKS):
+                yield batch
+                batch, tokens = [], 0
+            batch.append(context)
+            tokens += size
+        yield batch
+
+
+def _window(contexts: Iterator[Context], gists: int, most: int) -> Iterator[Context]:
+    tokens = 0
+    for count, context in enumerate(contexts, 1):
+        yield context
+        tokens += len(context[0]) + gists
+        if tokens >= most or count == WINDOW * PASS_TASKS:
+            return

@@ -1,0 +1,208 @@
+"""The frozen model that reads prefixes: stock `generate`, with one prefix a row, and likelihoods in packed passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+
+from hyperllama.base.adapters import Stack, adapted
+from hyperllama.base.decoder import cache_argument
+from hyperllama.base.identity import identify
+from hyperllama.errors import UserError
+from hyperllama.inference.scoring import Question, continuation_scores
+from hyperllama.prefixes.capture import encode_whole
+from hyperllama.prefixes.prefix import Prefix
+
+
+class Reader:
+    """A base model and its tokenizer, ready to read prompts behind prefixes that were made for it."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.model, self.tokenizer = model, tokenizer
+        self.identity = identify(model, tokenizer)
+
+    def encode(self, contexts: Sequence[Sequence[int]], *, batch_tokens: int = 8192) -> list[Prefix]:
+        """Prefixes that keep every token of the contexts (token ids, at least one each): full attention, encoded once."""
+        prefixes: list[Prefix] = []
+        batch: list[Sequence[int]] = []
+        for context in contexts:
+            if batch and sum(map(len, batch)) + len(context) > batch_tokens:
+                prefixes += encode_whole(self.model, batch)
+                batch = []
+            batch.append(context)
+        return prefixes + (encode_whole(self.model, batch) if batch else [])
+
+    def score(self, questions: Sequence[Question], *, batch_tokens: int = 8192) -> list[list[float]]:
+        """The log-probability in nats of each continuation of each question, summed over its tokens.
+
+        Raises UserError for a prefix of another base, or an empty prompt or continuation.
+        """
+        for prefix in {id(q.prefix): q.prefix for q in questions if q.prefix is not None}.values():
+            prefix.check(self.identity)
+        return continuation_scores(self.model, questions, batch_tokens=batch_tokens)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefixes: Sequence[Prefix] | None = None,
+        *,
+        batch_size: int = 32,
+        batch_tokens: int | None = None,
+        stop: str = "",
+        **settings,
+    ) -> list[list[int]]:
+        """Continue each prompt behind its own prefix; different tasks and lengths may share a batch.
+
+        `prompts` are token ids; `prefixes` one for each, or None to read without; `settings` go to transformers' `generate`
+        verbatim, apart from `num_return_sequences`: an answer a prompt. Where a prefix has late rows, a prompt is read up to
+        its last token first, and that token is all of it that `generate` sees, for a repetition penalty say. A batch has at
+        most `batch_size` rows, and with `batch_tokens` no more prefix rows and prompt tokens, padding included, unless one row
+        has. A row ends at its end token, or with the text `stop`; its new tokens are returned, `stop` included. Raises
+        UserError for a prefix of another base, or where the model's positions end.
+        """
+        if settings.get("num_return_sequences", 1) != 1:
+            raise ValueError("a reader gives one answer a prompt: repeat the prompt instead of num_return_sequences")
+        if prefixes is not None and len(prefixes) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many prefixes, not {len(prefixes)}")
+        for prefix in {id(p): p for p in prefixes or ()}.values():
+            prefix.check(self.identity)
+        # Neighbours in length share a batch, so that little of it is padding.
+        gists = [prefix.gists for prefix in prefixes] if prefixes is not None else [0] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: (gists[i], len(prompts[i])))
+        continuations: list[list[int]] = [[]] * len(prompts)
+        for rows in _batches(order, gists, list(map(len, prompts)), batch_size, batch_tokens):
+            batch = self._generate([prompts[i] for i in rows], prefixes and [prefixes[i] for i in rows], stop, settings)
+            for i, continuation in zip(rows, batch, strict=True):
+                continuations[i] = continuation
+        return continuations
+
+    def _generate(self, prompts, prefixes, stop: str, settings) -> list[list[int]]:
+        tokenizer, device = self.tokenizer, self.model.device
+        pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        if not all(len(prompt) for prompt in prompts):
+            raise UserError("a prompt is empty after tokenisation: give an input, or a query template with text of its own")
+        if prefixes is not None and any(prefix.late for prefix in prefixes):
+            prefixes, prompts = self._read_inputs(prompts, prefixes, pad), [prompt[-1:] for prompt in prompts]
+        ids, mask = _padded(prompts, pad, device)
+        longest = ids.shape[1]
+        cache, stack = {}, None
+        if prefixes is not None:
+            # Beam search repeats each prompt, but not a cache that it is given.
+            rows = [prefix for prefix in prefixes for _ in range(settings.get("num_beams", 1))]
+            stack = Stack.of([prefix.adapters for prefix in rows], self.model)
+            states, gists = Prefix.stack(rows, device=device, dtype=self.model.dtype)
+            cache = cache_argument(self.model, states)
+            mask = torch.cat([gists[:: len(rows) // len(prefixes)].to(mask.dtype), mask], dim=1)
+        settings = {"do_sample": False, "pad_token_id": pad, "eos_token_id": tokenizer.eos_token_id, **settings}
+        if stop:
+            settings["stopping_criteria"] = [*settings.get("stopping_criteria", ()), StopsAt(stop, tokenizer, longest)]
+        longest_answer = settings.setdefault("max_new_tokens", 64)
+        if mask.shape[1] + longest_answer > self.model.config.max_position_embeddings:
+            raise UserError(
+                f"prefix, prompt and {longest_answer} new tokens take {mask.shape[1] + longest_answer} positions, "
+                f"but the model has {self.model.config.max_position_embeddings}; shorten the input or lower --max-new-tokens"
+            )
+        with one_product_head(self.model), adapted(self.model, stack):
+            output = self.model.generate(ids, attention_mask=mask, **cache, **settings)[:, longest:].tolist()
+        ends = settings["eos_token_id"]  # one, several or none; what follows is padding
+        answers = [_until(row, set(ends) if isinstance(ends, list) else {ends}) for row in output]
+        return [_through(row, stop, tokenizer) for row in answers] if stop else answers
+
+    def _read_inputs(self, prompts, prefixes, pad: int) -> list[Prefix]:
+        """For each prompt its prefix and, behind it, its rows but the last, which have not seen late gists."""
+        if max(map(len, prompts)) == 1:
+            return [Prefix(p.keys, p.values, p.manifest, p.adapters) for p in prefixes]
+        ids, mask = _padded([prompt[:-1] for prompt in prompts], pad, self.model.device)
+        # Late gists are left out, but what comes after them stands where it would stand behind them. A task is
+        # cut once, so that `stack` moves it once.
+        distinct = {id(p): p for p in prefixes}
+        early = {
+            key: Prefix([k[:, p.late :] for k in p.keys], [v[:, p.late :] for v in p.values]) for key, p in distinct.items()
+        }
+        cache, gists = Prefix.stack([early[id(p)] for p in prefixes], device=self.model.device, dtype=self.model.dtype)
+        starts = torch.tensor([prefix.gists for prefix in prefixes], device=self.model.device)
+        places = (starts[:, None] + mask.cumsum(1) - 1).clamp(min=0)
+        mask = torch.cat([gists.to(mask.dtype), mask], 1)
+        decoder = self.model.get_decoder()
+        with adapted(self.model, Stack.of([prefix.adapters for prefix in prefixes], self.model)):
+            decoder(ids, attention_mask=mask, position_ids=places, **cache_argument(decoder, cache), use_cache=True)
+        longer = []
+        for i, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
+            first = mask.shape[1] - (len(prompt) - 1)
+            sides = [
+                [torch.cat([own.to(rows), rows[i, :, first:]], 1) for own, rows in zip(side, computed, strict=True)]
+                for side, computed in (
+                    (prefix.keys, [layer.keys for layer in cache.layers]),
+                    (prefix.values, [layer.values for layer in cache.layers]),
+                )
+            ]
+            longer.append(Prefix(*sides, prefix.manifest, prefix.adapters))
+        return longer
+
+
+class StopsAt(StoppingCriteria):
+    """A row is done when `stop` is in the text of its tokens from `start` on.
+
+    transformers' own `stop_strings` looks at the prompt's end too, and cannot take tokenizers that know whole words only.
+    """
+
+    def __init__(self, stop: str, tokenizer: PreTrainedTokenizerBase, start: int):
+        self.stop, self.tokenizer, self.start = stop, tokenizer, start
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        texts = (self.tokenizer.decode(row) for row in input_ids[:, self.start :])
+        return torch.tensor([self.stop in text for text in texts], device=input_ids.device)
+
+
+def _padded(prompts: Sequence[Sequence[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, longest), padded on the left, and which of them are real, as ones and zeros."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, longest - len(prompt) :] = torch.as_tensor(prompt)
+        mask[i, longest - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)  # two transfers, not two a row
+
+
+@contextmanager
+def one_product_head(model: PreTrainedModel) -> Iterator[None]:
+    """A context in which the output head multiplies the last rows of a batch in one product.
+
+    `generate` hands the head a view of one row of each sequence of the prompt. torch takes such a view sequence by sequence,
+    and on a CPU in bf16 copies the head's whole weight for each of them first: for 32 rows longer than the rest of a batch.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _batches(order: list[int], gists: list[int], prompts: list[int], most_rows: int, most_tokens: int | None):
+    """Cut `order` into batches of rows that are padded to their longest prefix and their longest prompt."""
+    batch: list[int] = []
+    for i in order:
+        width = max(gists[j] for j in (*batch, i)) + max(prompts[j] for j in (*batch, i))
+        if batch and (len(batch) == most_rows or (most_tokens is not None and (len(batch) + 1) * width > most_tokens)):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _until(row: list[int], ends: set[int]) -> list[int]:
+    """The tokens before the first of `ends`."""
+    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
+
+
+def _through(row: list[int], stop: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The fewest first tokens whose text has `stop` in it; all of them if it has not. What follows in a batch is padding."""
+    if stop not in tokenizer.decode(row):
+        return row
+    return next(row[:n] for n in range(1, len(row) + 1) if stop in tokenizer.decode(row[:n]))

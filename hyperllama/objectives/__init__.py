@@ -1,0 +1,1 @@
+"""What is trained for, and the model over packed batches that every trained thing extends."""

@@ -1,0 +1,1 @@
+"""Prefixes in the formats of other tools."""

@@ -1,0 +1,284 @@
+"""The soft prefix: keys and values of a task's gists at every layer, perhaps adapters, and the file that carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import DynamicCache
+
+from attention_masks import rotate
+from hyperllama.base.adapters import PATHS, Adapters
+from hyperllama.base.identity import BaseIdentity
+from hyperllama.errors import UserError
+from hyperllama.files import sha256, write_atomically
+from hyperllama.prefixes.manifest import Manifest, _both
+
+SCALES = {"keys": "keys_scale", "values": "values_scale"}
+
+LATE = ("late_keys", "late_values")
+
+ADAPTERS = tuple(f"{name}_{side}" for name in PATHS for side in ("down", "up"))
+
+
+class Prefix:
+    """Keys and values of G gists: for each of L layers a pair of tensors (N, G, D), N key-value heads of D dimensions.
+
+    Keys are canonical: rotated so that the gists stand at positions 0 .. G-1, and a reader starts at G. So a prefix needs
+    no memory of how long its context was, and prefixes of different contexts go into one batch.
+
+    A task module of HINT may have `adapters` too, for the rows that read it; then there may be no keys (G = 0). Its first
+    `late` gists may be there for those rows only that predict an answer: from the last row of a prompt on. `Reader` follows
+    both; what knows keys and values only (a cache, PEFT) refuses them.
+
+    Raises ValueError if shapes disagree.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        manifest: Manifest | None = None,
+        adapters: Adapters | None = None,
+        late: int = 0,
+    ):
+        self.keys, self.values, self.manifest, self.adapters = tuple(keys), tuple(values), manifest, adapters
+        self.late = late
+        if not self.keys or len(self.keys) != len(self.values):
+            raise ValueError(
+                f"a prefix needs as many keys as values, one pair a layer, not {len(self.keys)} and {len(self.values)}"
+            )
+        shape, dtype = self.keys[0].shape, self.keys[0].dtype
+        if len(shape) != 3 or any(t.shape != shape or t.dtype != dtype for t in (*self.keys, *self.values)):
+            shapes = sorted({str(tuple(t.shape)) for t in (*self.keys, *self.values)})
+            raise ValueError(f"a prefix needs keys and values of one shape (kv_heads, gists, head_dim) and dtype, not {shapes}")
+        if adapters is not None and adapters.layers != len(self.keys):
+            raise ValueError(f"a prefix of {len(self.keys)} layers needs adapters of as many, not of {adapters.layers}")
+        if not 0 <= late <= self.gists:
+            raise ValueError(f"of a prefix of {self.gists} gists 0 .. {self.gists} can be late, not {late}")
+
+    @property
+    def layers(self) -> int:
+        return len(self.keys)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def gists(self) -> int:
+        return self.keys[0].shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.keys[0].shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and adapters."""
+        return sum(t.nbytes for t in (*self.keys, *self.values)) + (self.adapters.nbytes if self.adapters else 0)
+
+    def __repr__(self) -> str:
+        made = f", late={self.late}" if self.late else ""
+        made += f", adapters={self.adapters.sizes}" if self.adapters else ""
+        made += f", task={self.manifest.task!r}, base={self.manifest.base.name!r}" if self.manifest else ""
+        return f"Prefix(gists={self.gists}, layers={self.layers}, kv_heads={self.kv_heads}, head_dim={self.head_dim}{made})"
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, Prefix):
+            return NotImplemented
+        forms = [(one.layers, one.dtype, one.late, one.manifest) for one in (self, other)]
+        same_form = forms[0] == forms[1]
+        pairs = zip((*self.keys, *self.values), (*other.keys, *other.values))
+        same_rows = same_form and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
+        return same_rows and (other.adapters is None if self.adapters is None else self.adapters.equals(other.adapters))
+
+    __hash__ = None  # tensors can change
+
+    def refuse_modules(self, what: str) -> None:
+        """UserError unless all there is are keys and values that every reader sees; `what` begins the sentence."""
+        if self.adapters is not None or self.late:
+            has = "adapters" if self.adapters is not None else "rows that only answers see"
+            raise UserError(f"{what} keys and values only, but this task module has {has}; read it with generate or evaluate")
+
+    def truncate(self, gists: int) -> Prefix:
+        """The first `gists` rows, for prefixes that were trained to stand alone at any length. ValueError beyond 1 .. G."""
+        self.refuse_modules("truncating is for prefixes of")
+        if not 1 <= gists <= self.gists:
+            raise ValueError(f"a prefix of {self.gists} gists can be cut to 1 .. {self.gists} of them, not {gists}")
+        return Prefix([k[:, :gists] for k in self.keys], [v[:, :gists] for v in self.values], self.manifest)
+
+    @staticmethod
+    def concat(first: Prefix, second: Prefix) -> Prefix:
+        """One prefix of both: a reader sees `first`, then `second`, whose keys are moved behind it.
+
+        A sink is the first row of all: that of the second is left out where the first has one. Raises UserError if they are of
+        different bases, or if the second does not say how its keys are moved.
+        """
+        manifest = second.manifest
+        for part in (first, second):
+            part.refuse_modules("concatenation is for prefixes of")
+        if first.manifest is None or manifest is None or "inv_freq" not in manifest.rotary:
+            raise UserError(
+                "a prefix without its base's rotary frequencies cannot be concatenated; compress its examples again"
+            )
+        first.check(manifest.base, "the first prefix")
+        inv_freq = torch.tensor(manifest.rotary["inv_freq"], device=second.keys[0].device)
+        cut = int(first.manifest.sink is not None and manifest.sink is not None)
+        shifts = torch.full((second.gists - cut,), first.gists - cut, device=inv_freq.device)
+        moved = [rotate(k[:, cut:], shifts, inv_freq) for k in second.keys]
+        keys = [torch.cat([a, b.to(a)], dim=1) for a, b in zip(first.keys, moved, strict=True)]
+        values = [torch.cat([a, b[:, cut:].to(a)], dim=1) for a, b in zip(first.values, second.values, strict=True)]
+        return Prefix(keys, values, _both(first.manifest, manifest))
+
+    def to(self, device=None, dtype=None) -> Prefix:
+        """The same prefix on another device or in another dtype."""
+        move = [tuple(t.to(device=device, dtype=dtype) for t in side) for side in (self.keys, self.values)]
+        return Prefix(*move, self.manifest, self.adapters and self.adapters.to(device, dtype), self.late)
+
+    def to_cache(self, device=None, dtype=None) -> DynamicCache:
+        """A fresh cache of one row for `model.generate(**cache_argument(model, cache), ...)` or a forward pass.
+
+        The attention mask must cover the prefix: ones (1, G + prompt tokens). UserError for a task module with more.
+        """
+        self.refuse_modules("a cache holds")
+        return Prefix.stack([self], device=device, dtype=dtype)[0]
+
+    @staticmethod
+    def stack(prefixes: Sequence[Prefix], device=None, dtype=None) -> tuple[DynamicCache, Tensor]:
+        """Keys and values of different tasks as one batch: a fresh cache of B rows, and which of its columns are gists (B, G).
+
+        Prefixes with fewer gists are padded on the left; the mask, bool, is False there and goes in front of the prompt's
+        attention mask. Raises ValueError if the prefixes are not of one model's form.
+        """
+        forms = {(p.layers, p.kv_heads, p.head_dim) for p in prefixes}
+        if len(forms) != 1:
+            raise ValueError(f"only prefixes of one base model stack, not (layers, kv_heads, head_dim) of {sorted(forms)}")
+        longest = max(p.gists for p in prefixes)
+        first = prefixes[0].keys[0]
+        place = {"device": device or first.device, "dtype": dtype or first.dtype}
+        # A task's prefix is moved once, however many rows read it, and in one piece: a copy for every row, layer and side
+        # would take longer than a step of the model on a GPU.
+        distinct = {id(prefix): prefix for prefix in prefixes}
+        layers, (heads, _, dim) = prefixes[0].layers, first.shape
+        states = torch.zeros(2 * layers, len(distinct), heads, longest, dim, **place)
+        for i, prefix in enumerate(distinct.values()):
+            states[:, i, :, longest - prefix.gists :] = torch.stack((*prefix.keys, *prefix.values))
+        column = {key: i for i, key in enumerate(distinct)}
+        rows = torch.tensor([column[id(prefix)] for prefix in prefixes], device=states.device)
+        pairs = [(states[i].index_select(0, rows), states[layers + i].index_select(0, rows)) for i in range(layers)]
+        gists = torch.tensor([p.gists for p in prefixes], device=place["device"])
+        mask = torch.arange(longest, device=place["device"])[None] >= longest - gists[:, None]
+        return DynamicCache(pairs), mask
+
+    def check(self, identity: BaseIdentity, where: str = "this prefix") -> None:
+        """UserError, naming both, unless the manifest's base is the model `identity`. A prefix without manifest passes."""
+        if self.manifest is None:
+            return
+        made_for = self.manifest.base
+        if (made_for.weights, made_for.config) != (identity.weights, identity.config):
+            raise UserError(
+                f"{where} was made for {made_for.name} ({made_for.weights[:8]}), "
+                f"not for {identity.name} ({identity.weights[:8]}); read it with its own base, or compress the examples again"
+            )
+        if made_for.tokenizer and identity.tokenizer and made_for.tokenizer != identity.tokenizer:
+            raise UserError(
+                f"{where} was made with another tokenizer than that of {identity.name}; use the tokenizer of {made_for.name}"
+            )
+
+    def save(self, path: str | Path, *, quantize: Literal["int8"] | None = None) -> dict[str, float]:
+        """Write one .safetensors file: keys and values (L, N, G, D), the manifest and a checksum in its header.
+
+        `quantize="int8"` stores a quarter of the bytes of float32; `load` gives float32 back. Returns the relative error of
+        keys and values (root mean square), which the manifest then holds too; nothing is lost otherwise. UserError for
+        a task module with more than that. Atomic: a crash or a full disk (OSError) leaves the file that was there
+        whole.
+        """
+        if quantize:
+            self.refuse_modules("int8 is for files of")
+        sides = {"keys": torch.stack(self.keys).cpu(), "values": torch.stack(self.values).cpu()}
+        tensors = {name: side[:, :, self.late :].contiguous() for name, side in sides.items()}
+        if self.late:
+            tensors |= {f"late_{name}": side[:, :, : self.late].contiguous() for name, side in sides.items()}
+        for name, pair in self.adapters.pairs.items() if self.adapters else ():
+            tensors |= {f"{name}_{side}": x.cpu().contiguous() for side, x in zip(("down", "up"), pair)}
+        lost: dict[str, float] = {}
+        if quantize:
+            tensors, lost = _quantized(tensors)
+            if self.manifest is not None:
+                metrics = {**self.manifest.metrics, **{f"int8_error_{side}": error for side, error in lost.items()}}
+                self = Prefix(self.keys, self.values, replace(self.manifest, metrics=metrics))
+        manifest = self.manifest.to_json() if self.manifest else ""
+        metadata = {"hyperllama": manifest, "sha256": _checksum(manifest, tensors)}
+        write_atomically(path, safetensors.torch.save(tensors, metadata))
+        return lost
+
+    @classmethod
+    def load(cls, path: str | Path, identity: BaseIdentity | None = None) -> Prefix:
+        """Read a file that `save` wrote, onto the CPU; with `identity`, refuse it unless it was made for that base.
+
+        Raises UserError if the file is missing, damaged in any bit, not a prefix, or made for another base.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such prefix file; make one with hyperllama compress")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path}: not a whole prefix file ({error}); copy it again, or compress the examples again"
+            ) from error
+        more = set(tensors) - {"keys", "values"}
+        known = {"keys", "values"} <= set(tensors) and (more <= {*LATE, *ADAPTERS} or more == set(SCALES.values()))
+        if "hyperllama" not in metadata or not known:
+            raise UserError(f"{path}: a safetensors file, but not a prefix; make one with hyperllama compress")
+        if metadata.get("sha256") != _checksum(metadata["hyperllama"], tensors):
+            raise UserError(f"{path}: damaged, its checksum does not match; copy it again, or compress the examples again")
+        try:
+            manifest = Manifest.from_json(metadata["hyperllama"]) if metadata["hyperllama"] else None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        for side, scale in SCALES.items():
+            if scale in tensors:
+                tensors[side] = tensors[side].float() * tensors[scale]
+        pairs = {name: (tensors[f"{name}_down"], tensors[f"{name}_up"]) for name in PATHS if f"{name}_down" in tensors}
+        late = tensors[LATE[0]].shape[2] if LATE[0] in tensors else 0
+        sides = [tensors[side] for side in ("keys", "values")]
+        if late:
+            sides = [torch.cat([tensors[name], side], 2) for name, side in zip(LATE, sides)]
+        prefix = cls(*(side.unbind() for side in sides), manifest, Adapters(pairs) if pairs else None, late)
+        if identity is not None:
+            prefix.check(identity, str(path))
+        return prefix
+
+
+def _quantized(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """8 bits and a scale: keys by channel, values by row, as their outliers lie (Liu et al. 2024, arXiv 2402.02750)."""
+    found, lost = {}, {}
+    for side, axis in (("keys", 2), ("values", 3)):
+        full = tensors[side].float()
+        scale = full.abs().amax(axis, keepdim=True).clamp(min=1e-12) / 127
+        found[side], found[SCALES[side]] = (full / scale).round().to(torch.int8), scale
+        error = found[side].float() * scale - full
+        lost[side] = (error.pow(2).mean() / full.pow(2).mean().clamp(min=1e-24)).sqrt().item()
+    return found, lost
+
+
+def _checksum(manifest: str, tensors: dict[str, Tensor]) -> str:
+    parts = [manifest]
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        parts += [f"{name}{tensor.dtype}{tuple(tensor.shape)}", tensor.flatten().view(torch.uint8).numpy().tobytes()]
+    return sha256(*parts)

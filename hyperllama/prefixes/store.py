@@ -1,0 +1,275 @@
+"""A folder of prefixes, and an index that is believed only together with the files.
+
+The files are what is true. A file's name follows from task, base, context and hypernetwork, whose hash ends it: processes that
+write at the same time agree on names without talking, and whether a prefix is there is asked of its file, read whole under its
+checksum. `index/rank*.jsonl` repeats the files' headers, a line a prefix, so that thousands are listed from a few small files.
+Each process appends to its own, once the prefix stands on the disk: a crash leaves a prefix without a line, never a line for
+half a prefix. Lines are compared with headers when prefixes are loaded or checked, and repaired from them. Nothing is locked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hyperllama.base.identity import BaseIdentity
+from hyperllama.errors import UserError
+from hyperllama.files import canonical_json, plain_name, sha256, write_atomically
+from hyperllama.prefixes.manifest import Manifest
+from hyperllama.prefixes.prefix import Prefix
+
+INDEX, SUFFIX = "index", ".safetensors"
+WRITERS = 8  # files that are written at the same time
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the index: what the header of a prefix file says, and the file's name and size in bytes."""
+
+    file: str
+    task: str
+    base: BaseIdentity
+    context_sha256: str | None
+    hypernetwork_sha256: str | None
+    gists: int
+    bytes: int
+    metrics: dict = field(default_factory=dict)
+    created: str | None = None
+
+    def differences(self, other: Entry) -> list[str]:
+        """The names of the fields in which two entries differ. `created` is none: two ranks may have made one prefix twice."""
+        mine, its = dataclasses.asdict(self), dataclasses.asdict(other)
+        # As JSON: what was read from a file has lists for tuples, and a NaN equals itself.
+        return [key for key in mine if key != "created" and canonical_json(mine[key]) != canonical_json(its[key])]
+
+
+class PrefixStore:
+    """A folder of prefix files and their index. Several processes may add to it at the same time, each as a rank of its own.
+
+    The folder is made if it is missing; with `create=False` it must be there, and may be read-only. Iteration gives entries by
+    task. Raises UserError if the folder is a file, cannot be written, or is not there.
+    """
+
+    def __init__(self, folder: str | Path, *, create: bool = True):
+        self.folder, self._repair = Path(folder), f"run hyperllama list {folder} --repair"
+        self._stamp: list[tuple] | None = None
+        self._known: dict[str, Entry] = {}
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{folder}: a file, but a store of prefixes is a folder; give another name")
+        if not create and not self.folder.is_dir():
+            raise UserError(f"{folder}: no such store of prefixes; make one with hyperllama compress --store")
+        if create:
+            try:
+                (self.folder / INDEX).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.folder / INDEX):
+                    pass
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be written ({error.strerror}); give another folder") from error
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(sorted(self._index().values(), key=lambda entry: (entry.task, entry.file)))
+
+    def __len__(self) -> int:
+        return len(self._index())
+
+    def path_of(self, manifest: Manifest | None) -> Path:
+        """Where a prefix with this manifest stands: its task's name, cleaned, and a hash of all by which it is known.
+
+        Names are short ASCII without slashes or leading dots. Tasks whose names look alike once they are cleaned, or differ in
+        case alone, differ in the hash. Raises UserError if the manifest names no task.
+        """
+        if manifest is None or not manifest.task:
+            raise UserError("a store keeps prefixes by task, but the manifest of this one names none; give it a task")
+        base, hashes = manifest.base, (manifest.context_sha256, manifest.hypernetwork_sha256)
+        known = [manifest.task, base.weights, base.config, base.tokenizer, *hashes]
+        return self.folder / f"{plain_name(manifest.task)}-{sha256(canonical_json(known))[:16]}{SUFFIX}"
+
+    def add(self, prefix: Prefix, *, rank: int = 0) -> Path:
+        """Write a prefix and its line of the index, and return its path. One of the same task, base and hashes is replaced,
+        as by a prefix that was tuned or cut: its manifest says the same.
+
+        Raises UserError if the prefix has no manifest with a task, OSError when the disk refuses.
+        """
+        return self.add_all([prefix], rank=rank)[0]
+
+    def add_all(self, prefixes: Sequence[Prefix], *, rank: int = 0) -> list[Path]:
+        """As `add`, for several: their files are written at the same time, because a disk syncs many about as fast as one.
+
+        If one cannot be written the others still are, with their lines, and then its error is raised.
+        """
+        paths = [self.path_of(prefix.manifest) for prefix in prefixes]
+        with ThreadPoolExecutor(WRITERS) as pool:
+            writes = [pool.submit(prefix.save, path) for prefix, path in zip(prefixes, paths, strict=True)]
+        written = [w.exception() is None for w in writes]
+        self._append([_entry(path, prefix) for path, prefix, whole in zip(paths, prefixes, written) if whole], rank)
+        for write in writes:
+            write.result()
+        return paths
+
+    def has(self, task: str, base: BaseIdentity, context_sha256: str | None, hypernetwork_sha256: str | None) -> bool:
+        """Whether a whole prefix of this task, base, context and hypernetwork is there: the file is read, not the index."""
+        hashes = {"context_sha256": context_sha256, "hypernetwork_sha256": hypernetwork_sha256}
+        return self._whole(self.path_of(Manifest(base=base, task=task, **hashes))) is not None
+
+    def remember(self, manifest: Manifest, *, rank: int = 0) -> bool:
+        """As `has`, for a manifest with its hashes; a prefix that a crash has left without its line of the index gets one."""
+        entry = self._whole(self.path_of(manifest))
+        if entry is not None:
+            known = self._index().get(entry.file)
+            if known is None or known.differences(entry):
+                self._append([entry], rank)
+        return entry is not None
+
+    def find(self, *, task: str | None = None, base: BaseIdentity | str | None = None) -> list[Entry]:
+        """The entries of a task, and of a base by its fingerprints or, given as text, by its name."""
+        return [entry for entry in self if task in (None, entry.task) and (base is None or _is_base(entry.base, base))]
+
+    def load(self, which: Entry | str, identity: BaseIdentity | None = None) -> Prefix:
+        """The prefix of an entry, or of a task by name, where `identity` chooses among several bases.
+
+        Raises UserError if there is none or more than one, it is damaged or made for another base, or the index says
+        another thing than the file.
+        """
+        entry = which if isinstance(which, Entry) else self._only(which, identity)
+        path = self.folder / entry.file
+        if not path.is_file():
+            raise UserError(f"{path}: in the index, but not there; {self._repair}")
+        prefix, found = self._read(path)
+        if differ := entry.differences(found):
+            raise UserError(f"{path}: the index says another thing of it ({', '.join(differ)}); {self._repair}")
+        if identity is not None:
+            prefix.check(identity, str(path))
+        return prefix
+
+    def compare(self) -> list[str]:
+        """As `check`, by the names and sizes of files alone: of thousands in a moment, but a flipped bit is not noticed."""
+        known = {entry.file: entry for entry in self}
+        sizes = {path.name: path.stat().st_size for path in self.folder.glob(f"*{SUFFIX}") if path.is_file()}
+        found = [f"{self.folder / name}: not in the index; {self._repair}" for name in sorted(sizes.keys() - known.keys())]
+        for name, entry in known.items():
+            if name not in sizes:
+                found.append(self._gone(name))
+            elif sizes[name] != entry.bytes:
+                found.append(
+                    f"{self.folder / name}: {sizes[name]:,} bytes, not {entry.bytes:,} as in the index; {self._repair}"
+                )
+        return found
+
+    def check(self) -> list[str]:
+        """What is wrong, a sentence each that says how to repair it. Every file is read whole, one at a time."""
+        found: list[str] = []
+        for path, entry in self._whole_files(found):
+            if (known := self._index().get(path.name)) is None:
+                found.append(f"{path}: not in the index; {self._repair}")
+            elif differ := known.differences(entry):
+                found.append(f"{path}: the index says another thing of it ({', '.join(differ)}); {self._repair}")
+        return found + [self._gone(entry.file) for entry in self if not (self.folder / entry.file).is_file()]
+
+    def _gone(self, name: str) -> str:
+        return f"{self.folder / name}: in the index, but not there; copy it back, or to forget it {self._repair}"
+
+    def repair(self) -> list[str]:
+        """Make the index anew from the files' headers. Returns a sentence for each file that is left alone.
+
+        A whole prefix under another name gets its own. Run it while nothing is compressing into the store: a line that is
+        written meanwhile may be forgotten, and found by the next repair.
+        """
+        left: list[str] = []
+        lines = []
+        for path, entry in self._whole_files(left):
+            home = self.folder / entry.file
+            if home != path and home.exists():
+                left.append(f"{path}: a second file of {home.name}; remove one of them, the damaged one if one is")
+            else:
+                path.rename(home)
+                lines.append(_line(entry))
+        # The new index is whole before the old ones go; in between, a line stands twice, which does no harm.
+        first = self.folder / INDEX / "rank0.jsonl"
+        write_atomically(first, "".join(lines))
+        for path in set(self._journals()) - {first}:
+            path.unlink()
+        return left
+
+    def _whole_files(self, others: list[str]) -> Iterator[tuple[Path, Entry]]:
+        """The whole prefix files and what their entries should be; for the other files a sentence goes to `others`."""
+        for path in sorted(path for path in self.folder.glob(f"*{SUFFIX}") if path.is_file()):
+            try:
+                yield path, self._read(path)[1]
+            except UserError as error:
+                others.append(str(error))
+
+    def _journals(self) -> list[Path]:
+        return sorted((self.folder / INDEX).glob("rank*.jsonl"))
+
+    def _read(self, path: Path) -> tuple[Prefix, Entry]:
+        """A file and what its entry should be, with its own name; UserError if it is not a whole prefix of a task."""
+        prefix = Prefix.load(path)
+        if prefix.manifest is None or not prefix.manifest.task:
+            raise UserError(f"{path}: a prefix whose manifest names no task, by which a store keeps them; move it elsewhere")
+        return prefix, dataclasses.replace(_entry(path, prefix), file=self.path_of(prefix.manifest).name)
+
+    def _whole(self, path: Path) -> Entry | None:
+        """The entry of a file, if it is a whole prefix under its own name."""
+        try:
+            entry = self._read(path)[1]
+        except UserError:
+            return None
+        return entry if entry.file == path.name else None
+
+    def _only(self, task: str, identity: BaseIdentity | None) -> Entry:
+        found = self.find(task=task)
+        found = [entry for entry in found if identity is not None and _is_base(entry.base, identity)] or found
+        if not found:
+            raise UserError(f"{self.folder}: no prefix of a task {task!r}; hyperllama list {self.folder} shows what is there")
+        if len(found) > 1:
+            files = ", ".join(entry.file for entry in found)
+            raise UserError(f"{self.folder}: {len(found)} prefixes of task {task!r} ({files}); load one of them by its entry")
+        return found[0]
+
+    def _index(self) -> dict[str, Entry]:
+        """The entries by file name, read again if a process has written since. Of lines about one file the last counts."""
+        stamp = [(path, (s := path.stat()).st_ino, s.st_size, s.st_mtime_ns) for path in self._journals()]
+        if stamp != self._stamp:
+            lines = sorted((line for path, *_ in stamp for line in _lines(path)), key=lambda line: line[0])
+            self._known, self._stamp = {entry.file: entry for _, entry in lines}, stamp
+        return self._known
+
+    def _append(self, entries: Iterable[Entry], rank: int) -> None:
+        # Not synced: a line that is lost costs nothing but a repair, and syncing would take as long as the file itself does.
+        with (self.folder / INDEX / f"rank{rank}.jsonl").open("a", encoding="utf-8") as file:
+            file.write("\n" + "".join(map(_line, entries)))  # a crash may have cut the line before it short
+
+
+def _entry(path: Path, prefix: Prefix) -> Entry:
+    known = {f.name: getattr(prefix.manifest, f.name) for f in dataclasses.fields(Entry) if f.name in vars(prefix.manifest)}
+    return Entry(**known, file=path.name, gists=prefix.gists, bytes=path.stat().st_size)
+
+
+def _line(entry: Entry) -> str:
+    # When it was written decides between lines of several ranks about one file.
+    return json.dumps({"written": time.time_ns(), **dataclasses.asdict(entry)}) + "\n"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Entry]]:
+    """Whole lines of an index file. A line that a crash cut short is passed over: its prefix is then one without a line."""
+    for text in path.read_bytes().split(b"\n"):
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            value = json.loads(text)
+            written, entry = value.pop("written"), Entry(**{**value, "base": BaseIdentity(**value["base"])})
+            if isinstance(written, int) and isinstance(entry.task, str) and entry.file == os.path.basename(entry.file):
+                yield written, entry
+
+
+def _is_base(found: BaseIdentity, wanted: BaseIdentity | str) -> bool:
+    if isinstance(wanted, str):
+        return found.name == wanted
+    same = (found.weights, found.config) == (wanted.weights, wanted.config)
+    return same and (not found.tokenizer or not wanted.tokenizer or found.tokenizer == wanted.tokenizer)

@@ -1,0 +1,211 @@
+"""What is impossible about the values of a recipe: everything that can be known without loading anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hyperllama.training.deepspeed import DEEPSPEED, deepspeed_file
+
+FROM_HUB = ("sni", "p3", "symbols", "templates", "text")
+
+
+def recipe_problems(recipe: Any, *, data: bool = True) -> list[str]:
+    """Everything about a recipe, of any kind, that cannot work: "key: what is wrong; what to do", a sentence each.
+
+    Without `data`, its files need not be there.
+    """
+    check = _Checks()
+    check(bool(recipe.output), "output: give the folder for this run")
+    if recipe.method == "study":
+        check(bool(recipe.tune) and Path(recipe.tune).is_file(), f"tune: {recipe.tune} is not a recipe file; give one to vary")
+        check(bool(recipe.starts and recipe.sizes and recipe.seeds), "starts, sizes, seeds: at least one of each")
+        return list(check)
+    if recipe.method == "table":
+        for key in ("train", "evaluate"):
+            file = getattr(recipe, key)
+            check(bool(file) and Path(file).is_file(), f"{key}: {file} is not a recipe file; give one to vary")
+        check(bool(recipe.rows and recipe.seeds), "rows, seeds: at least one of each")
+        return list(check)
+    _data(recipe.data, check, there=data)
+    {"evaluate": _evaluation, "tune": _tuning}.get(recipe.method, _training)(recipe, check)
+    return list(check)
+
+
+class _Checks(list):
+    def __call__(self, holds: bool, problem: str) -> None:
+        if not holds:
+            self.append(problem)
+
+
+def _data(data: Any, check: _Checks, *, there: bool) -> None:
+    fewest = data.shots if data.min_shots is None else data.min_shots
+    check(0 <= fewest <= data.shots, f"data.min_shots: between 0 and data.shots={data.shots}, not {fewest}")
+    check(data.queries >= 1, f"data.queries: at least 1, not {data.queries}")
+    for i, part in enumerate(data.parts):
+        key = f"data.mixture[{i}]" if data.mixture else "data"
+        check(part.instances_per_task >= 1, f"{key}.instances_per_task: at least 1, not {part.instances_per_task}")
+        check(part.weight > 0, f"{key}.weight: above 0, not {part.weight}")
+        if part.source in ("synthetic", "symbols", "text", "p3"):
+            check.extend(f"{key}.{part.source}: {problem}" for problem in getattr(part, part.source).problems())
+        if part.source == "synthetic":
+            continue
+        if part.hub:
+            check(part.source in FROM_HUB, f"{key}.hub: source {part.source} reads local files; give {key}.root instead")
+            check(not part.root, f"{key}: give root or hub, not both")
+        else:
+            check(bool(part.root), f"{key}.root: give the folder or file of source {part.source}")
+            exists = not there or not part.root or Path(part.root).expanduser().exists()
+            check(exists, f"{key}.root: {part.root} does not exist; set it to where your copy of the data is")
+        if part.source == "templates":
+            check(bool(part.templates.templates), f"{key}.templates.templates: give P3's templates, JSON lines or YAML folders")
+
+
+def _kernels(training: dict, check: _Checks) -> None:
+    # The Trainer would warn and go on without: it patches transformers' own classes, and what is trained wraps one.
+    liger = "training.use_liger_kernel: is applied to transformers' models only, not to what packs one; remove it"
+    check(not training.get("use_liger_kernel"), liger)
+
+
+def _deepspeed(recipe: Any, check: _Checks) -> None:
+    if recipe.deepspeed:
+        known = ", ".join(sorted(path.stem for path in DEEPSPEED.glob("*.json")))
+        there = deepspeed_file(recipe.deepspeed).is_file()
+        check(there, f"deepspeed: {recipe.deepspeed} is neither a file nor one of {known}")
+        check("deepspeed" not in recipe.training, "training.deepspeed: is set by deepspeed; remove one of them")
+
+
+def _format(recipe: Any, check: _Checks) -> None:
+    if recipe.format is not None:
+        check.extend(recipe.format.problems())
+    limits = recipe.limits
+    if limits is not None:
+        check(limits.context_tokens >= 1, f"limits.context_tokens: at least 1, not {limits.context_tokens}")
+        check(
+            limits.query_tokens >= 2,
+            f"limits.query_tokens: at least 2 (a token of input, one of answer), not {limits.query_tokens}",
+        )
+
+
+def _training(recipe: Any, check: _Checks) -> None:
+    model, data, limits, training = recipe.model, recipe.data, recipe.limits, recipe.training
+    endless = any(part.source == "synthetic" for part in data.parts)
+    folder = Path(model.name_or_path or "")
+    if model.name_or_path and folder.is_dir():
+        has_config = (folder / "config.json").is_file()
+        check(has_config, f"model.name_or_path: {folder} is not a model folder, it has no config.json; give one that has")
+    if folder.suffix.lower() == ".gguf":
+        check(folder.expanduser().is_file(), f"model.name_or_path: {folder} is not there; give the path of a GGUF file")
+        check(not model.quantize, "model.quantize: weights of a GGUF file are read as they are; set it to null")
+    if not model.name_or_path:
+        check(bool(model.architecture), "model: give name_or_path, or an architecture to initialise at random")
+        known = not model.architecture or "model_type" in model.architecture
+        check(known, "model.architecture.model_type: give the kind of model, such as llama")
+        enough = model.tokenizer == "words" or model.vocab_size >= 300
+        check(enough, "model.vocab_size: at least 300, the bytes and some merges")
+        fits = model.tokenizer == "bytes" or all(part.source == "synthetic" for part in data.parts)
+        check(fits, "model.tokenizer: words knows the synthetic language only; choose bytes")
+    fewest = 0 if recipe.gist.kind == "hint" else 1
+    check(recipe.gist.tokens >= fewest, f"gist.tokens: at least {fewest}, not {recipe.gist.tokens}")
+    _hypernetwork(recipe, check)
+    check(recipe.lora.rank >= 1, f"lora.rank: at least 1, not {recipe.lora.rank}")
+    check(0 <= recipe.lora.dropout < 1, f"lora.dropout: a share below 1, not {recipe.lora.dropout}")
+    _format(recipe, check)
+    _deepspeed(recipe, check)
+    _kernels(recipe.training, check)
+    check("output_dir" not in training, "training.output_dir: is set by output; remove it")
+    if endless:
+        check(training.get("max_steps", -1) > 0, "training.max_steps: the synthetic language is endless, so say how many steps")
+    positions = _positions(model)
+    cut = recipe.gist.reading.graph != "single"  # positions begin anew with each chunk
+    gists = recipe.gist.tokens + 1 if recipe.method == "hypernetwork" else 0  # and the sink
+    needed = limits.context_tokens + limits.query_tokens + gists
+    if positions is not None and needed > positions and not cut:
+        check(False, f"limits: context_tokens, query_tokens and gists need {needed} positions, but the model has {positions}")
+    for part in data.parts:
+        window = part.text.most_tokens + gists + 1
+        if part.source == "text" and positions is not None and window > positions and not cut:
+            check(False, f"data.text: context, continuation and gists need {window} positions, but the model has {positions}")
+
+
+def _hypernetwork(recipe: Any, check: _Checks) -> None:
+    gist, start = recipe.gist, recipe.start_from
+    check(gist.reading.chunk_tokens >= 1, f"gist.reading.chunk_tokens: at least 1, not {gist.reading.chunk_tokens}")
+    check.extend(f"objectives: {problem}" for problem in recipe.objectives.problems())
+    pooled = gist.kind == "pooling" and gist.reading.graph == "recurrent"
+    check(not pooled, "gist.reading.graph: pooling reads chunks one by one, so they cannot read each other; choose parallel")
+    check(recipe.pooling.recency >= 0, f"pooling.recency: 0 or more, not {recipe.pooling.recency}")
+    check(recipe.pooling.sharpness > 0, f"pooling.sharpness: above 0, not {recipe.pooling.sharpness}")
+    check(0 <= recipe.pooling.attended <= 1, f"pooling.attended: a share from 0 to 1, not {recipe.pooling.attended}")
+    twice = gist.kind == "pooling" and gist.sink and recipe.pooling.begins_with_sink
+    check(not twice, "gist.sink: with pooling.attended or recency the first row is the first token's anyway; set it to null")
+    both = recipe.pooling.attended and recipe.pooling.recency
+    check(not both, "pooling.attended: rows begin with attended tokens or, by recency, with shares; set one of them to 0")
+    if gist.kind == "hint":
+        check.extend(f"hint: {problem}" for problem in recipe.hint.problems(gist.tokens))
+        check(gist.reading.graph == "single", "gist.reading.graph: hint reads an instruction as a whole; choose single")
+        check(not gist.elastic, "gist.elastic: the modules of hint have one size; set it to false")
+    changing = "gisting" if gist.kind == "gisting" else "the regime paper"
+    changes = gist.kind == "gisting" or (gist.kind == "hint" and recipe.hint.regime == "paper")
+    taught = changes and recipe.objectives.distillation > 0
+    check(not taught, f"objectives.distillation: {changing} changes the model that would teach; set it to 0")
+    two_passes = recipe.method == "hypernetwork" and gist.kind in ("full", "pooling", "hint")
+    apart = two_passes and recipe.training.get("gradient_checkpointing")
+    check(
+        not apart, f"training.gradient_checkpointing: not with gist.kind={gist.kind}, whose keys and values it would not keep"
+    )
+    found = not start or (Path(start) / "hypernetwork.json").is_file()
+    check(found, f"start_from: {start} is not the folder of a trained hypernetwork; train it first")
+    if start and found:
+        kind = json.loads((Path(start) / "hypernetwork.json").read_text(encoding="utf-8")).get("kind", "lora")
+        check(kind == gist.kind, f"start_from: {start} is of kind {kind}, not {gist.kind}; set gist.kind={kind}, or start anew")
+
+
+def _evaluation(recipe: Any, check: _Checks) -> None:
+    check(recipe.episodes >= 1, f"episodes: at least 1, not {recipe.episodes}")
+    check(recipe.gists is None or recipe.gists >= 1, f"gists: at least 1, or null for all, not {recipe.gists}")
+    check(recipe.batch_tokens >= 1, f"batch_tokens: at least 1, not {recipe.batch_tokens}")
+    check(recipe.resamples >= 100, f"resamples: at least 100 for an interval, not {recipe.resamples}")
+    for key in ("hypernetwork", "prefixes"):
+        folder = getattr(recipe, key)
+        check(not folder or Path(folder).is_dir(), f"{key}: {folder} is not a folder; train or compress first")
+    _format(recipe, check)
+
+
+def _tuning(recipe: Any, check: _Checks) -> None:
+    start, training = recipe.start, recipe.training
+    check(start.gists >= 1, f"start.gists: at least 1, not {start.gists}")
+    check(start.hidden is None or start.hidden >= 1, f"start.hidden: at least 1, or null, not {start.hidden}")
+    if start.kind == "hypernetwork":
+        check(bool(start.hypernetwork), "start.hypernetwork: give the folder of a run, or choose another start.kind")
+    if start.kind == "prefix":
+        check(bool(start.prefix), "start.prefix: give a prefix file or a folder of them, or choose another start.kind")
+    check(bool(recipe.model or start.hypernetwork), "model: give the base model, or start.hypernetwork whose base is meant")
+    for key, place in (("start.hypernetwork", start.hypernetwork), ("start.prefix", start.prefix)):
+        check(not place or Path(place).exists(), f"{key}: {place} does not exist; train or compress first")
+    check(0 <= recipe.validation < 1, f"validation: a share below 1, not {recipe.validation}")
+    for key in ("episodes", "measure_every", "examples_per_task"):
+        check(getattr(recipe, key) >= 1, f"{key}: at least 1, not {getattr(recipe, key)}")
+    check(recipe.patience is None or recipe.patience >= 1, f"patience: at least 1, or null, not {recipe.patience}")
+    check(recipe.tasks_per_step >= 0, f"tasks_per_step: at least 1, or 0 for all, not {recipe.tasks_per_step}")
+    check(recipe.data.shots >= 1, "data.shots: at least 1, the examples that a task is tuned on")
+    check("output_dir" not in training, "training.output_dir: is set by output; remove it")
+    check("per_device_train_batch_size" not in training, "training.per_device_train_batch_size: is set by tasks_per_step")
+    check(training.get("max_steps", -1) > 0, "training.max_steps: say how many steps at most")
+    _format(recipe, check)
+    _deepspeed(recipe, check)
+    _kernels(recipe.training, check)
+
+
+def _positions(model: Any) -> int | None:
+    """The model's longest sequence, where it can be known without loading anything."""
+    if not model.name_or_path:
+        return model.architecture.get("max_position_embeddings")
+    config = Path(model.name_or_path) / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings")
+    except ValueError:
+        return None

@@ -1,0 +1,306 @@
+"""Recipes: what a run is, as typed values. `hyperllama.recipe.loading` reads them from YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hyperllama.data.chunking import Reading
+from hyperllama.data.p3 import P3Settings
+from hyperllama.data.symbols import SymbolSettings
+from hyperllama.data.synthetic import SyntheticLanguage
+from hyperllama.data.templates import TemplateSettings
+from hyperllama.data.text import Limits, TextFormat
+from hyperllama.data.windows import WindowSettings
+from hyperllama.hypernetworks.hint.settings import HintSettings
+from hyperllama.objectives.mix import Mix
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The base model: a local folder or a hub name with its tokenizer; without one, an `architecture` initialised at random.
+
+    `architecture` holds `model_type` and fields of its transformers config. Its `tokenizer`, "words", knows the words of a
+    synthetic language; "bytes" is byte-level BPE of `vocab_size`, trained on the data's own text. `quantize: nf4` keeps the
+    linear layers of the frozen base in 4 bits (Dettmers et al. 2023, arXiv 2305.14314); they compute in `dtype`.
+    """
+
+    name_or_path: str | None = None
+    revision: str | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Literal["words", "bytes"] = "bytes"
+    vocab_size: int = 4096
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["nf4"] | None = None
+
+
+@dataclass(frozen=True)
+class GistRecipe:
+    """What becomes of a context: `tokens`, G, is how many rows a prefix has, or each chunk of a context cut by `reading`.
+
+    kind: "lora" (Phang 2024), "full" (a tuned copy of the base compresses), "gisting" (one model, all weights tuned: Mu et al.
+    2023), "pooling" (cross-attention over the base's keys and values) or "hint" (task modules from an encoded instruction, see
+    `HintSettings`; `tokens` may be 0). `elastic` trains for 1, 2, 4, ... up to G gists at once. `sink` puts the base's own row
+    of its first token before the rows of every prefix, since attention of a pretrained model rests there; null does so unless
+    a prefix has no other rows, or begins with that token anyway (pooling that is `attended` or has a `recency`). `backend`: the
+    attention kernel; `hyperllama env` lists them.
+    """
+
+    tokens: int = 16
+    kind: Literal["lora", "full", "gisting", "pooling", "hint"] = "pooling"
+    reading: Reading = field(default_factory=Reading)
+    elastic: bool = False
+    sink: bool | None = None
+    backend: Literal["auto", "dense", "sdpa", "flash", "varlen", "flex"] = "auto"
+
+
+@dataclass(frozen=True)
+class LoraRecipe:
+    """See `hyperllama.hypernetworks.row_lora.RowLora`. `targets` are names of linear layers; empty for all of them."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PoolingRecipe:
+    """Of gist.kind "pooling": see `PoolingHypernetwork`. `lora`: contexts are read with LoRA, as the
+    recipe's `lora` says. Rows begin with single tokens that the second half of a context attends to: what won on real tasks and
+    on text. Many demonstrations of a word each are better mixed: {attended: 0, sharpness: 1}.
+    """
+
+    recency: float = 0.0
+    sharpness: float = 400.0
+    attended: float = 0.5
+    lora: bool = False
+
+    @property
+    def begins_with_sink(self) -> bool:
+        """Whether the first row of a prefix is that of the context's first token."""
+        return bool(self.attended or self.recency)
+
+
+@dataclass(frozen=True)
+class SourceRecipe:
+    """One source of episodes.
+
+    source: "synthetic" (a generated language), "sni" (Super-NaturalInstructions; `split` is a list below `splits`), "p3" (the
+    Public Pool of Prompts), "templates" (P3 prompts rendered over labelled sets), "symbols" (symbol tuning of labelled sets),
+    "text" (windows of plain text), or "jsonl" (a file, or a folder of files). `root` is a local folder or file, `hub` a name
+    for the `datasets` library instead. At most `instances_per_task` examples of a task are used. `task_weights`: every task is
+    equally likely, or by its number of examples (sni, p3, templates and jsonl). `own_demonstrations`: show only those that a
+    task's file means to be shown (S-NI's positive examples), not its other examples. `weight` counts in a mixture.
+    """
+
+    source: Literal["synthetic", "sni", "p3", "templates", "symbols", "text", "jsonl"] = "synthetic"
+    root: str | None = None
+    hub: str | None = None
+    split: str = "train"
+    splits: str = "splits/default"
+    instances_per_task: int = 100
+    task_weights: Literal["equal", "size"] = "equal"
+    own_demonstrations: bool = False
+    weight: float = 1.0
+    p3: P3Settings = field(default_factory=P3Settings)
+    templates: TemplateSettings = field(default_factory=TemplateSettings)
+    symbols: SymbolSettings = field(default_factory=SymbolSettings)
+    text: WindowSettings = field(default_factory=WindowSettings)
+    synthetic: SyntheticLanguage = field(default_factory=SyntheticLanguage)
+
+
+@dataclass(frozen=True)
+class DataRecipe(SourceRecipe):
+    """Where episodes come from and how they are drawn: one source, or a `mixture` of several by their weights.
+
+    An episode has `min_shots` to `shots` demonstrations (exactly `shots` if `min_shots` is null; per class for symbols) and
+    `queries` queries that share them.
+    """
+
+    mixture: list[SourceRecipe] = field(default_factory=list)
+    shots: int = 16
+    min_shots: int | None = None
+    queries: int = 4
+
+    @property
+    def parts(self) -> list[SourceRecipe]:
+        """The sources: those of the mixture, or the one."""
+        return list(self.mixture) or [self]
+
+    def __str__(self) -> str:
+        return " + ".join(f"{part.source} {part.hub or part.root or ''}".strip() for part in self.parts)
+
+
+@dataclass(frozen=True)
+class FullAttentionRecipe:
+    """For method full_attention: whether answers of demonstrations are targets too."""
+
+    supervise_demonstrations: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run. `training` is transformers' TrainingArguments, verbatim.
+
+    `deepspeed` is the name of a file of recipes/deepspeed without .json, such as zero3, or a path to one of DeepSpeed's own.
+
+    `start_from` is the run of a hypernetwork of the same base and kind whose weights training starts from, as after pretraining
+    on text. `objectives` weigh what a hypernetwork is trained for.
+
+    method "hypernetwork" freezes the base and trains gists and LoRA; "full_attention" trains all weights of the base with
+    demonstrations in plain sight: the multi-task baseline, or the base of a toy.
+    """
+
+    method: Literal["hypernetwork", "full_attention"] = "hypernetwork"
+    output: str | None = None
+    seed: int = 0
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    gist: GistRecipe = field(default_factory=GistRecipe)
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
+    pooling: PoolingRecipe = field(default_factory=PoolingRecipe)
+    hint: HintSettings = field(default_factory=HintSettings)
+    objectives: Mix = field(default_factory=Mix)
+    start_from: str | None = None
+    data: DataRecipe = field(default_factory=DataRecipe)
+    format: TextFormat = field(default_factory=TextFormat)
+    limits: Limits = field(default_factory=Limits)
+    full_attention: FullAttentionRecipe = field(default_factory=FullAttentionRecipe)
+    deepspeed: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """One evaluation: methods side by side on the same examples.
+
+    `hypernetwork` is the folder of a run, whose base is read from there, or from `model` if it has moved; without one, `model`
+    alone is evaluated. `multi_task` is the run of a full-attention model, `prefixes` a folder of prefix files named by task.
+    `gists` asks an elastic hypernetwork for fewer than it has. `budget` is the number of key-value rows of the methods that
+    have one, those of a prefix (gists and sink) unless given: for contexts cut in chunks, give it. `methods` are names of
+    `eval.methods.METHODS`; empty for all that apply. `metric`: "text" generates and scores ROUGE-L and exact match,
+    "exact_match" the same with exact match first, "choices" ranks the choices of a query by likelihood, "loss" is that of the
+    continuation; "auto" goes by the data. `format` and `limits` are those of the hypernetwork unless given. At most `episodes`
+    episodes of a source that could go on for ever. A batch has at most `batch_tokens` tokens. `leaks`: whether data shared with
+    the training refuses or warns.
+    """
+
+    method: Literal["evaluate"] = "evaluate"
+    output: str | None = None
+    seed: int = 0
+    hypernetwork: str | None = None
+    model: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    multi_task: str | None = None
+    prefixes: str | None = None
+    data: DataRecipe = field(default_factory=DataRecipe)
+    episodes: int = 100
+    gists: int | None = None
+    budget: int | None = None
+    methods: list[str] = field(default_factory=list)
+    metric: Literal["auto", "text", "exact_match", "choices", "loss"] = "auto"
+    format: TextFormat | None = None
+    limits: Limits | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
+    batch_tokens: int = 8192
+    resamples: int = 1000
+    leaks: Literal["refuse", "warn"] = "refuse"
+
+
+@dataclass(frozen=True)
+class StartRecipe:
+    """Where tuned prefixes start from.
+
+    kind: "hypernetwork" (the prefix that the run `hypernetwork` makes of a task's examples), "demonstrations" (the keys and
+    values of their first `gists` tokens) or "pooled_demonstrations" (means of neighbours), "vocabulary" (the activations of
+    `words`, or of tokens drawn from the examples), "random" (with the statistics of real keys and values), or "prefix" (the
+    file `prefix`, or TASK.safetensors in that folder). `gists` is read where no hypernetwork decides it. With `sink` what is
+    neither a hypernetwork's nor a file begins with one row more, the base's own of its first token; it is not tuned. `hidden`
+    puts an MLP of that width between what is trained and the prefix, and folds it away in the end.
+    """
+
+    kind: Literal["hypernetwork", "demonstrations", "pooled_demonstrations", "vocabulary", "random", "prefix"] = "hypernetwork"
+    hypernetwork: str | None = None
+    prefix: str | None = None
+    words: list[str] = field(default_factory=list)
+    gists: int = 16
+    sink: bool = True
+    hidden: int | None = None
+
+
+@dataclass(frozen=True)
+class TuneRecipe:
+    """Prefix tuning of one task or several at once, a prefix each, of a frozen model.
+
+    The base is `model`, or the one of `start.hypernetwork`. Tasks are the evaluation episodes of `data`, at most `episodes`:
+    a task is tuned on its data.shots demonstrations and reported on its data.queries queries. Of the demonstrations a share
+    `validation` decides when to stop: after `patience` measurements, `measure_every` steps apart, without improvement of any
+    task; null never stops early. A step sees `examples_per_task` examples of each of `tasks_per_step` tasks (0: all), on each
+    rank. `training` is transformers' TrainingArguments, verbatim; `deepspeed` as in a `Recipe`.
+    """
+
+    method: Literal["tune"] = "tune"
+    output: str | None = None
+    seed: int = 0
+    model: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    start: StartRecipe = field(default_factory=StartRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    episodes: int = 20
+    validation: float = 0.25
+    patience: int | None = 5
+    measure_every: int = 10
+    examples_per_task: int = 8
+    tasks_per_step: int = 0
+    format: TextFormat | None = None
+    limits: Limits | None = None
+    deepspeed: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudyRecipe:
+    """The initialisation study: the recipe `tune` for every start, number of examples and seed, and full attention beside them.
+
+    A start is a kind of `StartRecipe`, or "kind:key=value,..." with overrides of its own. `sizes` are data.shots. Seeds draw
+    other tasks and other examples.
+    """
+
+    method: Literal["study"] = "study"
+    output: str | None = None
+    tune: str | None = None
+    starts: list[str] = field(default_factory=lambda: ["hypernetwork", "demonstrations", "vocabulary", "random"])
+    sizes: list[int] = field(default_factory=lambda: [4, 16, 64])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    resamples: int = 1000
+
+
+@dataclass(frozen=True)
+class TableRecipe:
+    """One question of a study as a table: the recipe `train` with the overrides of each row, for each seed, evaluated alike.
+
+    `rows` are names and overrides. A row whose only override is "run=FOLDER" is not trained: it is that run, for all seeds.
+    `evaluations` are names and overrides of the recipe `evaluate`; one, without overrides, unless given.
+    """
+
+    method: Literal["table"] = "table"
+    output: str | None = None
+    question: str = ""
+    train: str | None = None
+    evaluate: str | None = None
+    rows: dict[str, list[str]] = field(default_factory=dict)
+    evaluations: dict[str, list[str]] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+
+
+def has_sink(recipe: Recipe) -> bool:
+    """Whether prefixes of a recipe's hypernetwork begin with the base's own row of its first token."""
+    gist = recipe.gist
+    if gist.sink is not None:
+        return gist.sink
+    if gist.kind == "pooling":
+        return not recipe.pooling.begins_with_sink
+    return gist.kind != "hint" or bool(gist.tokens or recipe.hint.fusion)
+
+
+AnyRecipe = Recipe | EvaluationRecipe | TuneRecipe | StudyRecipe | TableRecipe

@@ -1,0 +1,1 @@
+"""Training on transformers' Trainer, and what a checkpoint holds."""

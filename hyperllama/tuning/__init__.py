@@ -1,0 +1,1 @@
+"""Prefix tuning: what is trained, where it starts, and when it stops."""
