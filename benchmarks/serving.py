@@ -150,7 +150,7 @@ class Serving:
     def alone(self, row: int) -> list[int]:
         """One query behind the prefix, by stock `generate` and nothing else of ours."""
         ids = self._ids([self.queries[row]])
-        mask = torch.ones(1, self.prefix.gists + ids.shape[1], dtype=torch.long, device=ids.device)
+        mask = torch.ones(1, self.prefix.rows + ids.shape[1], dtype=torch.long, device=ids.device)
         settings = {"max_new_tokens": self.new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         settings |= cache_argument(self.model, self.prefix.to_cache())
         return self.model.generate(ids, attention_mask=mask, **settings)[0, ids.shape[1] :].tolist()

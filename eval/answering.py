@@ -172,7 +172,7 @@ def _scored(reader: Reader, flat, kind: Kind, bench: Bench) -> Iterator[dict[str
 
 def _cost(bench: Bench, reader: Reader, state: State, query: Query, kind: Kind) -> dict[str, Any]:
     """FLOPs to make the state once, of the query behind it, and of the query if the context is read again each time."""
-    rows = state.prefix.gists if state.prefix is not None else 0
+    rows = state.prefix.rows if state.prefix is not None else 0
     facts = {"context_tokens": state.tokens, "state_rows": rows, "demonstrations": state.demonstrations}
     facts["state_bytes"] = state.prefix.nbytes if state.prefix is not None else 0
     try:

@@ -202,7 +202,7 @@ def state_lines(recipe: Recipe, encoded: Sequence[EncodedEpisode]) -> list[str]:
     except UserError:
         return []
     context = int(np.median([len(e.context) for e in encoded])) if encoded else recipe.limits.context_tokens
-    chunks = len(gist.reading.chunks(range(context)))
+    chunks = len(gist.chunking.chunks(range(context)))
     parts = {f"{chunks * gist.tokens} prefix rows": cost.state_bytes(chunks * gist.tokens)}
     if gist.kind == "hint":
         parts |= {f"{context} fused rows": cost.state_bytes(context)} if recipe.hint.fusion else {}

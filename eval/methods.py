@@ -99,7 +99,7 @@ class Bench:
             batch.append(context)
         prefixes += maker.compress(batch, gists=gists) if batch else []
         pairs = zip(prefixes, contexts, strict=True)
-        return [State(prefix, len(context), prefix.gists, maker=maker) for prefix, context in pairs]
+        return [State(prefix, len(context), prefix.rows, maker=maker) for prefix, context in pairs]
 
     @cached_property
     def chooser(self) -> PoolingHypernetwork:
@@ -116,7 +116,7 @@ class Bench:
 NEEDS = {
     "model": "model, or a hypernetwork with its base",
     "hypernetwork": "hypernetwork, the folder of a run",
-    "chunks": "hypernetwork, the folder of a run that reads contexts in chunks (gist.reading)",
+    "chunks": "hypernetwork, the folder of a run that reads contexts in chunks (gist.chunking)",
     "multi_task": "multi_task, the run of a full-attention model",
     "prefixes": "prefixes, a folder of prefix files",
     "budget": "budget, or a hypernetwork whose gists are one",
@@ -273,7 +273,7 @@ def prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
 def last_chunk(bench: Bench, indices: Sequence[int]) -> list[State]:
     """The prefix of as many of the context's last tokens as one chunk holds: does what stands before them matter?"""
     start = bench.encoder.start
-    room = bench.hypernetwork.reading.chunk_tokens - len(start)
+    room = bench.hypernetwork.chunking.chunk_tokens - len(start)
     contexts = [bench.context(bench.episodes[i])[len(start) :] for i in indices]
     return bench.compressed([[*start, *context[max(0, len(context) - room) :]] for context in contexts])
 
@@ -316,7 +316,7 @@ def stored_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
     states = []
     for i in indices:
         loaded = Prefix.load(bench.prefixes / f"{bench.episodes[i].task}.safetensors", bench.reader.identity)
-        states.append(State(loaded, loaded.manifest.context_tokens or 0 if loaded.manifest else 0, loaded.gists))
+        states.append(State(loaded, loaded.manifest.context_tokens or 0 if loaded.manifest else 0, loaded.rows))
     return states
 
 

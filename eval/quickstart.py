@@ -76,7 +76,7 @@ def show_one(run: Path, folder: Path, episode: Episode) -> None:
     lines = [json.dumps({"input": e.input, "output": e.output}) for e in episode.demonstrations]
     write_atomically(folder / "example.jsonl", "\n".join(lines) + "\n")
     path, prefix = commands_compress.compress(run, [folder / "example.jsonl"], folder / "example.safetensors")[0]
-    print(f"{path}: {prefix.manifest.examples} demonstrations in {prefix.gists} rows, {path.stat().st_size:,} bytes")
+    print(f"{path}: {prefix.manifest.examples} demonstrations in {prefix.rows} rows, {path.stat().st_size:,} bytes")
     for example in episode.demonstrations[:4]:
         print(f"  shown   {example.input:8} -> {example.output}")
     print("  ...")

@@ -242,7 +242,7 @@ def applicable(recipe: EvaluationRecipe, episodes: Sequence[Episode], kind: Kind
     there = found_in(episodes) | {name for name in ("hypernetwork", "multi_task", "prefixes") if getattr(recipe, name)}
     there |= {"model"} if recipe.hypernetwork or recipe.model else set()
     there |= {"budget"} if recipe.hypernetwork or recipe.budget else set()
-    if recipe.hypernetwork and read_config(recipe.hypernetwork).get("reading", {}).get("graph", "single") != "single":
+    if recipe.hypernetwork and read_config(recipe.hypernetwork).get("chunking", {}).get("graph", "single") != "single":
         there.add("chunks")
     there |= {"answers"} if kind == "text" else set()
     chosen = []

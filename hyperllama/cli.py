@@ -109,7 +109,7 @@ def compress(
         dropped = f" ({manifest.dropped_examples} more did not fit)" if manifest.dropped_examples else ""
         typer.echo(
             f"{path}: {manifest.examples} examples{dropped}, {manifest.context_tokens} tokens "
-            f"-> {prefix.gists} rows, {path.stat().st_size:,} bytes"
+            f"-> {prefix.rows} rows, {path.stat().st_size:,} bytes"
         )
         if report:
             from hyperllama.inference.quality import verdict
@@ -180,7 +180,7 @@ def list_store(
     place = PrefixStore(store, create=False)
     problems = place.repair() if repair else place.check() if check else place.compare()
     for entry in place:
-        typer.echo(f"{entry.task}  {entry.gists} rows, {entry.bytes:,} bytes, {entry.base.name}  {entry.file}")
+        typer.echo(f"{entry.task}  {entry.rows} rows, {entry.bytes:,} bytes, {entry.base.name}  {entry.file}")
     typer.echo(f"{store}: {len(place)} prefixes", err=True)
     if problems:
         raise UserError("\n".join(problems))
@@ -199,7 +199,7 @@ def compose(
     _quiet_libraries()
     made, lost = join(prefixes, output, gists=gists, quantize="int8" if int8 else None)
     error = "".join(f", {side} off by {100 * part:.2f} %" for side, part in lost.items())
-    typer.echo(f"{output}: {made.gists} rows, {output.stat().st_size:,} bytes{error}")
+    typer.echo(f"{output}: {made.rows} rows, {output.stat().st_size:,} bytes{error}")
 
 
 @app.command(cls=Verb)
@@ -340,7 +340,7 @@ def export(
 
     loaded = Prefix.load(prefix)
     typer.echo(f"{to_peft(loaded, folder, kind='cartridge' if cartridge else 'prefix_tuning')}: {loaded}")
-    if lost := loaded.gists and lost_in_generate():
+    if lost := loaded.rows and lost_in_generate():
         typer.echo(lost, err=True)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_base, trained_hypernetwork
 
-from hyperllama.base.mlp_blocks import chunked_mlps
+from hyperllama.base.mlp_blocks import mlps_in_blocks
 from hyperllama.prefixes.capture import encode_whole
 
 CONTEXTS = [torch.randint(3, VOCABULARY, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (41, 9, 26, 1)]
@@ -31,7 +31,7 @@ def test_prefixes_are_those_of_all_rows_at_once(base, chunk):
     hypernetwork, seen = trained_hypernetwork(base), []
     expected = hypernetwork.compress(CONTEXTS)
     hook = rows_of(base.get_decoder().layers[0].mlp.up_proj, seen)
-    assert_same(hypernetwork.compress(CONTEXTS, chunk_rows=chunk), expected)
+    assert_same(hypernetwork.compress(CONTEXTS, block_rows=chunk), expected)
     assert seen == [chunk] * (89 // chunk) + [89 % chunk] * bool(89 % chunk)
     hook.remove()
 
@@ -41,11 +41,11 @@ def test_it_holds_where_the_lora_is_on_the_mlp_alone(base):
     without = encode_whole(base, CONTEXTS)
     expected = hypernetwork.compress(CONTEXTS)
     assert not torch.allclose(expected[0].values[1], without[0].values[1][:, -3:], atol=1e-3), "the LoRA does something"
-    assert_same(hypernetwork.compress(CONTEXTS, chunk_rows=10), expected)
+    assert_same(hypernetwork.compress(CONTEXTS, block_rows=10), expected)
 
 
 def test_whole_contexts_too(base):
-    assert_same(encode_whole(base, CONTEXTS, chunk_rows=10), encode_whole(base, CONTEXTS))
+    assert_same(encode_whole(base, CONTEXTS, block_rows=10), encode_whole(base, CONTEXTS))
 
 
 def test_rows_that_read_are_not_touched_by_the_lora_inside_chunks():
@@ -56,7 +56,7 @@ def test_rows_that_read_are_not_touched_by_the_lora_inside_chunks():
     with torch.no_grad():
         lora.rows = 13
         expected = mlp(hidden)
-        with chunked_mlps(base, 5, lora):
+        with mlps_in_blocks(base, 5, lora):
             found = mlp(hidden)
         assert lora.rows == 13
         lora.rows = 0
@@ -70,7 +70,7 @@ def test_the_last_layer_stays_left_out():
     base = tiny_base()
     hypernetwork, seen = trained_hypernetwork(base), []
     rows_of(base.get_decoder().layers[-1].mlp.up_proj, seen)
-    hypernetwork.compress(CONTEXTS, chunk_rows=10)
+    hypernetwork.compress(CONTEXTS, block_rows=10)
     assert seen == [0]
 
 
@@ -80,7 +80,7 @@ def test_the_model_is_as_before_also_after_an_exception():
     mlp = base.get_decoder().layers[1].mlp
     mlp.forward = mlp.forward  # as accelerate does: an own forward comes back, it is not lost
     before, weights = forwards(base), copy.deepcopy(base.state_dict())
-    hypernetwork.compress(CONTEXTS, chunk_rows=10)
+    hypernetwork.compress(CONTEXTS, block_rows=10)
     assert forwards(base) == before
 
     seen = []
@@ -92,8 +92,8 @@ def test_the_model_is_as_before_also_after_an_exception():
 
     hook = base.get_decoder().layers[0].mlp.down_proj.register_forward_hook(fails)
     with pytest.raises(RuntimeError, match="second chunk"):
-        hypernetwork.compress(CONTEXTS, chunk_rows=10)
+        hypernetwork.compress(CONTEXTS, block_rows=10)
     hook.remove()
     assert forwards(base) == before and hypernetwork.lora.rows == 89
     assert all(torch.equal(weights[name], tensor) for name, tensor in base.state_dict().items())
-    assert_same(hypernetwork.compress(CONTEXTS, chunk_rows=10), hypernetwork.compress(CONTEXTS))
+    assert_same(hypernetwork.compress(CONTEXTS, block_rows=10), hypernetwork.compress(CONTEXTS))

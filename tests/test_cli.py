@@ -266,7 +266,7 @@ def test_compose(call, trained, examples, tmp_path):
     call("compress", trained, examples, "--output", tmp_path / "a.safetensors")
     a = tmp_path / "a.safetensors"
     code, out, _ = call("compose", a, a, "--output", tmp_path / "b.safetensors")
-    assert code == 0 and "6 rows" in out and Prefix.load(tmp_path / "b.safetensors").gists == 6
+    assert code == 0 and "6 rows" in out and Prefix.load(tmp_path / "b.safetensors").rows == 6
     code, out, _ = call("compose", a, a, "--gists", 2, "--int8", "--output", tmp_path / "c.safetensors")
     assert code == 0 and "4 rows" in out and "keys off by 0." in out
     code, out, err = call("compose", a, "--gists", 9, "--output", tmp_path / "d.safetensors")
@@ -416,7 +416,7 @@ def test_an_elastic_hypernetwork_is_asked_for_fewer_gists(call, trained, example
     path = tmp_path / "p.safetensors"
     for asked, gists in ((["--gists", 2], 2), (["--budget", 100, "--report"], 1), ([], 3)):
         assert call("compress", run, examples, "--output", path, *asked)[0] == 0
-        assert Prefix.load(path).gists == gists
+        assert Prefix.load(path).rows == gists
     code, _, err = call("compress", trained, examples, "--output", path, "--gists", 2)
     assert code == 2 and "was trained for all of its 3 gists only" in err
     assert call("compress", run, examples, "--output", path, "--gists", 9)[2].endswith("prefixes of 1 to 3 gists, not of 9\n")

@@ -30,7 +30,7 @@ from eval.run import evaluate, readable
 from eval.summary import difference, quantity, summarise
 from hyperllama.base.decoder import cache_argument
 from hyperllama.base.loading import random_base
-from hyperllama.data.chunking import Reading
+from hyperllama.data.chunking import Chunking
 from hyperllama.data.episode import Episode, Example, TextWindow
 from hyperllama.data.synthetic import SyntheticLanguage, SyntheticSource
 from hyperllama.data.text import Encoder, Limits, TextFormat
@@ -177,19 +177,19 @@ class TestMethods:
     def test_budgets_are_kept(self, bench):
         for name in ("fewer_demonstrations", "cut_context", "last_tokens", "attended_tokens", "mean_pool", "prefix"):
             states = METHODS[name].run(bench, range(4))
-            assert all(0 < state.prefix.gists <= 3 for state in states), name
+            assert all(0 < state.prefix.rows <= 3 for state in states), name
         bench.forget()
         fewer = METHODS["fewer_demonstrations"].run(bench, [0])[0]
         assert (fewer.demonstrations, fewer.tokens) == (1, 3)  # start, word, symbol
 
     def test_the_last_chunk_is_as_many_tokens_as_one_holds(self, bench, words):
-        reading = Reading("parallel", 5)
-        chunked = dataclasses.replace(bench, hypernetwork=trained_hypernetwork(tiny_base(), tokenizer=words, reading=reading))
+        chunking = Chunking("parallel", 5)
+        chunked = dataclasses.replace(bench, hypernetwork=trained_hypernetwork(tiny_base(), tokenizer=words, chunking=chunking))
         states = METHODS["last_chunk"].run(chunked, range(4))
         for state, episode in zip(states, chunked.episodes, strict=True):
             context = chunked.context(episode)
             (alone,) = chunked.hypernetwork.compress([[context[0], *context[-4:]]])  # behind the start token
-            assert state.prefix.gists == 3 and torch.allclose(state.prefix.values[1], alone.values[1], atol=1e-5)
+            assert state.prefix.rows == 3 and torch.allclose(state.prefix.values[1], alone.values[1], atol=1e-5)
 
     def test_a_long_instruction_gives_way_to_demonstrations(self, words):
         episode = Episode("x " * 30, (Example("a", "b"), Example("c", "d")), (Example("e", "f"),), "t")
@@ -251,7 +251,7 @@ class TestMethods:
         assert [line["context"] for line in before] == [words.decode(bench.context(e)) for e in episodes]
         assert before[1]["task"] == "t1" and before[1]["context"] != before[0]["context"]
         (last,) = METHODS["fewer_demonstrations"].run(bench, [0])
-        assert last.tokens == 3 and METHODS["prefix"].run(bench, [0])[0].prefix.gists == 3
+        assert last.tokens == 3 and METHODS["prefix"].run(bench, [0])[0].prefix.rows == 3
 
     def test_a_line_holds_the_answer_as_scored_and_what_was_said_beyond_it(self, bench, words, monkeypatch):
         first, *others = (query for episode in bench.episodes for query in episode.queries)

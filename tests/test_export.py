@@ -213,7 +213,7 @@ class TestRoundTrip:
         (prefix,) = hypernetwork.compress([[3, 4, 5]], [manifest])
         folder = to_peft(prefix, tmp_path / "a")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        model = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prefix.gists))
+        model = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prefix.rows))
         with torch.no_grad():
             start = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
             model.prompt_encoder["default"].embedding.weight.copy_(start + 1)
@@ -264,7 +264,7 @@ class TestAdaptersOfOthers:
     def test_read_as_peft_reads_them(self, tmp_path, config):
         base, model = tuned_in_peft(tmp_path, config)
         prefix = from_peft(tmp_path / "a")
-        assert (prefix.gists, prefix.layers, prefix.kv_heads, prefix.head_dim, prefix.manifest) == (4, 2, 2, 16, None)
+        assert (prefix.rows, prefix.layers, prefix.kv_heads, prefix.head_dim, prefix.manifest) == (4, 2, 2, 16, None)
         assert_same_logits(base, model, prefix)
 
     def test_an_mlp_that_was_not_folded_away(self, tmp_path):

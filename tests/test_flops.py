@@ -102,15 +102,15 @@ def test_compressing_with_hint(base, context, rows, size, lora, fusion, rank):
     cost, hypernetwork, made = ModelCost.of(base.config), HintHypernetwork(base, gists=rows, hint=hint), []
     assert close(cost.hint(context, rows, hint), counted(lambda: made.extend(hypernetwork.compress([tokens(context)[0]]))))
     (prefix,) = made
-    assert prefix.gists == rows + fusion * context
+    assert prefix.rows == rows + fusion * context
     matrices, sizes = (prefix.adapters.nbytes, prefix.adapters.sizes) if size or lora else (0, {})
-    assert prefix.nbytes == cost.state_bytes(prefix.gists, 4) + matrices == cost.module_bytes(prefix.gists, sizes, 4)
+    assert prefix.nbytes == cost.state_bytes(prefix.rows, 4) + matrices == cost.module_bytes(prefix.rows, sizes, 4)
 
     def read_with_modules():
         with adapted(base, Stack.of([prefix.adapters], base)):
-            read(base, 7, Prefix.stack([prefix])[0] if prefix.gists else None)
+            read(base, 7, Prefix.stack([prefix])[0] if prefix.rows else None)
 
-    reading = cost.read(7, past=prefix.gists, head_rows=1) + cost.adapters(7, sizes)
+    reading = cost.read(7, past=prefix.rows, head_rows=1) + cost.adapters(7, sizes)
     assert close(reading, counted(read_with_modules))
 
 

@@ -87,7 +87,7 @@ def test_at_step_0_adapters_alone_are_the_base(kind, form):
     hypernetwork = made(form, base, trained=False)
     prefixes = hypernetwork.compress(CONTEXTS)
     for prefix in prefixes:
-        assert prefix.gists == 0 and all(down.any() and not up.any() for down, up in prefix.adapters.pairs.values())
+        assert prefix.rows == 0 and all(down.any() and not up.any() for down, up in prefix.adapters.pairs.values())
     reader = Reader(base, _Tokenizer())
     assert reader.score(questions(prefixes)) == reader.score(questions([None] * 4))
     prompts = [[5, 6, 7], [8, 9], [3], [50, 51, 52, 53]]
@@ -189,9 +189,9 @@ def test_late_rows_are_for_what_predicts(form):
     base = tiny_base()
     hypernetwork, reader = made(form, base), Reader(base, _Tokenizer())
     (prefix,) = hypernetwork.compress([[5, 6, 7]])
-    assert prefix.late == 3 and prefix.gists == 3 + hypernetwork.num_gists
+    assert prefix.late == 3 and prefix.rows == 3 + hypernetwork.num_gists
     prompt, answer = [11, 12, 13, 14], [15, 16, 17]
-    ids, past = torch.tensor([prompt + answer[:-1]]), prefix.gists
+    ids, past = torch.tensor([prompt + answer[:-1]]), prefix.rows
     visible = torch.ones(ids.shape[1], past + ids.shape[1], dtype=torch.bool).tril(past)
     visible[: len(prompt) - 1, : prefix.late] = False
     whole = Prefix(prefix.keys, prefix.values)  # as if all rows were for all
@@ -265,10 +265,10 @@ def test_fused_rows_come_first_and_the_prefix_stands_where_it_always_stands():
     """What a prefix row is does not depend on where the instruction ends: its key differs by a rotation only."""
     hypernetwork = made("all")
     (prefix,) = hypernetwork.compress([[5, 6, 7]])
-    assert prefix.gists == 3 + 3
+    assert prefix.rows == 3 + 3
     hypernetwork.fusion, hypernetwork.hint = None, dataclasses.replace(hypernetwork.hint, fusion=False)
     (alone,) = hypernetwork.compress([[5, 6, 7]])
-    assert alone.gists == 3
+    assert alone.rows == 3
     for a, b in zip(prefix.values, alone.values):
         torch.testing.assert_close(a[:, 3:], b)
 
@@ -303,14 +303,14 @@ def test_the_paper_regime_trains_the_model_too(form, tmp_path, saved_base):
 
 
 def test_what_makes_no_sense_is_refused(tmp_path):
-    from hyperllama.data.chunking import Reading
+    from hyperllama.data.chunking import Chunking
 
     for settings, said in (
         ({"hint": HintSettings(adapter_size=0, fusion=False), "gists": 0}, "nothing is generated"),
         ({"hint": HintSettings(heads=0)}, "heads must be at least 1"),
         ({"hint": HintSettings(lora_rank=-1)}, "lora_rank must be at least 0"),
         ({"hint": HintSettings(fusion=False, fusion_visibility="targets")}, "rows that are not there"),
-        ({"reading": Reading("parallel", 4)}, "choose single"),
+        ({"chunking": Chunking("parallel", 4)}, "choose single"),
         ({"elastic": True}, "one size"),
         ({"gists": -1}, "at least"),
     ):

@@ -109,8 +109,8 @@ def test_the_quickstart_of_hint(tmp_path, changes):
     size, lora = (0, 2) if changes == LORA_ALONE else (4, 0)
     assert said["adapters"] == ({"q_proj": 2, "v_proj": 2} if lora else {"adapter": 4})
     assert said["adapter_bytes"] == 2 * 2 * 16 * (size + 2 * lora) * 4
-    assert said.get("late_rows", 0) == (said["gists"] - found["gists"] - sink if changes == LATE else 0)
-    assert said["gists"] == sink + found["gists"] + Prefix.load(path).manifest.context_tokens * fused
+    assert said.get("late_rows", 0) == (said["rows"] - found["gists"] - sink if changes == LATE else 0)
+    assert said["rows"] == sink + found["gists"] + Prefix.load(path).manifest.context_tokens * fused
     assert len(commands_generate.generate(path, ["w2", "w3"], max_new_tokens=2)) == 2
     with pytest.raises(UserError, match="prefix tuning starts from keys and values only"):
         tune(

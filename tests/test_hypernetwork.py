@@ -41,7 +41,7 @@ RAGGED = [episode(17, (3, 2), (5, 1), seed=1), episode(6, (1, 4), seed=2), episo
 def read_stored(base, prefix, prompt, answer):
     """The loss of an answer behind a prefix, with the stock model and its cache."""
     ids = torch.tensor([(*prompt, *answer[:-1])])
-    mask = torch.ones(1, prefix.gists + ids.shape[1], dtype=torch.long)
+    mask = torch.ones(1, prefix.rows + ids.shape[1], dtype=torch.long)
     logits = base(input_ids=ids, **cache_argument(base, prefix.to_cache()), attention_mask=mask).logits[0, len(prompt) - 1 :]
     return answer_cross_entropy(logits, torch.tensor(answer))
 
@@ -80,7 +80,7 @@ def test_a_holds_for_every_reading_graph(base, name):
     prefixes = hypernetwork.encode(ids[:, : compress.tokens], compress, [layout.segments[i].reads for i in readers])
     for i, prefix in zip(readers, prefixes):
         rows = slice(layout.row_starts[i], layout.row_starts[i] + layout.segments[i].tokens)
-        mask = torch.ones(1, prefix.gists + layout.segments[i].tokens, dtype=torch.long)
+        mask = torch.ones(1, prefix.rows + layout.segments[i].tokens, dtype=torch.long)
         read = base(input_ids=ids[:, rows], **cache_argument(base, prefix.to_cache()), attention_mask=mask).logits
         torch.testing.assert_close(packed[:, rows], read, atol=2e-4, rtol=1e-4)
 

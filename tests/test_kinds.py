@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from attention_masks import rotate
 from hyperllama.base.adapters import Stack, adapted
 from hyperllama.base.decoder import cache_argument, inverse_frequencies
-from hyperllama.data.chunking import Reading
+from hyperllama.data.chunking import Chunking
 from hyperllama.data.packing import Packing, nested_gists, pack_gist
 from hyperllama.data.text import ContextIds, EncodedEpisode
 from hyperllama.errors import UserError
@@ -35,7 +35,7 @@ OWN = {
     "pooling with LoRA": {"rank": 4, "recency": 0.2, "sharpness": 4.0},
     "pooling of attended tokens": {"attended": 0.4, "sharpness": 2.0},
 }
-GRAPHS = {name: Reading(name, 4) for name in ("single", "recurrent", "parallel")}
+GRAPHS = {name: Chunking(name, 4) for name in ("single", "recurrent", "parallel")}
 
 
 def made(kind, base=None, gists=3, **settings):
@@ -66,15 +66,15 @@ REFUSED = [*((kind, "recurrent") for kind in ALL if "pooling" in kind), ("hint",
 CASES = [(kind, graph) for kind in ALL for graph in GRAPHS if (kind, graph) not in REFUSED]
 
 
-def packing(kind, gists=3, reading=GRAPHS["single"], **settings):
+def packing(kind, gists=3, chunking=GRAPHS["single"], **settings):
     """HINT's readers see the encoded instruction too."""
-    return Packing(gists, reading, whole=kind == "hint", **settings)
+    return Packing(gists, chunking, whole=kind == "hint", **settings)
 
 
 @pytest.mark.parametrize("kind, graph", CASES)
 def test_a_packed_batch_is_compress_store_load_read(kind, graph, tmp_path):
-    hypernetwork = made(kind, reading=GRAPHS[graph])
-    loss = hypernetwork(pack_gist(EPISODES, packing(kind, reading=GRAPHS[graph])))
+    hypernetwork = made(kind, chunking=GRAPHS[graph])
+    loss = hypernetwork(pack_gist(EPISODES, packing(kind, chunking=GRAPHS[graph])))
     prefixes = hypernetwork.compress([context_of(episode) for episode in EPISODES])
     for i, prefix in enumerate(prefixes):
         prefix.save(tmp_path / f"{i}.safetensors")
@@ -82,7 +82,7 @@ def test_a_packed_batch_is_compress_store_load_read(kind, graph, tmp_path):
     loaded = [Prefix.load(tmp_path / f"{i}.safetensors", reader.identity) for i in range(2)]
     chunks = {"single": 1}.get(graph, 2)
     kept = [len(e.context) if kind == "hint" else 0 for e in EPISODES]
-    assert [prefix.gists for prefix in loaded] == [3 * chunks + kept[0], 3 + kept[1]]
+    assert [prefix.rows for prefix in loaded] == [3 * chunks + kept[0], 3 + kept[1]]
     assert loss.count == 6 and loss.sum.item() == pytest.approx(answers_loss(reader, loaded), rel=1e-4)
 
 
@@ -101,18 +101,18 @@ def test_what_is_saved_comes_back(kind, tmp_path, saved_base):
     from hyperllama.base.loading import load_base, load_tokenizer
 
     base, tokenizer = load_base(str(saved_base)), load_tokenizer(str(saved_base))
-    reading = Reading("parallel", 4) if kind != "hint" else Reading()
-    hypernetwork = made(kind, base, tokenizer=tokenizer, reading=reading)
+    chunking = Chunking("parallel", 4) if kind != "hint" else Chunking()
+    hypernetwork = made(kind, base, tokenizer=tokenizer, chunking=chunking)
     if kind == "gisting":
         with torch.no_grad():
             hypernetwork.base.get_input_embeddings().weight.mul_(1.1)
     hypernetwork.save_pretrained(tmp_path)
     where = tmp_path if kind == "gisting" else saved_base
     again = load_hypernetwork_onto(tmp_path, load_base(str(where)), tokenizer=tokenizer)
-    assert type(again) is type(hypernetwork) and again.settings() == hypernetwork.settings() and again.reading == reading
+    assert type(again) is type(hypernetwork) and again.settings() == hypernetwork.settings() and again.chunking == chunking
     for a, b in zip(hypernetwork.compress([range(3, 12)]), again.compress([range(3, 12)])):
         assert (
-            a.gists == (12 if kind == "hint" else 9)
+            a.rows == (12 if kind == "hint" else 9)
             and a.nbytes == b.nbytes
             and all(torch.equal(x, y) for x, y in zip((*a.keys, *a.values), (*b.keys, *b.values)))
         )
@@ -256,17 +256,17 @@ def test_objectives_do_not_change_each_other_where_the_head_is_cut_into_chunks(m
 
 
 def test_demonstrations_are_cut_only_if_they_are_longer_than_a_chunk():
-    reading = Reading("parallel", 5)
-    assert reading.chunks(range(12), ends=[3, 5, 9, 12]) == [tuple(range(5)), tuple(range(5, 9)), (9, 10, 11)]
-    assert reading.chunks(range(12), ends=[12]) == [tuple(range(5)), tuple(range(5, 10)), (10, 11)]
-    assert Reading().chunks(range(12), ends=[3]) == [tuple(range(12))]
+    chunking = Chunking("parallel", 5)
+    assert chunking.chunks(range(12), ends=[3, 5, 9, 12]) == [tuple(range(5)), tuple(range(5, 9)), (9, 10, 11)]
+    assert chunking.chunks(range(12), ends=[12]) == [tuple(range(5)), tuple(range(5, 10)), (10, 11)]
+    assert Chunking().chunks(range(12), ends=[3]) == [tuple(range(12))]
 
 
 def test_a_context_in_chunks_may_be_longer_than_the_model():
     base = tiny_base(max_position_embeddings=32)
-    hypernetwork = made("lora", base, gists=2, reading=Reading("recurrent", 8))
+    hypernetwork = made("lora", base, gists=2, chunking=Chunking("recurrent", 8))
     (prefix,) = hypernetwork.compress([range(3, 51)])
-    assert prefix.gists == 12
+    assert prefix.rows == 12
     whole = GistHypernetwork(tiny_base(max_position_embeddings=32), gists=2)
     with pytest.raises(UserError, match="50 positions, but the model has 32"):
         whole.compress([range(3, 51)])

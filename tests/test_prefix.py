@@ -41,7 +41,7 @@ def test_round_trip(tmp_path, dtype, manifest):
 def test_equality_and_repr():
     assert random_prefix() == random_prefix() != random_prefix(seed=1)
     assert random_prefix() != random_prefix(manifest=False) and random_prefix() != random_prefix(dtype=torch.float16)
-    assert repr(random_prefix()) == "Prefix(gists=3, layers=2, kv_heads=2, head_dim=8, task='a task', base='a-base')"
+    assert repr(random_prefix()) == "Prefix(rows=3, layers=2, kv_heads=2, head_dim=8, task='a task', base='a-base')"
     assert len(repr(random_prefix(manifest=False))) < 80 and random_prefix().nbytes == 2 * 2 * 2 * 3 * 8 * 4
 
 
@@ -194,7 +194,7 @@ class TestAlgebra:
         ids = torch.tensor([[token for context in contexts for token in (*context, 0, 0, 0)]])
         (both,) = hypernetwork.encode(ids, layout, [(0, 1)])
         joined = Prefix.concat(first, second)
-        assert joined.gists == 6
+        assert joined.rows == 6
         for a, b in zip((*joined.keys, *joined.values), (*both.keys, *both.values), strict=True):
             assert torch.allclose(a, b, atol=1e-5)
         manifest = joined.manifest
@@ -221,7 +221,7 @@ class TestAlgebra:
 
     def test_truncate(self):
         prefix = random_prefix(gists=4)
-        assert prefix.truncate(2).gists == 2 and torch.equal(prefix.truncate(2).keys[0], prefix.keys[0][:, :2])
+        assert prefix.truncate(2).rows == 2 and torch.equal(prefix.truncate(2).keys[0], prefix.keys[0][:, :2])
         assert prefix.truncate(4) == prefix
         for wrong in (0, 5):
             with pytest.raises(ValueError, match="can be cut to 1 .. 4 of them"):

@@ -59,7 +59,7 @@ def test_generate_follows_the_logits_behind_the_prefix(setting):
     for prompt, prefix, found in zip(PROMPTS, prefixes, reader.generate(PROMPTS, prefixes, max_new_tokens=4, min_new_tokens=4)):
         ids = list(prompt)
         for _ in range(4):
-            mask = torch.ones(1, prefix.gists + len(ids), dtype=torch.long)
+            mask = torch.ones(1, prefix.rows + len(ids), dtype=torch.long)
             cache = cache_argument(reader.model, prefix.to_cache())
             logits = reader.model(input_ids=torch.tensor([ids]), **cache, attention_mask=mask).logits
             logits[..., reader.tokenizer.eos_token_id] = -float("inf")  # as min_new_tokens does

@@ -39,8 +39,8 @@ KINDS = {
     "gisting": ["gist.kind=gisting"],
     "hint": ["gist.kind=hint"],
     "elastic": ["gist.kind=lora", "gist.elastic=true"],
-    "parallel": ["gist.kind=lora", "gist.reading.graph=parallel", "gist.reading.chunk_tokens=32"],
-    "recurrent": ["gist.kind=lora", "gist.reading.graph=recurrent", "gist.reading.chunk_tokens=32"],
+    "parallel": ["gist.kind=lora", "gist.chunking.graph=parallel", "gist.chunking.chunk_tokens=32"],
+    "recurrent": ["gist.kind=lora", "gist.chunking.graph=recurrent", "gist.chunking.chunk_tokens=32"],
 }
 
 
@@ -122,7 +122,7 @@ def test_logits_are_those_of_transformers_behind_a_prefix_that_keeps_every_token
     model, tokenizer = stock
     context, prompt = (tokenizer(text, return_tensors="pt")["input_ids"] for text in (CONTEXT, PROMPTS[0]))
     (whole,) = reader.encode(context.tolist())
-    assert whole.gists == context.shape[1]
+    assert whole.rows == context.shape[1]
     expected = model(input_ids=torch.cat([context, prompt], 1)).logits[:, context.shape[1] :]
     behind = reader.model(input_ids=prompt, **cache_argument(reader.model, whole.to_cache())).logits
     assert torch.allclose(behind, expected, atol=1e-3)
@@ -222,7 +222,7 @@ def test_export_and_stock_peft(prefix, smollm2, reader, tmp_path):
 
 def test_compose(prefix, tmp_path):
     verb("compose", prefix, prefix, "--output", tmp_path / "both.safetensors", "--int8")
-    assert Prefix.load(tmp_path / "both.safetensors").gists > Prefix.load(prefix).gists
+    assert Prefix.load(tmp_path / "both.safetensors").rows > Prefix.load(prefix).rows
 
 
 def test_inspect(prefix, run, smollm2):

@@ -174,8 +174,8 @@ def test_a_good_recipe_with_overrides(tmp_path):
         ),
         ("gist: {kind: hint, elastic: true}", "{file}: gist.elastic: the modules of hint have one size; set it to false"),
         (
-            "gist: {kind: hint, reading: {graph: parallel}}",
-            "{file}: gist.reading.graph: hint reads an instruction as a whole; choose single",
+            "gist: {kind: hint, chunking: {graph: parallel}}",
+            "{file}: gist.chunking.graph: hint reads an instruction as a whole; choose single",
         ),
         (
             "{gist: {kind: hint}, hint: {regime: paper}, objectives: {distillation: 1}}",

@@ -83,7 +83,7 @@ def test_pooling_and_cutting(base):
     inv_freq = inverse_frequencies(base)
     (prefix,) = encode_whole(base, [tuple(range(3, 13))])
     last, pooled = last_rows(prefix, 4, inv_freq), mean_pooled(prefix, 4, inv_freq)
-    assert (last.gists, pooled.gists) == (4, 4)
+    assert (last.rows, pooled.rows) == (4, 4)
     for layer in range(prefix.layers):
         kept = torch.tensor([0, 7, 8, 9])  # the first, where attention rests, and the last three
         assert torch.equal(last.values[layer], prefix.values[layer][:, kept])

@@ -7,7 +7,7 @@ from test_hypernetwork import RAGGED, read_stored
 
 from hyperllama.base.decoder import cache_argument, inverse_frequencies
 from hyperllama.base.identity import identify
-from hyperllama.data.chunking import Reading
+from hyperllama.data.chunking import Chunking
 from hyperllama.data.packing import Packing, pack_gist
 from hyperllama.errors import UserError
 from hyperllama.hypernetworks.full_copy import FullHypernetwork
@@ -48,7 +48,7 @@ def made(kind, base, **settings):
 
 def packing(hypernetwork):
     shown = {"whole": hypernetwork.keeps_context, "late": hypernetwork.late_context}
-    return Packing(hypernetwork.num_gists, hypernetwork.reading, sink=True, **shown)
+    return Packing(hypernetwork.num_gists, hypernetwork.chunking, sink=True, **shown)
 
 
 @pytest.mark.parametrize("graph", ["single", "parallel", "recurrent"])
@@ -56,14 +56,14 @@ def packing(hypernetwork):
 def test_a_packed_pass_reads_what_a_stored_prefix_holds(base, tmp_path, kind, graph):
     if (kind, graph) == ("pooling", "recurrent"):
         pytest.skip("pooling reads chunks one by one")
-    hypernetwork = made(kind, base, reading=Reading(graph, 5))
+    hypernetwork = made(kind, base, chunking=Chunking(graph, 5))
     packed, total, count = hypernetwork(pack_gist(RAGGED, packing(hypernetwork))), 0.0, 0
     own = encode_whole(hypernetwork.base, [[SINK]])[0]
     for i, (one, prefix) in enumerate(zip(RAGGED, hypernetwork.compress([e.context for e in RAGGED]))):
         prefix.save(tmp_path / f"{i}.safetensors")
         loaded = Prefix.load(tmp_path / f"{i}.safetensors", hypernetwork.identity)
-        chunks = len(hypernetwork.reading.chunks(one.context))
-        assert loaded.manifest.sink == SINK and loaded.gists == 1 + 3 * chunks
+        chunks = len(hypernetwork.chunking.chunks(one.context))
+        assert loaded.manifest.sink == SINK and loaded.rows == 1 + 3 * chunks
         for mine, base_row in zip((*loaded.keys, *loaded.values), (*own.keys, *own.values)):
             torch.testing.assert_close(mine[:, :1], base_row, atol=1e-6, rtol=1e-5)
         for prompt, answer in one.queries:
@@ -82,7 +82,7 @@ def test_a_module_of_hint_begins_with_it_too(hint):
     packed = hypernetwork(pack_gist(RAGGED, packing(hypernetwork)))
     prefixes = hypernetwork.compress([e.context for e in RAGGED])
     for one, prefix in zip(RAGGED, prefixes):
-        assert prefix.gists == len(one.context) + 1 + 3 and prefix.late == (
+        assert prefix.rows == len(one.context) + 1 + 3 and prefix.late == (
             len(one.context) if "fusion_visibility" in hint else 0
         )
         own = encode_whole(hypernetwork.base, [[SINK]])[0].values[0]
@@ -145,10 +145,10 @@ def test_two_prefixes_have_one(base):
     hypernetwork = made("lora", base)
     first, second = hypernetwork.compress([RAGGED[0].context, RAGGED[1].context])
     both = Prefix.concat(first, second)
-    assert both.gists == 4 + 3 and both.manifest.sink == SINK
+    assert both.rows == 4 + 3 and both.manifest.sink == SINK
     assert torch.equal(both.values[0], torch.cat([first.values[0], second.values[0][:, 1:]], 1))
     without = [trained_hypernetwork(tiny_base(base.config.model_type)).compress([RAGGED[i].context])[0] for i in (0, 1)]
-    assert Prefix.concat(*without).gists == 6
+    assert Prefix.concat(*without).rows == 6
 
 
 def test_starts_have_it_and_tuning_leaves_it(base):
@@ -161,7 +161,7 @@ def test_starts_have_it_and_tuning_leaves_it(base):
         "pooled": demonstrations_start(base, context, 4, pooled=True),
     }
     for name, prefix in starts.items():
-        assert prefix.gists == 4
+        assert prefix.rows == 4
         torch.testing.assert_close(prefix.keys[0][:, :1], own.keys[0], atol=1e-5, rtol=1e-5)
         prefix.manifest = Manifest(base=identify(base), sink=SINK, task=name)
     tuner = PrefixTuner(base, starts)
@@ -181,7 +181,7 @@ def test_stock_peft_reads_it(base, tmp_path):
 
     (prefix,) = made("lora", base).compress([RAGGED[0].context])
     ids = torch.tensor([RAGGED[0].queries[0][0]])
-    mask = torch.ones(1, prefix.gists + ids.shape[1], dtype=torch.long)
+    mask = torch.ones(1, prefix.rows + ids.shape[1], dtype=torch.long)
     with torch.no_grad():
         ours = base(ids, attention_mask=mask, **cache_argument(base, prefix.to_cache())).logits
         adapter = peft.PeftModel.from_pretrained(base, to_peft(prefix, tmp_path / "adapter"))

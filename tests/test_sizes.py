@@ -68,7 +68,7 @@ def test_counts_of_llama_2_7b_are_its_parameters(llama):
 
 
 def test_positions_of_a_long_context(llama):
-    recipe = load_recipe(RECIPE, ["limits.context_tokens=100000", "gist.reading.graph=parallel"], data=False)
+    recipe = load_recipe(RECIPE, ["limits.context_tokens=100000", "gist.chunking.graph=parallel"], data=False)
     batch = pack_gist([largest_episode(recipe)], packing_of(recipe))
     assert batch.layout.positions.dtype == torch.int64
     chunks = [Segment(2**16, gists=16) for _ in range(260)]

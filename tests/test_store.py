@@ -43,7 +43,7 @@ class TestStore:
         again = PrefixStore(store.folder, create=False)
         assert [entry.task for entry in again] == ["a", "a", "b"] and len(again) == 3 and again.check() == []
         (entry,) = again.find(task="b")
-        assert (entry.file, entry.base, entry.gists, entry.metrics) == (paths[0].name, IDENTITY, 2, {"loss": 0.5})
+        assert (entry.file, entry.base, entry.rows, entry.metrics) == (paths[0].name, IDENTITY, 2, {"loss": 0.5})
         assert entry.bytes == paths[0].stat().st_size and entry.context_sha256 == "c" * 64
         assert again.load(entry) == again.load("b") == b and again.load("a", IDENTITY) == a and again.load("a", OTHER) == c
         assert {e.file for e in again.find(base=IDENTITY)} == {paths[0].name, paths[1].name}

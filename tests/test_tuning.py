@@ -145,7 +145,7 @@ class TestStarts:
             rows = torch.cat([p.values[layer] for p in real], 1)
             assert torch.allclose(made.values[layer].mean(1), rows.mean(1), atol=0.6 * rows.std().item())
             upright = rotate(made.keys[layer], -torch.arange(64), inv_freq)
-            own = torch.cat([rotate(p.keys[layer], -torch.arange(p.gists), inv_freq) for p in real], 1)
+            own = torch.cat([rotate(p.keys[layer], -torch.arange(p.rows), inv_freq) for p in real], 1)
             assert 0.7 < (upright.std(1) / own.std(1)).mean() < 1.3
         assert made == random_start(base, contexts, 64, seed=1) and made != random_start(base, contexts, 64, seed=2)
 
@@ -155,8 +155,8 @@ class TestStarts:
         context = tuple(range(3, 13))
         first, pooled = demonstrations_start(base, context, 4), demonstrations_start(base, context, 4, pooled=True)
         (all_of_it,) = encode_whole(base, [context])
-        assert (first.gists, pooled.gists) == (4, 4) and torch.equal(first.keys[1], all_of_it.keys[1][:, :4])
-        assert first != pooled and demonstrations_start(base, (3, 4), 5).gists == 5
+        assert (first.rows, pooled.rows) == (4, 4) and torch.equal(first.keys[1], all_of_it.keys[1][:, :4])
+        assert first != pooled and demonstrations_start(base, (3, 4), 5).rows == 5
         for wrong in (lambda: vocabulary_start(base, [], 3), lambda: demonstrations_start(base, (), 3)):
             with pytest.raises(UserError):
                 wrong()
@@ -208,7 +208,7 @@ class TestTune:
             best = min((line["validation_loss"], line["step"]) for line in measured if line["task"] == name)
             assert (facts["validation_loss"], facts["best_step"]) == best and facts["tuned_on"] == 9
             metrics = prefix.manifest.metrics
-            assert prefix.gists == 3 + 1 and metrics["tuned_from"] == "random" and metrics["best_step"] == best[1]
+            assert prefix.rows == 3 + 1 and metrics["tuned_from"] == "random" and metrics["best_step"] == best[1]
         before, after = ([x["test_loss"] for x in measured if x["step"] == step] for step in (0, 8))
         assert sum(after) < 0.95 * sum(before)
         assert tune(tune_recipe) is None, "a finished run is left alone"

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 # Measured: with so many rows attention holds more than the MLP, and products are as fast as on all rows.
-CHUNK_ROWS = 2048
+BLOCK_ROWS = 2048
 
 
 @contextmanager
-def chunked_mlps(model: PreTrainedModel, rows: int = CHUNK_ROWS, lora=None) -> Iterator[None]:
+def mlps_in_blocks(model: PreTrainedModel, rows: int = BLOCK_ROWS, lora=None) -> Iterator[None]:
     """A context in which the `mlp` of each decoder layer takes at most `rows` rows of (1, T, hidden) at a time.
 
     Rows do not see each other there, so the result is the same. `lora` is the `RowLora` that may act inside, or None. The
@@ -28,7 +28,7 @@ def chunked_mlps(model: PreTrainedModel, rows: int = CHUNK_ROWS, lora=None) -> I
             if mlp is not None:
                 undo.callback(_restore, mlp, vars(mlp).get("forward"))
                 # Forward alone: hooks on the whole module, such as those of LastLayerSkip, still see all rows.
-                mlp.forward = partial(_by_chunks, mlp.forward, rows, lora)
+                mlp.forward = partial(_by_blocks, mlp.forward, rows, lora)
         yield
 
 
@@ -38,7 +38,7 @@ def _restore(module: torch.nn.Module, own_forward) -> None:
         module.forward = own_forward
 
 
-def _by_chunks(forward, rows: int, lora, hidden: Tensor) -> Tensor:
+def _by_blocks(forward, rows: int, lora, hidden: Tensor) -> Tensor:
     if hidden.shape[1] <= rows:
         return forward(hidden)
     output = None

@@ -19,7 +19,7 @@ def inspect(path: str | Path) -> dict:
     path = fetch(path, prefix=True)
     if not path.is_dir():
         prefix = Prefix.load(path)
-        sizes = {"gists": prefix.gists, "layers": prefix.layers, "kv_heads": prefix.kv_heads, "head_dim": prefix.head_dim}
+        sizes = {"rows": prefix.rows, "layers": prefix.layers, "kv_heads": prefix.kv_heads, "head_dim": prefix.head_dim}
         if prefix.adapters is not None:
             sizes |= {"adapters": prefix.adapters.sizes, "adapter_bytes": prefix.adapters.nbytes}
         if prefix.late:

@@ -141,13 +141,13 @@ def packing_of(recipe: Recipe) -> Packing:
     hint = recipe.hint if recipe.gist.kind == "hint" else None
     shown = {"whole": hint is not None and hint.fusion, "late": hint is not None and hint.late_fusion}
     shown |= {"reconstruct": again, "teach": taught, "sink": has_sink(recipe)}
-    return Packing(recipe.gist.tokens, recipe.gist.reading, recipe.gist.elastic, **shown)
+    return Packing(recipe.gist.tokens, recipe.gist.chunking, recipe.gist.elastic, **shown)
 
 
 def make_hypernetwork(recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Hypernetwork:
     """The hypernetwork that a recipe describes, new or with the weights of `start_from`."""
     gist = recipe.gist
-    settings = {"gists": gist.tokens, "reading": gist.reading, "elastic": gist.elastic, "mix": recipe.objectives}
+    settings = {"gists": gist.tokens, "chunking": gist.chunking, "elastic": gist.elastic, "mix": recipe.objectives}
     if has_sink(recipe) and tokenizer is not None:
         settings["sink"] = Encoder(tokenizer, recipe.format, recipe.limits).first_token()
     if gist.kind == "pooling":

@@ -70,7 +70,7 @@ def tune(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, tu
     tuner = PrefixTuner(reader.model, starts, hidden=start.hidden, tokenizer=reader.tokenizer)
     examples, length = recipe.examples_per_task, arguments.max_steps * step * arguments.gradient_accumulation_steps
     stream = TuningStream(tasks, encoder, examples=examples, seed=recipe.seed, length=length * arguments.world_size)
-    trainer = GistTrainer(tuner, arguments, stream, Collator(pack_gist, tuner.gists), run)
+    trainer = GistTrainer(tuner, arguments, stream, Collator(pack_gist, tuner.rows), run)
     curves = Curves(tuner, reader, encoder, tasks, run, every=recipe.measure_every, patience=recipe.patience)
     trainer.add_callback(curves)
     result = trainer.go_on(checkpoint)

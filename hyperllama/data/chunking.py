@@ -8,7 +8,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class Reading:
+class Chunking:
     """How a context is cut into segments with gists, and who reads them.
 
     graph: "single", the context as one segment; "recurrent", chunks of at most `chunk_tokens` of which each reads the gists of
@@ -22,7 +22,7 @@ class Reading:
     def chunks(self, context: Sequence[int], ends: Sequence[int] = ()) -> list[tuple[int, ...]]:
         """Pieces of a context; `ends` are the places in it at which a demonstration ends.
 
-        >>> Reading("parallel", 4).chunks(range(9), ends=[3, 6, 9])
+        >>> Chunking("parallel", 4).chunks(range(9), ends=[3, 6, 9])
         [(0, 1, 2), (3, 4, 5), (6, 7, 8)]
         """
         pieces, start = [], 0
@@ -33,4 +33,4 @@ class Reading:
         return [*pieces, tuple(context[start:])]
 
 
-SINGLE = Reading()
+SINGLE = Chunking()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attention_masks import GistLayout, Segment
-from hyperllama.data.chunking import SINGLE, Reading
+from hyperllama.data.chunking import SINGLE, Chunking
 from hyperllama.data.text import EncodedEpisode
 
 PLACEHOLDER = 0  # the id in gist rows, sinks and of markers; their embedding, or their keys and values, are replaced
@@ -108,7 +108,7 @@ class Packing:
     """
 
     gists: int
-    reading: Reading = SINGLE
+    chunking: Chunking = SINGLE
     elastic: bool = False
     reconstruct: bool = False
     teach: bool = False
@@ -129,7 +129,7 @@ def chunks_read(segments: Sequence[Segment]) -> bool:
 
 
 def chunk_segments(
-    reading: Reading,
+    chunking: Chunking,
     chunks: Sequence[Sequence[int]],
     gists: int,
     first: int,
@@ -147,7 +147,7 @@ def chunk_segments(
         apart = [(len(chunk), gists) if gists else (len(chunk),) for chunk in chunks]
         return [Segment(n, gists=n) for rows in apart for n in rows]
     sinks = () if sink is None else (sink,)
-    earlier = [(*sinks, *range(first, first + i)) if reading.graph == "recurrent" and i else () for i in range(len(chunks))]
+    earlier = [(*sinks, *range(first, first + i)) if chunking.graph == "recurrent" and i else () for i in range(len(chunks))]
     rows = [len(chunk) + gists for chunk in chunks]
     return [Segment(n, gists=n if whole else gists, reads=reads) for n, reads in zip(rows, earlier, strict=True)]
 
@@ -185,9 +185,9 @@ def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> Gis
     sinks = len(contexts) if packing.sink else 0
     pieces, segments, own, owners = [(PLACEHOLDER,)] * sinks, [SINK] * sinks, [], list(range(sinks))
     for i, episode in enumerate(contexts):
-        chunks, sink = packing.reading.chunks(episode.context, [end for _, end in episode.answers]), i if sinks else None
+        chunks, sink = packing.chunking.chunks(episode.context, [end for _, end in episode.answers]), i if sinks else None
         shown = {"whole": packing.whole, "late": packing.late, "sink": sink}
-        made = chunk_segments(packing.reading, chunks, gists, len(segments), **shown)
+        made = chunk_segments(packing.chunking, chunks, gists, len(segments), **shown)
         reads = [len(segments) + place for place, segment in enumerate(made) if segment.gists]
         if sinks:
             reads.insert(1 if packing.late else 0, i)  # rows that do not see the late ones begin with it
@@ -250,7 +250,7 @@ def _teacher(contexts: Sequence[EncodedEpisode], queries) -> GistBatch:
 def gist_tokens(episode: EncodedEpisode, packing: Packing | int) -> int:
     """Rows that an episode takes at most in `pack_gist`."""
     packing = Packing(packing) if isinstance(packing, int) else packing
-    chunks = len(packing.reading.chunks(episode.context, [end for _, end in episode.answers]))
+    chunks = len(packing.chunking.chunks(episode.context, [end for _, end in episode.answers]))
     again = len(episode.context) if packing.reconstruct else 0
     queries = sum(len(prompt) + len(answer) - 1 for prompt, answer in episode.queries)
     return int(packing.sink) + len(episode.context) + chunks * packing.gists + again + queries

@@ -25,8 +25,8 @@ from hyperllama import __version__
 from hyperllama.base.decoder import inverse_frequencies, rotary_settings
 from hyperllama.base.distributed import gathered
 from hyperllama.base.identity import BaseIdentity, identify
-from hyperllama.base.mlp_blocks import CHUNK_ROWS
-from hyperllama.data.chunking import SINGLE, Reading
+from hyperllama.base.mlp_blocks import BLOCK_ROWS
+from hyperllama.data.chunking import SINGLE, Chunking
 from hyperllama.data.packing import PLACEHOLDER, SINK, GistBatch, chunk_segments, chunks_read
 from hyperllama.errors import UserError
 from hyperllama.files import canonical_json, sha256, write_atomically
@@ -43,7 +43,7 @@ from hyperllama.prefixes.rows import behind_sink
 class Hypernetwork(PackedModel, ABC):
     """Turns contexts into prefixes for a frozen `base`, which comes from `hyperllama.base.loading`.
 
-    `gists` is how many rows a context (or each chunk of it, see `Reading`) becomes, at most if it is `elastic`: then it was
+    `gists` is how many rows a context (or each chunk of it, see `Chunking`) becomes, at most if it is `elastic`: then it was
     trained for any number up to that. `sink` is the token whose row, computed by the base alone, stands before them in every
     prefix, since attention rests there (Xiao et al. 2023, arXiv 2309.17453); None for prefixes without it. `mix` is what it is
     trained for.
@@ -64,7 +64,7 @@ class Hypernetwork(PackedModel, ABC):
         base: PreTrainedModel,
         *,
         gists: int = 16,
-        reading: Reading = SINGLE,
+        chunking: Chunking = SINGLE,
         elastic: bool = False,
         sink: int | None = None,
         mix: Mix = ANSWERS,
@@ -76,7 +76,7 @@ class Hypernetwork(PackedModel, ABC):
             raise UserError(f"gist.tokens: a hypernetwork needs at least one gist token, not {gists}")
         if mix.distillation and self.head_loss is None:
             raise UserError(f"objectives.distillation: the head of a {base.config.model_type} model is not a plain product")
-        self.num_gists, self.reading, self.elastic, self.mix = gists, reading, elastic, mix
+        self.num_gists, self.chunking, self.elastic, self.mix = gists, chunking, elastic, mix
         self.sink, self._sink_states = sink, None
         # What a context is said again after: trained with the rest, and of no use afterwards.
         self.marker = nn.Parameter(likely_words(base, 1)[0]) if mix.reconstruction else None
@@ -84,12 +84,12 @@ class Hypernetwork(PackedModel, ABC):
 
     @abstractmethod
     def gist_states(
-        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = None
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, block_rows: int | None = None
     ) -> States:
         """Keys and values (N, S, D) of the rows `layout.gist_rows` at each layer, keys rotated to where these rows stand.
 
         ids (1, T), anything in gist rows; every segment has gists. `given` are keys and values of the first rows, sinks, which
-        only a kind whose chunks read chunks is given. Without gradients a layer's MLP may run in chunks of `chunk_rows` rows.
+        only a kind whose chunks read chunks is given. Without gradients a layer's MLP may run in chunks of `block_rows` rows.
         """
 
     @property
@@ -113,7 +113,7 @@ class Hypernetwork(PackedModel, ABC):
     def settings(self) -> dict:
         """What the class is to be called with, beside a base, to load what was saved: `own_settings` and what all have."""
         own = {"gists": self.num_gists, "elastic": self.elastic, "sink": self.sink}
-        return {**own, "reading": dataclasses.asdict(self.reading)}
+        return {**own, "chunking": dataclasses.asdict(self.chunking)}
 
     @abstractmethod
     def save_weights(self, folder: Path) -> list[str]:
@@ -181,13 +181,13 @@ class Hypernetwork(PackedModel, ABC):
         manifests: Sequence[Manifest] | None = None,
         *,
         gists: int | None = None,
-        chunk_rows: int = CHUNK_ROWS,
+        block_rows: int = BLOCK_ROWS,
     ) -> list[Prefix]:
         """Turn contexts into prefixes: one task or many, of any lengths, in one packed pass.
 
-        `contexts` are token ids, without gists; those of an `Encoder` know where demonstrations end, for `reading` in chunks.
+        `contexts` are token ids, without gists; those of an `Encoder` know where demonstrations end, for `chunking` in chunks.
         `manifests` say where each comes from; base, rotary settings, hypernetwork and a hash of the context are filled in here.
-        `gists`: fewer than all of them, which an elastic hypernetwork has learned to make do with. `chunk_rows`: see
+        `gists`: fewer than all of them, which an elastic hypernetwork has learned to make do with. `block_rows`: see
         `gist_rows`. Raises UserError for a context longer than the model, or more gists than there are.
         """
         if not len(contexts) or not all(len(context) for context in contexts):
@@ -196,7 +196,7 @@ class Hypernetwork(PackedModel, ABC):
         if not min(self.fewest_gists, self.num_gists) <= gists <= self.num_gists:
             raise UserError(f"this hypernetwork makes prefixes of 1 to {self.num_gists} gists, not of {gists}")
         # Chunks that read each other read a sink too, and so it stands before them.
-        sinks = len(contexts) if self.sink is not None and self.reading.graph == "recurrent" else 0
+        sinks = len(contexts) if self.sink is not None and self.chunking.graph == "recurrent" else 0
         pieces, segments, readers = [(PLACEHOLDER,)] * sinks, [SINK] * sinks, []
         for i, context in enumerate(contexts):
             own, made = self.cut(context, gists, len(segments), i if sinks else None)
@@ -205,7 +205,7 @@ class Hypernetwork(PackedModel, ABC):
             pieces += own
         ids = torch.tensor([[token for piece in pieces for token in piece]])
         manifests = manifests or [Manifest(base=self.identity) for _ in contexts]
-        prefixes = self.encode(ids, GistLayout(segments), readers, sinks=sinks, chunk_rows=chunk_rows)
+        prefixes = self.encode(ids, GistLayout(segments), readers, sinks=sinks, block_rows=block_rows)
         if self.sink is not None:
             sink = self.sink_rows(torch.zeros(1, dtype=torch.long, device=self.base.device))
             prefixes = [behind_sink(p, sink, inverse_frequencies(self.base)) for p in prefixes]
@@ -217,15 +217,15 @@ class Hypernetwork(PackedModel, ABC):
     def cut(
         self, context: Sequence[int] | Tensor, gists: int | None = None, first: int = 0, sink: int | None = None
     ) -> tuple[list[tuple[int, ...]], list[Segment]]:
-        """A context as `reading` cuts it, with room for gists: token ids of its segments, and the segments.
+        """A context as `chunking` cuts it, with room for gists: token ids of its segments, and the segments.
 
         The first of them will be segment `first` of its layout, where segment `sink` is their sink.
         """
         gists = self.num_gists if gists is None else gists
-        chunks = self.reading.chunks(torch.as_tensor(context).tolist(), getattr(context, "ends", ()))
+        chunks = self.chunking.chunks(torch.as_tensor(context).tolist(), getattr(context, "ends", ()))
         pieces = [(*chunk, *[PLACEHOLDER] * gists) for chunk in chunks]
         shown = {"whole": self.keeps_context, "late": self.late_context, "sink": sink}
-        return pieces, chunk_segments(self.reading, chunks, gists, first, **shown)
+        return pieces, chunk_segments(self.chunking, chunks, gists, first, **shown)
 
     @torch.no_grad()
     def encode(
@@ -235,7 +235,7 @@ class Hypernetwork(PackedModel, ABC):
         readers: Sequence[Sequence[int]],
         *,
         sinks: int = 0,
-        chunk_rows: int = CHUNK_ROWS,
+        block_rows: int = BLOCK_ROWS,
     ) -> list[Prefix]:
         """Run the compress region of any reading graph; a prefix for each reader.
 
@@ -245,7 +245,7 @@ class Hypernetwork(PackedModel, ABC):
         """
         layout = layout.to(self.base.device)
         given = self.given_rows(layout, sinks)
-        states = self.gist_states(ids.to(self.base.device), layout, given=given, chunk_rows=chunk_rows)
+        states = self.gist_states(ids.to(self.base.device), layout, given=given, block_rows=block_rows)
         return prefixes_of(states, layout, readers, inverse_frequencies(self.base))
 
     def _sign(self, manifest: Manifest, context: list[int], fingerprint: str) -> Manifest:
@@ -310,9 +310,9 @@ class Hypernetwork(PackedModel, ABC):
         if config["kind"] != cls.kind:
             raise UserError(f"{folder}: a hypernetwork of kind {config['kind']}, not {cls.kind}")
         settings = {key: config[key] for key in ("gists", "elastic", "sink", *cls.own_settings) if key in config}
-        reading = Reading(**config.get("reading", {}))
+        chunking = Chunking(**config.get("chunking", {}))
         made_for = BaseIdentity(**config["base"])
-        hypernetwork = cls(base, **settings, reading=reading, mix=mix, backend=backend, tokenizer=tokenizer)
+        hypernetwork = cls(base, **settings, chunking=chunking, mix=mix, backend=backend, tokenizer=tokenizer)
         here = hypernetwork.identity
         if (made_for.weights, made_for.config) != (here.weights, here.config):
             hypernetwork.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hyperllama.data.chunking import Reading
+from hyperllama.data.chunking import Chunking
 from hyperllama.errors import UserError
 from hyperllama.files import read_json
 
@@ -32,8 +32,8 @@ def read_config(folder: str | Path) -> dict:
 
 def _card(config: dict, parameters: int) -> str:
     base = config["base"]
-    reading = Reading(**config["reading"])
-    cut = "" if reading.graph == "single" else f" for each chunk of {reading.chunk_tokens} tokens ({reading.graph})"
+    chunking = Chunking(**config["chunking"])
+    cut = "" if chunking.graph == "single" else f" for each chunk of {chunking.chunk_tokens} tokens ({chunking.graph})"
     return f"""---
 base_model: {base["name"]}
 library_name: hyperllama

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_masks import GistLayout
-from hyperllama.base.mlp_blocks import CHUNK_ROWS
+from hyperllama.base.mlp_blocks import BLOCK_ROWS
 from hyperllama.files import write_atomically
 from hyperllama.hypernetworks.gist_tokens import WithGistTokens
 from hyperllama.prefixes.capture import States, gist_rows
@@ -35,9 +35,9 @@ class FullHypernetwork(WithGistTokens):
             getattr(decoder.layers[-1].self_attn, name).requires_grad_(False)
 
     def gist_states(
-        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = CHUNK_ROWS
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, block_rows: int | None = BLOCK_ROWS
     ) -> States:
-        settings = {"backend": self.backend, "given": given, "chunk_rows": chunk_rows}
+        settings = {"backend": self.backend, "given": given, "block_rows": block_rows}
         return gist_rows(self.compressor, layout, inputs_embeds=self.embed(ids, layout, self.compressor), **settings)
 
     def save_weights(self, folder: Path) -> list[str]:

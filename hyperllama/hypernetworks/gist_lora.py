@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_masks import GistLayout
-from hyperllama.base.mlp_blocks import CHUNK_ROWS
+from hyperllama.base.mlp_blocks import BLOCK_ROWS
 from hyperllama.data.packing import GistBatch
 from hyperllama.hypernetworks.gist_tokens import WithGistTokens
 from hyperllama.hypernetworks.row_lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RowLora
@@ -53,10 +53,10 @@ class GistHypernetwork(WithGistTokens):
         return self.mixed_loss(batch, inputs_embeds=embeds, gist_lora=self.lora)
 
     def gist_states(
-        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = CHUNK_ROWS
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, block_rows: int | None = BLOCK_ROWS
     ) -> States:
         inputs = {"inputs_embeds": self.embed(ids, layout), "gist_lora": self.lora}
-        return gist_rows(self.base, layout, backend=self.backend, given=given, chunk_rows=chunk_rows, **inputs)
+        return gist_rows(self.base, layout, backend=self.backend, given=given, block_rows=block_rows, **inputs)
 
     def save_weights(self, folder: Path) -> list[str]:
         self.lora.save(folder, self.identity.name)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from attention_masks import GistLayout
 from hyperllama.base.identity import BaseIdentity, identify
 from hyperllama.base.loading import load_weights_into
-from hyperllama.base.mlp_blocks import CHUNK_ROWS
+from hyperllama.base.mlp_blocks import BLOCK_ROWS
 from hyperllama.data.packing import GistBatch
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
@@ -46,9 +46,9 @@ class GistingHypernetwork(WithGistTokens):
         return self.mixed_loss(batch, inputs_embeds=self.with_markers(self.embed(batch.ids, batch.layout), batch))
 
     def gist_states(
-        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = CHUNK_ROWS
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, block_rows: int | None = BLOCK_ROWS
     ) -> States:
-        settings = {"backend": self.backend, "given": given, "chunk_rows": chunk_rows}
+        settings = {"backend": self.backend, "given": given, "block_rows": block_rows}
         return gist_rows(self.base, layout, inputs_embeds=self.embed(ids, layout), **settings)
 
     def save_weights(self, folder: Path) -> list[str]:

@@ -69,7 +69,7 @@ def prefix_card(prefix: Prefix, repository: str) -> str:
     rows = {
         "base model": f"`{manifest.base.name}`, weights {manifest.base.weights[:16]}",
         "task": manifest.task or "not recorded",
-        "examples": f"{manifest.examples}, {manifest.context_tokens} tokens in {prefix.gists} gists",
+        "examples": f"{manifest.examples}, {manifest.context_tokens} tokens in {prefix.rows} gists",
         "made by": f"`{manifest.hypernetwork}`" if manifest.hypernetwork else "not recorded",
         **{name: json.dumps(value) for name, value in manifest.metrics.items()},
     }

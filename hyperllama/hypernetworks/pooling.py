@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
 from hyperllama.base.decoder import head_dim, inverse_frequencies, kv_heads
-from hyperllama.base.mlp_blocks import CHUNK_ROWS
+from hyperllama.base.mlp_blocks import BLOCK_ROWS
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
 from hyperllama.hypernetworks.attended import attention_received, kept_queries, most_attended
@@ -60,7 +60,7 @@ class PoolingHypernetwork(Hypernetwork):
         **settings,
     ):
         super().__init__(base, **settings)
-        if self.reading.graph == "recurrent":
+        if self.chunking.graph == "recurrent":
             raise UserError("gist.graph: pooling reads chunks one by one, so they cannot read each other; choose parallel")
         if recency < 0 or sharpness <= 0:
             raise UserError(f"pooling: recency must not be negative and sharpness above 0, not {recency} and {sharpness}")
@@ -82,7 +82,7 @@ class PoolingHypernetwork(Hypernetwork):
         return {**super().settings(), **own}
 
     def gist_states(
-        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = CHUNK_ROWS
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, block_rows: int | None = BLOCK_ROWS
     ) -> States:
         """The rows that stand for gists in `layout` are not computed: only the tokens before them are read."""
         counts = [segment.gists for segment in layout.segments]
@@ -95,7 +95,7 @@ class PoolingHypernetwork(Hypernetwork):
         ends = [range(end - math.ceil(self.attended * n), end) for n, end in zip(tokens, accumulate(tokens))]
         asking = torch.tensor([row for rows in ends for row in rows], dtype=torch.long, device=ids.device)
         with kept_queries(self.base, asking) if self.attended else nullcontext() as queries:
-            read = self._read(torch.cat(own, 1), whole, chunk_rows)
+            read = self._read(torch.cat(own, 1), whole, block_rows)
         states = []
         for layer, (keys, values) in enumerate(read):
             received: list[Tensor | None] = [None] * len(tokens)
@@ -109,10 +109,10 @@ class PoolingHypernetwork(Hypernetwork):
             states.append((rotate(keys, places, inv_freq).to(values.dtype), new_values.to(values.dtype)))
         return states
 
-    def _read(self, ids: Tensor, whole: GistLayout, chunk_rows: int | None) -> States:
+    def _read(self, ids: Tensor, whole: GistLayout, block_rows: int | None) -> States:
         inputs = {"input_ids": ids} | ({"gist_lora": self.lora} if self.lora else {})
         with nullcontext() if self.lora else torch.no_grad():
-            return gist_rows(self.base, whole, backend=self.backend, chunk_rows=chunk_rows, **inputs)
+            return gist_rows(self.base, whole, backend=self.backend, block_rows=block_rows, **inputs)
 
     def _pool(self, layer: int, keys: Tensor, values: Tensor, gists: int, received: Tensor | None) -> tuple[Tensor, Tensor]:
         """keys without positions and values (N, T, D), attention received (N, T) or None -> (N, gists, D) each."""

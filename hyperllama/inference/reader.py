@@ -71,7 +71,7 @@ class Reader:
         for prefix in {id(p): p for p in prefixes or ()}.values():
             prefix.check(self.identity)
         # Neighbours in length share a batch, so that little of it is padding.
-        gists = [prefix.gists for prefix in prefixes] if prefixes is not None else [0] * len(prompts)
+        gists = [prefix.rows for prefix in prefixes] if prefixes is not None else [0] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (gists[i], len(prompts[i])))
         continuations: list[list[int]] = [[]] * len(prompts)
         for rows in _batches(order, gists, list(map(len, prompts)), batch_size, batch_tokens):
@@ -124,7 +124,7 @@ class Reader:
             key: Prefix([k[:, p.late :] for k in p.keys], [v[:, p.late :] for v in p.values]) for key, p in distinct.items()
         }
         cache, gists = Prefix.stack([early[id(p)] for p in prefixes], device=self.model.device, dtype=self.model.dtype)
-        starts = torch.tensor([prefix.gists for prefix in prefixes], device=self.model.device)
+        starts = torch.tensor([prefix.rows for prefix in prefixes], device=self.model.device)
         places = (starts[:, None] + mask.cumsum(1) - 1).clamp(min=0)
         mask = torch.cat([gists.to(mask.dtype), mask], 1)
         decoder = self.model.get_decoder()

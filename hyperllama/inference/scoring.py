@@ -67,7 +67,7 @@ def _batches(questions: Sequence[Question], batch_tokens: int, vocabulary: int):
     for question in questions:
         if not question.prompt or not question.continuations or not all(question.continuations):
             raise UserError("a question needs a prompt and continuations of at least one token each; none may be empty")
-        gists = question.prefix.gists if question.prefix else 0
+        gists = question.prefix.rows if question.prefix else 0
         new = len(question.prompt) + sum(len(c) - 1 for c in question.continuations)
         own = new + (0 if id(question.prefix) in seen else gists)
         reads = gists * len(question.continuations) + len(question.prompt) * len(question.continuations)
@@ -94,8 +94,8 @@ class _Row:
 
     def add_prefixes(self, prefixes: Sequence[Prefix | None]) -> None:
         """Append the distinct ones among them that have gists; late gists are a segment of their own."""
-        for prefix in {id(p): p for p in prefixes if p is not None and p.gists}.values():
-            parts = [n for n in (prefix.late, prefix.gists - prefix.late) if n]
+        for prefix in {id(p): p for p in prefixes if p is not None and p.rows}.values():
+            parts = [n for n in (prefix.late, prefix.rows - prefix.late) if n]
             self._places[id(prefix)] = tuple(self.add([0] * n, gists=n)[0] for n in parts)
             self.prefixes.append(prefix)
 
@@ -160,7 +160,7 @@ def prefix_states(model: PreTrainedModel, layout: GistLayout, prefixes: Sequence
     """Keys and values (N, R, D) a layer of prefixes that are the first segments of a packed row, where `layout` has them."""
     if not prefixes:
         return []
-    gists = torch.cat([torch.arange(prefix.gists) for prefix in prefixes]).to(model.device)
+    gists = torch.cat([torch.arange(prefix.rows) for prefix in prefixes]).to(model.device)
     shifts = layout.positions[: len(gists)] - gists
     states = []
     for layer in range(prefixes[0].layers):

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
 from hyperllama.base.decoder import cache_argument, inverse_frequencies, packed_arguments
-from hyperllama.base.mlp_blocks import CHUNK_ROWS, chunked_mlps
+from hyperllama.base.mlp_blocks import BLOCK_ROWS, mlps_in_blocks
 from hyperllama.prefixes.prefix import Prefix
 
 States = list[tuple[Tensor, Tensor]]  # of each layer: keys and values (N, S, D)
@@ -23,19 +23,19 @@ def gist_rows(
     *,
     backend: str = "auto",
     given: States | None = None,
-    chunk_rows: int | None = CHUNK_ROWS,
+    block_rows: int | None = BLOCK_ROWS,
     **inputs,
 ) -> States:
     """Keys and values (N, S, D) of the rows `layout.gist_rows` at each layer, as the decoder leaves them.
 
     `given` are those (N, R, D) of the first R rows, all of them gist rows, which are read instead of what is computed there.
     `inputs` go to the decoder: input_ids (1, T) or inputs_embeds (1, T, hidden), and perhaps `gist_lora`. Without gradients and
-    beyond `chunk_rows` rows a layer's MLP runs in chunks of as many, so that its inner states do not grow with the context.
+    beyond `block_rows` rows a layer's MLP runs in chunks of as many, so that its inner states do not grow with the context.
     """
     cache, decoder = _GistRows(layout.gist_rows), model.get_decoder()
     arguments = packed_arguments(model, layout, backend, given)
-    long = chunk_rows is not None and layout.tokens > chunk_rows and not torch.is_grad_enabled()
-    with chunked_mlps(model, chunk_rows, inputs.get("gist_lora")) if long else nullcontext():
+    long = block_rows is not None and layout.tokens > block_rows and not torch.is_grad_enabled()
+    with mlps_in_blocks(model, block_rows, inputs.get("gist_lora")) if long else nullcontext():
         decoder(**cache_argument(decoder, cache), use_cache=True, **inputs, **arguments)
     if not cache.states:
         raise ValueError("gradient checkpointing keeps no keys and values: they are needed when a context is compressed apart")
@@ -82,17 +82,17 @@ def prefixes_of(states: States, layout: GistLayout, readers: Sequence[Sequence[i
 
 
 def encode_whole(
-    model: PreTrainedModel, contexts: Sequence[Sequence[int]], *, backend: str = "auto", chunk_rows: int = CHUNK_ROWS
+    model: PreTrainedModel, contexts: Sequence[Sequence[int]], *, backend: str = "auto", block_rows: int = BLOCK_ROWS
 ) -> list[Prefix]:
     """Prefixes that keep every token of their contexts: full attention, encoded once. Contexts may have any lengths.
 
-    `chunk_rows` as in `gist_rows`.
+    `block_rows` as in `gist_rows`.
     """
     layout = GistLayout([Segment(len(context), gists=len(context)) for context in contexts]).to(model.device)
     ids = torch.tensor([[token for context in contexts for token in context]], device=model.device)
     readers = [(i,) for i in range(len(contexts))]
     with torch.no_grad():
-        states = gist_rows(model, layout, backend=backend, chunk_rows=chunk_rows, input_ids=ids)
+        states = gist_rows(model, layout, backend=backend, block_rows=block_rows, input_ids=ids)
     return prefixes_of(states, layout, readers, inverse_frequencies(model))
 
 

@@ -60,8 +60,8 @@ class Prefix:
             raise ValueError(f"a prefix needs keys and values of one shape (kv_heads, gists, head_dim) and dtype, not {shapes}")
         if adapters is not None and adapters.layers != len(self.keys):
             raise ValueError(f"a prefix of {len(self.keys)} layers needs adapters of as many, not of {adapters.layers}")
-        if not 0 <= late <= self.gists:
-            raise ValueError(f"of a prefix of {self.gists} gists 0 .. {self.gists} can be late, not {late}")
+        if not 0 <= late <= self.rows:
+            raise ValueError(f"of a prefix of {self.rows} gists 0 .. {self.rows} can be late, not {late}")
 
     @property
     def layers(self) -> int:
@@ -72,7 +72,7 @@ class Prefix:
         return self.keys[0].shape[0]
 
     @property
-    def gists(self) -> int:
+    def rows(self) -> int:
         return self.keys[0].shape[1]
 
     @property
@@ -92,7 +92,7 @@ class Prefix:
         made = f", late={self.late}" if self.late else ""
         made += f", adapters={self.adapters.sizes}" if self.adapters else ""
         made += f", task={self.manifest.task!r}, base={self.manifest.base.name!r}" if self.manifest else ""
-        return f"Prefix(gists={self.gists}, layers={self.layers}, kv_heads={self.kv_heads}, head_dim={self.head_dim}{made})"
+        return f"Prefix(rows={self.rows}, layers={self.layers}, kv_heads={self.kv_heads}, head_dim={self.head_dim}{made})"
 
     def __eq__(self, other) -> bool:
         if not isinstance(other, Prefix):
@@ -114,8 +114,8 @@ class Prefix:
     def truncate(self, gists: int) -> Prefix:
         """The first `gists` rows, for prefixes that were trained to stand alone at any length. ValueError beyond 1 .. G."""
         self.refuse_modules("truncating is for prefixes of")
-        if not 1 <= gists <= self.gists:
-            raise ValueError(f"a prefix of {self.gists} gists can be cut to 1 .. {self.gists} of them, not {gists}")
+        if not 1 <= gists <= self.rows:
+            raise ValueError(f"a prefix of {self.rows} gists can be cut to 1 .. {self.rows} of them, not {gists}")
         return Prefix([k[:, :gists] for k in self.keys], [v[:, :gists] for v in self.values], self.manifest)
 
     @staticmethod
@@ -135,7 +135,7 @@ class Prefix:
         first.check(manifest.base, "the first prefix")
         inv_freq = torch.tensor(manifest.rotary["inv_freq"], device=second.keys[0].device)
         cut = int(first.manifest.sink is not None and manifest.sink is not None)
-        shifts = torch.full((second.gists - cut,), first.gists - cut, device=inv_freq.device)
+        shifts = torch.full((second.rows - cut,), first.rows - cut, device=inv_freq.device)
         moved = [rotate(k[:, cut:], shifts, inv_freq) for k in second.keys]
         keys = [torch.cat([a, b.to(a)], dim=1) for a, b in zip(first.keys, moved, strict=True)]
         values = [torch.cat([a, b[:, cut:].to(a)], dim=1) for a, b in zip(first.values, second.values, strict=True)]
@@ -164,7 +164,7 @@ class Prefix:
         forms = {(p.layers, p.kv_heads, p.head_dim) for p in prefixes}
         if len(forms) != 1:
             raise ValueError(f"only prefixes of one base model stack, not (layers, kv_heads, head_dim) of {sorted(forms)}")
-        longest = max(p.gists for p in prefixes)
+        longest = max(p.rows for p in prefixes)
         first = prefixes[0].keys[0]
         place = {"device": device or first.device, "dtype": dtype or first.dtype}
         # A task's prefix is moved once, however many rows read it, and in one piece: a copy for every row, layer and side
@@ -173,11 +173,11 @@ class Prefix:
         layers, (heads, _, dim) = prefixes[0].layers, first.shape
         states = torch.zeros(2 * layers, len(distinct), heads, longest, dim, **place)
         for i, prefix in enumerate(distinct.values()):
-            states[:, i, :, longest - prefix.gists :] = torch.stack((*prefix.keys, *prefix.values))
+            states[:, i, :, longest - prefix.rows :] = torch.stack((*prefix.keys, *prefix.values))
         column = {key: i for i, key in enumerate(distinct)}
         rows = torch.tensor([column[id(prefix)] for prefix in prefixes], device=states.device)
         pairs = [(states[i].index_select(0, rows), states[layers + i].index_select(0, rows)) for i in range(layers)]
-        gists = torch.tensor([p.gists for p in prefixes], device=place["device"])
+        gists = torch.tensor([p.rows for p in prefixes], device=place["device"])
         mask = torch.arange(longest, device=place["device"])[None] >= longest - gists[:, None]
         return DynamicCache(pairs), mask
 

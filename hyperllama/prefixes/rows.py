@@ -17,7 +17,7 @@ def behind_sink(prefix: Prefix, sink: States, inv_freq: Tensor) -> Prefix:
     """
     at = prefix.late
     places = torch.tensor([at], device=inv_freq.device)
-    ones = torch.ones(prefix.gists - at, dtype=torch.long, device=inv_freq.device)
+    ones = torch.ones(prefix.rows - at, dtype=torch.long, device=inv_freq.device)
     keys, values = [], []
     for k, v, (sink_k, sink_v) in zip(prefix.keys, prefix.values, sink, strict=True):
         sink_k = rotate(sink_k, places, inv_freq)
@@ -32,10 +32,10 @@ def last_rows(prefix: Prefix, rows: int, inv_freq: Tensor) -> Prefix:
     Without the first row, where attention goes that has nowhere else to go, a decoder reads hardly better than without any
     (Xiao et al. 2023, arXiv 2309.17453).
     """
-    if prefix.gists <= rows:
+    if prefix.rows <= rows:
         return prefix
     device = prefix.keys[0].device
-    kept = torch.tensor([0, *range(prefix.gists - rows + 1, prefix.gists)], device=device)
+    kept = torch.tensor([0, *range(prefix.rows - rows + 1, prefix.rows)], device=device)
     shifts = torch.arange(rows, device=device) - kept
     keys = [rotate(k[:, kept], shifts, inv_freq) for k in prefix.keys]
     return Prefix(keys, [v[:, kept] for v in prefix.values])
@@ -43,7 +43,7 @@ def last_rows(prefix: Prefix, rows: int, inv_freq: Tensor) -> Prefix:
 
 def first_rows(prefix: Prefix, rows: int) -> Prefix:
     """The first `rows` rows of a prefix, which stand where they should already; the whole prefix if it has no more."""
-    if prefix.gists <= rows:
+    if prefix.rows <= rows:
         return prefix
     return Prefix([k[:, :rows] for k in prefix.keys], [v[:, :rows] for v in prefix.values])
 
@@ -54,12 +54,12 @@ def mean_pooled(prefix: Prefix, rows: int, inv_freq: Tensor) -> Prefix:
     A mean is of nearly as many rows as the others. Keys are averaged without their positions, and the means stand at 1, 2, ...:
     averaging rotated keys would cancel the fast frequencies.
     """
-    if prefix.gists <= rows:
+    if prefix.rows <= rows:
         return prefix
     device = prefix.keys[0].device
-    back = -torch.arange(prefix.gists, device=device)
-    group = torch.arange(prefix.gists - 1, device=device) * (rows - 1) // (prefix.gists - 1) + 1
-    group = torch.cat([group.new_zeros(1), group]) if rows > 1 else group.new_zeros(prefix.gists)
+    back = -torch.arange(prefix.rows, device=device)
+    group = torch.arange(prefix.rows - 1, device=device) * (rows - 1) // (prefix.rows - 1) + 1
+    group = torch.cat([group.new_zeros(1), group]) if rows > 1 else group.new_zeros(prefix.rows)
     weights = torch.nn.functional.one_hot(group, rows).T.float()  # (rows, G)
     weights = weights / weights.sum(1, keepdim=True)
     places = torch.arange(rows, device=device)

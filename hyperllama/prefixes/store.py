@@ -39,7 +39,7 @@ class Entry:
     base: BaseIdentity
     context_sha256: str | None
     hypernetwork_sha256: str | None
-    gists: int
+    rows: int
     bytes: int
     metrics: dict = field(default_factory=dict)
     created: str | None = None
@@ -250,7 +250,7 @@ class PrefixStore:
 
 def _entry(path: Path, prefix: Prefix) -> Entry:
     known = {f.name: getattr(prefix.manifest, f.name) for f in dataclasses.fields(Entry) if f.name in vars(prefix.manifest)}
-    return Entry(**known, file=path.name, gists=prefix.gists, bytes=path.stat().st_size)
+    return Entry(**known, file=path.name, rows=prefix.rows, bytes=path.stat().st_size)
 
 
 def _line(entry: Entry) -> str:

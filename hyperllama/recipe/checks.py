@@ -118,7 +118,7 @@ def _training(recipe: Any, check: _Checks) -> None:
     if endless:
         check(training.get("max_steps", -1) > 0, "training.max_steps: the synthetic language is endless, so say how many steps")
     positions = _positions(model)
-    cut = recipe.gist.reading.graph != "single"  # positions begin anew with each chunk
+    cut = recipe.gist.chunking.graph != "single"  # positions begin anew with each chunk
     gists = recipe.gist.tokens + 1 if recipe.method == "hypernetwork" else 0  # and the sink
     needed = limits.context_tokens + limits.query_tokens + gists
     if positions is not None and needed > positions and not cut:
@@ -131,10 +131,10 @@ def _training(recipe: Any, check: _Checks) -> None:
 
 def _hypernetwork(recipe: Any, check: _Checks) -> None:
     gist, start = recipe.gist, recipe.start_from
-    check(gist.reading.chunk_tokens >= 1, f"gist.reading.chunk_tokens: at least 1, not {gist.reading.chunk_tokens}")
+    check(gist.chunking.chunk_tokens >= 1, f"gist.chunking.chunk_tokens: at least 1, not {gist.chunking.chunk_tokens}")
     check.extend(f"objectives: {problem}" for problem in recipe.objectives.problems())
-    pooled = gist.kind == "pooling" and gist.reading.graph == "recurrent"
-    check(not pooled, "gist.reading.graph: pooling reads chunks one by one, so they cannot read each other; choose parallel")
+    pooled = gist.kind == "pooling" and gist.chunking.graph == "recurrent"
+    check(not pooled, "gist.chunking.graph: pooling reads chunks one by one, so they cannot read each other; choose parallel")
     check(recipe.pooling.recency >= 0, f"pooling.recency: 0 or more, not {recipe.pooling.recency}")
     check(recipe.pooling.sharpness > 0, f"pooling.sharpness: above 0, not {recipe.pooling.sharpness}")
     check(0 <= recipe.pooling.attended <= 1, f"pooling.attended: a share from 0 to 1, not {recipe.pooling.attended}")
@@ -144,7 +144,7 @@ def _hypernetwork(recipe: Any, check: _Checks) -> None:
     check(not both, "pooling.attended: rows begin with attended tokens or, by recency, with shares; set one of them to 0")
     if gist.kind == "hint":
         check.extend(f"hint: {problem}" for problem in recipe.hint.problems(gist.tokens))
-        check(gist.reading.graph == "single", "gist.reading.graph: hint reads an instruction as a whole; choose single")
+        check(gist.chunking.graph == "single", "gist.chunking.graph: hint reads an instruction as a whole; choose single")
         check(not gist.elastic, "gist.elastic: the modules of hint have one size; set it to false")
     changing = "gisting" if gist.kind == "gisting" else "the regime paper"
     changes = gist.kind == "gisting" or (gist.kind == "hint" and recipe.hint.regime == "paper")

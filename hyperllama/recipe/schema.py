@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hyperllama.data.chunking import Reading
+from hyperllama.data.chunking import Chunking
 from hyperllama.data.p3 import P3Settings
 from hyperllama.data.symbols import SymbolSettings
 from hyperllama.data.synthetic import SyntheticLanguage
@@ -36,7 +36,7 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class GistRecipe:
-    """What becomes of a context: `tokens`, G, is how many rows a prefix has, or each chunk of a context cut by `reading`.
+    """What becomes of a context: `tokens`, G, is how many rows a prefix has, or each chunk of a context cut by `chunking`.
 
     kind: "lora" (Phang 2024), "full" (a tuned copy of the base compresses), "gisting" (one model, all weights tuned: Mu et al.
     2023), "pooling" (cross-attention over the base's keys and values) or "hint" (task modules from an encoded instruction, see
@@ -48,7 +48,7 @@ class GistRecipe:
 
     tokens: int = 16
     kind: Literal["lora", "full", "gisting", "pooling", "hint"] = "pooling"
-    reading: Reading = field(default_factory=Reading)
+    chunking: Chunking = field(default_factory=Chunking)
     elastic: bool = False
     sink: bool | None = None
     backend: Literal["auto", "dense", "sdpa", "flash", "varlen", "flex"] = "auto"

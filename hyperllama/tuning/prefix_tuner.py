@@ -50,7 +50,7 @@ class PrefixTuner(PackedModel):
         super().__init__(base, tokenizer, backend)
         for prefix in starts.values():
             prefix.refuse_modules("prefix tuning starts from")
-        shapes = {(p.layers, p.kv_heads, p.gists, p.head_dim) for p in starts.values()}
+        shapes = {(p.layers, p.kv_heads, p.rows, p.head_dim) for p in starts.values()}
         if len(shapes) != 1:
             raise UserError(
                 f"prefixes that are tuned together need one shape, not (layers, kv_heads, gists, head_dim) of {sorted(shapes)}"
@@ -82,7 +82,7 @@ class PrefixTuner(PackedModel):
             self.values.requires_grad_(False)
 
     @property
-    def gists(self) -> int:
+    def rows(self) -> int:
         """The rows of each prefix, sink included."""
         return self.shape[2]
 
@@ -97,7 +97,7 @@ class PrefixTuner(PackedModel):
         each = (x.unbind(1) for x in self._current())  # P of (L, N, G, D)
         keys, values = (torch.cat([one[i] for i in places], dim=2) for one in each)  # (L, N, p * G, D)
         if any(batch.layout.starts[: len(places)]):
-            gists = torch.arange(self.gists, device=keys.device).repeat(len(places))
+            gists = torch.arange(self.rows, device=keys.device).repeat(len(places))
             shifts = batch.layout.positions[: len(gists)] - gists
             keys = rotate(keys, shifts, inverse_frequencies(self.base))
         return self.answer_loss(batch, list(zip(keys, values)), input_ids=batch.ids)

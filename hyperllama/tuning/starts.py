@@ -29,7 +29,7 @@ def random_start(
     inv_freq, places = inverse_frequencies(model), torch.arange(gists, device=model.device)
     keys, values = [], []
     for layer in range(real[0].layers):
-        upright = [rotate(p.keys[layer].float(), -torch.arange(p.gists, device=model.device), inv_freq) for p in real]
+        upright = [rotate(p.keys[layer].float(), -torch.arange(p.rows, device=model.device), inv_freq) for p in real]
         for kept, rows in ((keys, torch.cat(upright, 1)), (values, torch.cat([p.values[layer].float() for p in real], 1))):
             noise = torch.randn(rows.shape[0], gists, rows.shape[2], generator=generator).to(rows.device)
             drawn = rows.mean(1, keepdim=True) + rows.std(1, keepdim=True, correction=0) * noise

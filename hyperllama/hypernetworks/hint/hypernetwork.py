@@ -19,7 +19,7 @@ from hyperllama.base.adapters import LORA, Adapters, Stack, adapted
 from hyperllama.base.decoder import head_dim, inverse_frequencies, kv_heads, packed_arguments
 from hyperllama.base.identity import BaseIdentity, identify
 from hyperllama.base.loading import load_weights_into
-from hyperllama.base.mlp_blocks import CHUNK_ROWS, chunked_mlps
+from hyperllama.base.mlp_blocks import BLOCK_ROWS, mlps_in_blocks
 from hyperllama.data.packing import GistBatch
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
@@ -55,8 +55,8 @@ class HintHypernetwork(Hypernetwork):
         self.hint = HintSettings(**hint) if isinstance(hint, dict) else hint or HintSettings()
         if problems := self.hint.problems(self.num_gists):
             raise UserError(f"hint: {'; '.join(problems)}")
-        if self.reading.graph != "single":
-            raise UserError("gist.reading.graph: hint reads an instruction as a whole; choose single")
+        if self.chunking.graph != "single":
+            raise UserError("gist.chunking.graph: hint reads an instruction as a whole; choose single")
         if self.elastic:
             raise UserError("gist.elastic: the modules of hint have one size; set it to false")
         if self.trains_base and self.mix.distillation:
@@ -107,12 +107,12 @@ class HintHypernetwork(Hypernetwork):
             return self.reading_loss(reading, layout, states, sinks, teacher)
 
     def gist_states(
-        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, chunk_rows: int | None = CHUNK_ROWS
+        self, ids: Tensor, layout: GistLayout, *, given: States | None = None, block_rows: int | None = BLOCK_ROWS
     ) -> States:
-        return self.task_modules(ids, layout, chunk_rows=chunk_rows)[0]
+        return self.task_modules(ids, layout, block_rows=block_rows)[0]
 
     def task_modules(
-        self, ids: Tensor, layout: GistLayout, *, chunk_rows: int | None = CHUNK_ROWS
+        self, ids: Tensor, layout: GistLayout, *, block_rows: int | None = BLOCK_ROWS
     ) -> tuple[States, Stack | None]:
         """What instructions become: rows as `gist_states` gives them, and adapters, of each task in the order of `layout`.
 
@@ -124,7 +124,7 @@ class HintHypernetwork(Hypernetwork):
         if min(tokens) < 1:
             raise UserError("hint needs at least one token of instruction or examples for each task")
         own = [piece[:, :n] for piece, n in zip(ids.split(rows, 1), tokens, strict=True)]
-        encoded = self.hyperencode(torch.cat(own, 1), GistLayout([Segment(n) for n in tokens]), chunk_rows)
+        encoded = self.hyperencode(torch.cat(own, 1), GistLayout([Segment(n) for n in tokens]), block_rows)
         made = self.generator(encoded.split(tokens)) if self.generator is not None else {}
         kinds = self.hint.sizes()
         pairs = {kind: tuple(made[f"{kind}_{side}"].to(self.base.dtype) for side in ("down", "up")) for kind in kinds}
@@ -135,12 +135,12 @@ class HintHypernetwork(Hypernetwork):
         """How many segments of a layout are one task: where fused rows are read apart, the prefix rows are another one."""
         return 2 if self.hint.late_fusion and self.num_gists else 1
 
-    def hyperencode(self, ids: Tensor, layout: GistLayout, chunk_rows: int | None = None) -> Tensor:
+    def hyperencode(self, ids: Tensor, layout: GistLayout, block_rows: int | None = None) -> Tensor:
         """Final normalised states (T, hidden) of packed instructions; with gradients only where the base is trained."""
         layout = layout.to(ids.device)
         trained = torch.is_grad_enabled() and self.trains_base
-        long = chunk_rows is not None and layout.tokens > chunk_rows and not trained
-        with torch.set_grad_enabled(trained), chunked_mlps(self.base, chunk_rows) if long else nullcontext():
+        long = block_rows is not None and layout.tokens > block_rows and not trained
+        with torch.set_grad_enabled(trained), mlps_in_blocks(self.base, block_rows) if long else nullcontext():
             arguments = packed_arguments(self.base, layout, self.backend)
             return self.base.get_decoder()(input_ids=ids, use_cache=False, **arguments).last_hidden_state[0]
 
@@ -182,11 +182,11 @@ class HintHypernetwork(Hypernetwork):
         readers: Sequence[Sequence[int]],
         *,
         sinks: int = 0,
-        chunk_rows: int = CHUNK_ROWS,
+        block_rows: int = BLOCK_ROWS,
     ) -> list[Prefix]:
         """As of every hypernetwork, with adapters in the prefixes; a reader reads the segments of one task."""
         layout = layout.to(self.base.device)
-        states, stack = self.task_modules(ids.to(self.base.device), layout, chunk_rows=chunk_rows)
+        states, stack = self.task_modules(ids.to(self.base.device), layout, block_rows=block_rows)
         prefixes = prefixes_of(states, layout, readers, inverse_frequencies(self.base))
         for prefix, reads in zip(prefixes, readers, strict=True):
             task = reads[0] // self._segments

@@ -104,11 +104,11 @@ def _lora_kinds(prefix: Prefix) -> list[str]:
     kinds = list(prefix.adapters.pairs) if prefix.adapters is not None else []
     if set(kinds) - set(LORA):
         raise UserError("an adapter beside an MLP with a non-linearity is no form of PEFT's; generate modules without adapters")
-    if kinds and prefix.gists:
+    if kinds and prefix.rows:
         raise UserError("PEFT has LoRA or keys and values, not both in one adapter; set gist.tokens to 0 and fusion to false")
     if prefix.late:
         raise UserError("PEFT shows a prefix to all rows, but some of this one are for answers only; set fusion_visibility=all")
-    if not kinds and not prefix.gists:
+    if not kinds and not prefix.rows:
         raise UserError("a prefix without gists cannot be an adapter; give one of at least one gist")
     return sorted(kinds)
 
@@ -116,7 +116,7 @@ def _lora_kinds(prefix: Prefix) -> list[str]:
 def _prefix_config(peft, prefix: Prefix, peft_type: str):
     # With grouped-query heads PEFT means keys and values here, not the model's hidden size and query heads.
     sizes = {"token_dim": prefix.kv_heads * prefix.head_dim, "num_attention_heads": prefix.kv_heads}
-    sizes |= {"num_virtual_tokens": prefix.gists, "num_layers": prefix.layers, "num_transformer_submodules": 1}
+    sizes |= {"num_virtual_tokens": prefix.rows, "num_layers": prefix.layers, "num_transformer_submodules": 1}
     sizes |= {"num_frozen_tokens": 0} if peft_type == "CARTRIDGE" else {}
     return getattr(peft, KINDS[peft_type])(**sizes)
 
@@ -254,8 +254,8 @@ def _checksum(flat: Tensor) -> str:
 def _card(prefix: Prefix) -> str:
     made = prefix.manifest
     base, query = (made.base.name, made.text_format.get("query")) if made else (None, None)
-    if prefix.gists:
-        what, ours = f"Keys and values of {prefix.gists} gists", " or `hyperllama.prefixes.export.peft.from_peft(folder)`"
+    if prefix.rows:
+        what, ours = f"Keys and values of {prefix.rows} gists", " or `hyperllama.prefixes.export.peft.from_peft(folder)`"
     else:
         what, ours = "LoRA that was generated from an instruction,", ""
     return f"""---
@@ -263,7 +263,7 @@ base_model: {json.dumps(base)}
 library_name: peft
 ---
 
-# {"A soft prefix" if prefix.gists else "LoRA"}{f": {made.task}" if made and made.task else ""}
+# {"A soft prefix" if prefix.rows else "LoRA"}{f": {made.task}" if made and made.task else ""}
 
 {what} at {prefix.layers} layers of {base or "a model that is not recorded"}, for
 `PeftModel.from_pretrained(model, folder)`{ours}.
