@@ -192,10 +192,8 @@ def _cost(bench: Bench, reader: Reader, state: State, query: Query, kind: Kind) 
     else:
         encode = cost.encode(state.tokens + state.gists)
     asked = ask(len(query.prompt), rows)
-    if state.prefix is not None:
-        asked -= cost.late(len(query.prompt), state.prefix.late)
-        if state.prefix.adapters is not None:
-            asked += cost.adapters(len(query.prompt) + sum(n - 1 for n in lengths), state.prefix.adapters.sizes)
+    if state.prefix is not None and state.prefix.adapters is not None:
+        asked += cost.adapters(len(query.prompt) + sum(n - 1 for n in lengths), state.prefix.adapters.sizes)
     facts |= {"encode_flops": encode, "query_flops": asked}
     return facts | {"reread_flops": ask(state.tokens + len(query.prompt), 0)}
 

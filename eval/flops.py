@@ -187,10 +187,6 @@ class ModelCost:
         """FLOPs of adapters for `rows` rows, in all layers; `sizes` has b of each kind, see `hyperllama.base.adapters`."""
         return rows * self.layers * sum(2 * size * sum(self._beside(name)) for name, size in sizes.items())
 
-    def late(self, prompt: int, gists: int) -> int:
-        """FLOPs that a prompt of `prompt` tokens saves where `gists` gists are seen by its last row only."""
-        return self.per_pair * (prompt - 1) * (gists + 1) if gists else 0
-
     def _beside(self, kind: str) -> tuple[int, int]:
         """What a module with a kind of adapters beside it reads and writes a row."""
         return self.linears.get(kind, (self.hidden, self.hidden))

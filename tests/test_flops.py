@@ -123,16 +123,6 @@ def test_compressing_with_pooling(base, context, attended, rank):
     assert close(cost.pool(context, 3, *([rank] if rank else []), attended=attended), counter)
 
 
-@pytest.mark.parametrize("prompt", [1, 9])
-def test_reading_late_rows(base, prompt):
-    cost, hint = ModelCost.of(base.config), HintSettings(adapter_size=3, fusion_visibility="targets", heads=3, mlp_size=20)
-    (prefix,) = HintHypernetwork(base, gists=2, hint=hint).compress([tokens(12)[0]])
-    settings = {"max_new_tokens": 4, "min_new_tokens": 4}
-    counter = counted(lambda: Reader(base, _Tokenizer()).generate(tokens(prompt).tolist(), [prefix], **settings))
-    reading = cost.generate(prompt, 4, past=14) - cost.late(prompt, 12) + cost.adapters(prompt + 3, {"adapter": 3})
-    assert close(reading, counter)
-
-
 @pytest.mark.parametrize("prompt, answer, past", [(1, 1, 0), (9, 1, 4), (3, 2, 0), (12, 6, 0), (5, 9, 11)])
 def test_generating(base, prompt, answer, past):
     prefix = prefix_of(base, past) if past else None

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperllama.base.adapters import Adapters, Stack, adapted
-from hyperllama.base.decoder import cache_argument
 from hyperllama.base.loading import load_base, load_tokenizer
 from hyperllama.data.packing import Packing, pack_gist
 from hyperllama.data.text import EncodedEpisode
@@ -25,16 +24,14 @@ from hyperllama.prefixes.export.peft import to_peft
 from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.prefix import Prefix
 
-# Prefix rows, bottleneck, rank of LoRA and fusion: all together, each alone, and fusion for rows that predict.
+# Prefix rows, bottleneck, rank of LoRA and fusion: all together, and each alone.
 FORMS = {
-    "all": (3, 4, 2, "all"),
-    "adapters": (0, 4, 0, None),
-    "lora": (0, 0, 3, None),
-    "prefix": (3, 0, 0, None),
-    "fusion": (0, 0, 0, "all"),
-    "fused": (0, 4, 0, "all"),
-    "late": (3, 4, 2, "targets"),
-    "late fusion": (0, 0, 0, "targets"),
+    "all": (3, 4, 2, True),
+    "adapters": (0, 4, 0, False),
+    "lora": (0, 0, 3, False),
+    "prefix": (3, 0, 0, False),
+    "fusion": (0, 0, 0, True),
+    "fused": (0, 4, 0, True),
 }
 CONTEXTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [31], [40, 41, 42, 43]]
 EPISODES = [
@@ -56,13 +53,12 @@ def made(form="all", base=None, trained=True, regime="frozen", **settings):
 
 
 def hint_settings(form, regime="frozen"):
-    _, size, rank, seen = FORMS[form]
-    shown = {"fusion": bool(seen), "fusion_visibility": seen or "all", "fusion_rank": 2}
-    return HintSettings(adapter_size=size, lora_rank=rank, mlp_size=16, heads=2, regime=regime, **shown)
+    _, size, rank, fusion = FORMS[form]
+    return HintSettings(adapter_size=size, lora_rank=rank, mlp_size=16, heads=2, regime=regime, fusion=fusion, fusion_rank=2)
 
 
 def packing(hypernetwork, **more):
-    return Packing(hypernetwork.num_gists, whole=hypernetwork.keeps_context, late=hypernetwork.late_context, **more)
+    return Packing(hypernetwork.num_gists, whole=hypernetwork.keeps_context, **more)
 
 
 def tensors(prefix):
@@ -183,38 +179,6 @@ def test_lora_is_added_to_the_weights_and_is_peft_s(kind, tmp_path, saved_base):
         to_peft(rows, tmp_path)
 
 
-@pytest.mark.parametrize("form", ["late", "late fusion"])
-def test_late_rows_are_for_what_predicts(form):
-    """The oracle is a pass without any packing: a mask of four dimensions says who sees the first rows."""
-    base = tiny_base()
-    hypernetwork, reader = made(form, base), Reader(base, _Tokenizer())
-    (prefix,) = hypernetwork.compress([[5, 6, 7]])
-    assert prefix.late == 3 and prefix.rows == 3 + hypernetwork.num_gists
-    prompt, answer = [11, 12, 13, 14], [15, 16, 17]
-    ids, past = torch.tensor([prompt + answer[:-1]]), prefix.rows
-    visible = torch.ones(ids.shape[1], past + ids.shape[1], dtype=torch.bool).tril(past)
-    visible[: len(prompt) - 1, : prefix.late] = False
-    whole = Prefix(prefix.keys, prefix.values)  # as if all rows were for all
-    with torch.no_grad(), adapted(base, Stack.of([prefix.adapters], base)):
-        mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
-        places = torch.arange(past, past + ids.shape[1])[None]
-        cache = cache_argument(base, whole.to_cache())
-        logits = base(ids, **cache, attention_mask=mask, position_ids=places).logits[0]
-    likelihoods = logits[len(prompt) - 1 :].log_softmax(-1)
-    expected = sum(likelihoods[i, token].item() for i, token in enumerate(answer))
-    for continuations in ((tuple(answer),), (tuple(answer), (20,))):
-        scores = reader.score([Question(tuple(prompt), continuations, prefix)])[0]
-        assert scores[0] == pytest.approx(expected, abs=1e-4)
-    whole.adapters = prefix.adapters
-    assert reader.score([Question(tuple(prompt), (tuple(answer),), whole)])[0][0] != pytest.approx(expected, abs=1e-3)
-    greedy = reader.generate([prompt], [prefix], max_new_tokens=6, min_new_tokens=6)[0]
-    chosen = [reader.score([Question(tuple(prompt), tuple((*greedy[:i], t) for t in range(97)), prefix)])[0] for i in range(3)]
-    assert [max(range(97), key=scores.__getitem__) for scores in chosen] == greedy[:3]
-    episode = EncodedEpisode((5, 6, 7), ((tuple(prompt), tuple(answer)),))
-    loss = hypernetwork(pack_gist([episode], packing(hypernetwork)))
-    assert loss.sum.item() == pytest.approx(-expected, abs=1e-4)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_a_module_file_holds_everything(form, tmp_path, saved_base):
     base, tokenizer = load_base(str(saved_base)), load_tokenizer(str(saved_base))
@@ -224,7 +188,6 @@ def test_a_module_file_holds_everything(form, tmp_path, saved_base):
     prefix.save(path)
     loaded = Prefix.load(path, hypernetwork.identity)
     assert loaded == prefix and loaded.nbytes == sum(t.nbytes for t in tensors(prefix))
-    assert loaded.late == prefix.late == (3 if "late" in form else 0) and loaded.to("cpu").late == loaded.late
     assert loaded.manifest.context_tokens == 3 and loaded.to(dtype=torch.bfloat16).nbytes * 2 == loaded.nbytes
     if prefix.adapters is not None:
         changed = Adapters({kind: (down, up + 1) for kind, (down, up) in prefix.adapters.pairs.items()})
@@ -237,13 +200,10 @@ def test_a_module_file_holds_everything(form, tmp_path, saved_base):
         Prefix.load(path)
 
 
-@pytest.mark.parametrize(
-    "has, no_peft", [("adapters", "non-linearity is no form"), ("rows that only answers see", "to all rows")]
-)
-def test_what_reads_keys_and_values_only_refuses_more(tmp_path, has, no_peft):
+def test_what_reads_keys_and_values_only_refuses_more(tmp_path):
     from hyperllama.tuning.prefix_tuner import PrefixTuner
 
-    hypernetwork = made("all" if has == "adapters" else "late fusion")
+    hypernetwork = made("all")
     (prefix,) = hypernetwork.compress([[5, 6, 7]])
     for refused in (
         lambda: prefix.to_cache(),
@@ -252,9 +212,9 @@ def test_what_reads_keys_and_values_only_refuses_more(tmp_path, has, no_peft):
         lambda: prefix.save(tmp_path / "p.safetensors", quantize="int8"),
         lambda: PrefixTuner(hypernetwork.base, {"t": prefix}),
     ):
-        with pytest.raises(UserError, match=f"keys and values only, but this task module has {has}"):
+        with pytest.raises(UserError, match="keys and values only, but this task module has adapters"):
             refused()
-    with pytest.raises(UserError, match=no_peft):
+    with pytest.raises(UserError, match="non-linearity is no form"):
         to_peft(prefix, tmp_path / "peft")
     assert not list(tmp_path.iterdir())
     (rows,) = made("prefix").compress([[5, 6, 7]])
@@ -309,7 +269,6 @@ def test_what_makes_no_sense_is_refused(tmp_path):
         ({"hint": HintSettings(adapter_size=0, fusion=False), "gists": 0}, "nothing is generated"),
         ({"hint": HintSettings(heads=0)}, "heads must be at least 1"),
         ({"hint": HintSettings(lora_rank=-1)}, "lora_rank must be at least 0"),
-        ({"hint": HintSettings(fusion=False, fusion_visibility="targets")}, "rows that are not there"),
         ({"chunking": Chunking("parallel", 4)}, "choose single"),
         ({"elastic": True}, "one size"),
         ({"gists": -1}, "at least"),
@@ -327,16 +286,13 @@ def test_what_makes_no_sense_is_refused(tmp_path):
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.sampled_from(list(FORMS)))
 def test_readers_of_a_batch_are_known(lengths, form):
     """Every row of the read region belongs to the context that it reads, whatever is compressed."""
-    rows, _, _, seen = FORMS[form]
+    rows, _, _, fusion = FORMS[form]
     episodes = [
         EncodedEpisode(tuple([10 + i] * n), (((30 + i,), (40 + i,)), ((50 + i, 60 + i), (70 + i,))))
         for i, n in enumerate(lengths)
     ]
-    shown = {"whole": bool(seen), "late": seen == "targets"}
-    ids, layout, reading = pack_gist(episodes, Packing(rows, **shown)).halves()
-    assert len(layout.segments) == len(lengths) * (2 if rows and shown["late"] else 1) and ids.shape[1] == sum(
-        lengths
-    ) + rows * len(lengths)
+    ids, layout, reading = pack_gist(episodes, Packing(rows, whole=fusion)).halves()
+    assert len(layout.segments) == len(lengths) and ids.shape[1] == sum(lengths) + rows * len(lengths)
     own_rows = [start for start in layout.row_starts if ids[0, start]]
     owners = [int(ids[0, start]) - 10 for start in own_rows]  # contexts are sorted by length
     for own, group in zip(owners, reading.reader_rows(), strict=True):

@@ -20,7 +20,6 @@ RECIPES = Path(__file__).parent.parent / "recipes" / "hint"
 FEW = ["training.max_steps=2", "training.save_steps=2", "training.use_cpu=true", "training.disable_tqdm=true"]
 SMALL = ["hint.adapter_size=4", "hint.mlp_size=8", "hint.fusion_rank=2", "training.per_device_train_batch_size=2"]
 LORA_ALONE = ["gist.tokens=0", "hint.fusion=false", "hint.adapter_size=0", "hint.lora_rank=2"]
-LATE = ["hint.fusion_visibility=targets"]
 
 
 def test_instructions_name_categories_and_their_symbols():
@@ -87,7 +86,7 @@ def test_instructions_that_cannot_be_are_refused(changes, problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [[], ["hint.regime=paper"], LORA_ALONE, LATE], ids=str)
+@pytest.mark.parametrize("changes", [[], ["hint.regime=paper"], LORA_ALONE], ids=str)
 def test_the_quickstart_of_hint(tmp_path, changes):
     """From the recipes to a task module that is evaluated, compressed, inspected and generated from."""
     sizes = ["hidden_size=16", "intermediate_size=16", "num_hidden_layers=2", "num_attention_heads=2", "num_key_value_heads=2"]
@@ -109,7 +108,6 @@ def test_the_quickstart_of_hint(tmp_path, changes):
     size, lora = (0, 2) if changes == LORA_ALONE else (4, 0)
     assert said["adapters"] == ({"q_proj": 2, "v_proj": 2} if lora else {"adapter": 4})
     assert said["adapter_bytes"] == 2 * 2 * 16 * (size + 2 * lora) * 4
-    assert said.get("late_rows", 0) == (said["rows"] - found["gists"] - sink if changes == LATE else 0)
     assert said["rows"] == sink + found["gists"] + Prefix.load(path).manifest.context_tokens * fused
     assert len(commands_generate.generate(path, ["w2", "w3"], max_new_tokens=2)) == 2
     with pytest.raises(UserError, match="prefix tuning starts from keys and values only"):

@@ -51,7 +51,7 @@ def test_equality_and_repr():
         ([], [], "one pair a layer, not 0 and 0"),
         ([torch.zeros(2, 3, 8)], [], "not 1 and 0"),
         ([torch.zeros(2, 3, 8)], [torch.zeros(2, 4, 8)], r"one shape .*\(2, 3, 8\).*\(2, 4, 8\)"),
-        ([torch.zeros(3, 8)], [torch.zeros(3, 8)], r"one shape \(kv_heads, gists, head_dim\)"),
+        ([torch.zeros(3, 8)], [torch.zeros(3, 8)], r"one shape \(kv_heads, rows, head_dim\)"),
     ],
 )
 def test_shapes_are_checked(keys, values, message):

@@ -47,8 +47,7 @@ def made(kind, base, **settings):
 
 
 def packing(hypernetwork):
-    shown = {"whole": hypernetwork.keeps_context, "late": hypernetwork.late_context}
-    return Packing(hypernetwork.num_gists, hypernetwork.chunking, sink=True, **shown)
+    return Packing(hypernetwork.num_gists, hypernetwork.chunking, sink=True, whole=hypernetwork.keeps_context)
 
 
 @pytest.mark.parametrize("graph", ["single", "parallel", "recurrent"])
@@ -73,20 +72,17 @@ def test_a_packed_pass_reads_what_a_stored_prefix_holds(base, tmp_path, kind, gr
     assert packed.count == count
 
 
-@pytest.mark.parametrize("hint", [{}, {"fusion_visibility": "targets"}, {"regime": "paper"}])
+@pytest.mark.parametrize("hint", [{}, {"regime": "paper"}])
 def test_a_module_of_hint_begins_with_it_too(hint):
-    """Where only answers see the fused rows, it stands behind these: the first that every row sees."""
     from hyperllama.inference.scoring import Question, continuation_scores
 
     hypernetwork = made("hint", tiny_base(), hint=hint)
     packed = hypernetwork(pack_gist(RAGGED, packing(hypernetwork)))
     prefixes = hypernetwork.compress([e.context for e in RAGGED])
     for one, prefix in zip(RAGGED, prefixes):
-        assert prefix.rows == len(one.context) + 1 + 3 and prefix.late == (
-            len(one.context) if "fusion_visibility" in hint else 0
-        )
+        assert prefix.rows == len(one.context) + 1 + 3
         own = encode_whole(hypernetwork.base, [[SINK]])[0].values[0]
-        torch.testing.assert_close(prefix.values[0][:, prefix.late : prefix.late + 1], own, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(prefix.values[0][:, :1], own, atol=1e-6, rtol=1e-5)
     asked = [Question(p, (a,), prefix) for one, prefix in zip(RAGGED, prefixes) for p, a in one.queries]
     stored = -sum(scores[0] for scores in continuation_scores(hypernetwork.base, asked))
     assert packed.sum.item() == pytest.approx(stored, abs=1e-3)

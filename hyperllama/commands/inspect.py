@@ -22,8 +22,6 @@ def inspect(path: str | Path) -> dict:
         sizes = {"rows": prefix.rows, "layers": prefix.layers, "kv_heads": prefix.kv_heads, "head_dim": prefix.head_dim}
         if prefix.adapters is not None:
             sizes |= {"adapters": prefix.adapters.sizes, "adapter_bytes": prefix.adapters.nbytes}
-        if prefix.late:
-            sizes["late_rows"] = prefix.late
         sizes |= {"dtype": str(prefix.dtype).removeprefix("torch."), "file_bytes": path.stat().st_size}
         return {
             "prefix": str(path),

@@ -138,9 +138,8 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
 def packing_of(recipe: Recipe) -> Packing:
     """What of an episode a recipe's hypernetwork is trained on."""
     again, taught = recipe.objectives.reconstruction > 0, recipe.objectives.distillation > 0
-    hint = recipe.hint if recipe.gist.kind == "hint" else None
-    shown = {"whole": hint is not None and hint.fusion, "late": hint is not None and hint.late_fusion}
-    shown |= {"reconstruct": again, "teach": taught, "sink": has_sink(recipe)}
+    shown = {"whole": recipe.gist.kind == "hint" and recipe.hint.fusion, "sink": has_sink(recipe)}
+    shown |= {"reconstruct": again, "teach": taught}
     return Packing(recipe.gist.tokens, recipe.gist.chunking, recipe.gist.elastic, **shown)
 
 

@@ -177,7 +177,7 @@ def make_starts(start: StartRecipe, setting: Setting) -> dict[str, Prefix]:
             text_format=dataclasses.asdict(encoder.format),
             metrics={"tuned_from": start.kind},
         )
-        named[episode.task] = Prefix(prefix.keys, prefix.values, manifest, prefix.adapters, prefix.late)
+        named[episode.task] = Prefix(prefix.keys, prefix.values, manifest, prefix.adapters)
     return named
 
 

@@ -102,7 +102,7 @@ class Packing:
     `elastic` draws how many gists a batch has: 1, 2, 4, ... up to all; a gist never sees those after it, so the first few stand
     alone. `reconstruct` adds a segment in which each context is said again (in-context autoencoder, Ge et al. 2023, arXiv
     2307.06945), `teach` the same queries behind their whole contexts. `whole` has a context's own rows read too, before its
-    gists; then there may be none. With `late` only the rows that predict see these, and a query's rows before them do not.
+    gists; then there may be none.
     With a `sink` whoever reads gists reads one more row before them, a segment of its own: the row that the base has of its
     first token alone, where attention rests (Xiao et al. 2023, arXiv 2309.17453). Its keys and values are given, not computed.
     """
@@ -113,7 +113,6 @@ class Packing:
     reconstruct: bool = False
     teach: bool = False
     whole: bool = False
-    late: bool = False
     sink: bool = False
 
     def drawn_gists(self, episodes: Sequence[EncodedEpisode]) -> int:
@@ -135,17 +134,12 @@ def chunk_segments(
     first: int,
     *,
     whole: bool = False,
-    late: bool = False,
     sink: int | None = None,
 ) -> list[Segment]:
     """A segment for each chunk of a context, which ends in its gists; the first of them is segment `first` of its layout.
 
-    `whole`: all rows of a segment are read like gists. `late`: its gists are a segment of their own, to be read apart. `sink`:
-    the segment that chunks read before the chunks that they read.
+    `whole`: all rows of a segment are read like gists. `sink`: the segment that chunks read before the chunks that they read.
     """
-    if late:
-        apart = [(len(chunk), gists) if gists else (len(chunk),) for chunk in chunks]
-        return [Segment(n, gists=n) for rows in apart for n in rows]
     sinks = () if sink is None else (sink,)
     earlier = [(*sinks, *range(first, first + i)) if chunking.graph == "recurrent" and i else () for i in range(len(chunks))]
     rows = [len(chunk) + gists for chunk in chunks]
@@ -186,11 +180,10 @@ def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> Gis
     pieces, segments, own, owners = [(PLACEHOLDER,)] * sinks, [SINK] * sinks, [], list(range(sinks))
     for i, episode in enumerate(contexts):
         chunks, sink = packing.chunking.chunks(episode.context, [end for _, end in episode.answers]), i if sinks else None
-        shown = {"whole": packing.whole, "late": packing.late, "sink": sink}
-        made = chunk_segments(packing.chunking, chunks, gists, len(segments), **shown)
+        made = chunk_segments(packing.chunking, chunks, gists, len(segments), whole=packing.whole, sink=sink)
         reads = [len(segments) + place for place, segment in enumerate(made) if segment.gists]
         if sinks:
-            reads.insert(1 if packing.late else 0, i)  # rows that do not see the late ones begin with it
+            reads.insert(0, i)
         own.append(tuple(reads))
         owners += [i] * len(made)
         segments += made
@@ -200,7 +193,7 @@ def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> Gis
         readers += [(None, episode.context, i) for i, episode in enumerate(contexts)]
     readers.sort(key=lambda r: len(r[0] or (PLACEHOLDER,)) + len(r[1]))
     compressed = len(segments)
-    places = list(zip(readers, _append(pieces, segments, owners, readers, own, late=packing.late), strict=True))
+    places = list(zip(readers, _append(pieces, segments, owners, readers, own), strict=True))
     asked, again = ([one for one in places if (one[0][0] is None) == said_again] for said_again in (False, True))
     rows = [row for _, predicting in asked + again for row in predicting]
     targets = [token for (_, answer, _), _ in asked + again for token in answer]
@@ -215,24 +208,17 @@ def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> Gis
     )
 
 
-def _append(
-    pieces: list, segments: list[Segment], owners: list[int], readers, reads: Sequence[tuple[int, ...]], *, late: bool = False
-) -> list[range]:
+def _append(pieces: list, segments: list[Segment], owners: list[int], readers, reads: Sequence[tuple[int, ...]]) -> list[range]:
     """Append readers (prompt or None for a marker, answer, context), each reading `reads` of its context.
 
-    `late`: what stands before the first row that predicts is a segment of its own, and does not read the first of `reads`.
     Returns the rows that predict each one's answer.
     """
     row, predicting = sum(map(len, pieces)), []
     for prompt, answer, context in readers:
         piece = (*(prompt or (PLACEHOLDER,)), *answer[:-1])  # the last answer token is predicted, never read
         pieces.append(piece)
-        seen, before = reads[context], len(piece) - len(answer) if late else 0
-        if before:
-            segments.append(Segment(before, gists=before, reads=seen[1:]))
-            seen = (*seen, len(segments) - 1)
-        segments.append(Segment(len(piece) - before, reads=seen))
-        owners += [context] * (2 if before else 1)
+        segments.append(Segment(len(piece), reads=reads[context]))
+        owners.append(context)
         row += len(piece)
         predicting.append(range(row - len(answer), row))
     return predicting

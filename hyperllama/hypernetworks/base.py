@@ -57,7 +57,6 @@ class Hypernetwork(PackedModel, ABC):
     # rows as well, before its gists.
     trains_base = False
     keeps_context = False
-    late_context = False  # and whether only the rows that predict see them
 
     def __init__(
         self,
@@ -224,8 +223,7 @@ class Hypernetwork(PackedModel, ABC):
         gists = self.num_gists if gists is None else gists
         chunks = self.chunking.chunks(torch.as_tensor(context).tolist(), getattr(context, "ends", ()))
         pieces = [(*chunk, *[PLACEHOLDER] * gists) for chunk in chunks]
-        shown = {"whole": self.keeps_context, "late": self.late_context, "sink": sink}
-        return pieces, chunk_segments(self.chunking, chunks, gists, first, **shown)
+        return pieces, chunk_segments(self.chunking, chunks, gists, first, whole=self.keeps_context, sink=sink)
 
     @torch.no_grad()
     def encode(

@@ -58,11 +58,10 @@ class Reader:
         """Continue each prompt behind its own prefix; different tasks and lengths may share a batch.
 
         `prompts` are token ids; `prefixes` one for each, or None to read without; `settings` go to transformers' `generate`
-        verbatim, apart from `num_return_sequences`: an answer a prompt. Where a prefix has late rows, a prompt is read up to
-        its last token first, and that token is all of it that `generate` sees, for a repetition penalty say. A batch has at
-        most `batch_size` rows, and with `batch_tokens` no more prefix rows and prompt tokens, padding included, unless one row
-        has. A row ends at its end token, or with the text `stop`; its new tokens are returned, `stop` included. Raises
-        UserError for a prefix of another base, or where the model's positions end.
+        verbatim, apart from `num_return_sequences`: an answer a prompt. A batch has at most `batch_size` rows, and with
+        `batch_tokens` no more prefix rows and prompt tokens, padding included, unless one row has. A row ends at its end
+        token, or with the text `stop`; its new tokens are returned, `stop` included. Raises UserError for a prefix of another
+        base, or where the model's positions end.
         """
         if settings.get("num_return_sequences", 1) != 1:
             raise ValueError("a reader gives one answer a prompt: repeat the prompt instead of num_return_sequences")
@@ -85,8 +84,6 @@ class Reader:
         pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         if not all(len(prompt) for prompt in prompts):
             raise UserError("a prompt is empty after tokenisation: give an input, or a query template with text of its own")
-        if prefixes is not None and any(prefix.late for prefix in prefixes):
-            prefixes, prompts = self._read_inputs(prompts, prefixes, pad), [prompt[-1:] for prompt in prompts]
         ids, mask = _padded(prompts, pad, device)
         longest = ids.shape[1]
         cache, stack = {}, None
@@ -111,37 +108,6 @@ class Reader:
         ends = settings["eos_token_id"]  # one, several or none; what follows is padding
         answers = [_until(row, set(ends) if isinstance(ends, list) else {ends}) for row in output]
         return [_through(row, stop, tokenizer) for row in answers] if stop else answers
-
-    def _read_inputs(self, prompts, prefixes, pad: int) -> list[Prefix]:
-        """For each prompt its prefix and, behind it, its rows but the last, which have not seen late gists."""
-        if max(map(len, prompts)) == 1:
-            return [Prefix(p.keys, p.values, p.manifest, p.adapters) for p in prefixes]
-        ids, mask = _padded([prompt[:-1] for prompt in prompts], pad, self.model.device)
-        # Late gists are left out, but what comes after them stands where it would stand behind them. A task is
-        # cut once, so that `stack` moves it once.
-        distinct = {id(p): p for p in prefixes}
-        early = {
-            key: Prefix([k[:, p.late :] for k in p.keys], [v[:, p.late :] for v in p.values]) for key, p in distinct.items()
-        }
-        cache, gists = Prefix.stack([early[id(p)] for p in prefixes], device=self.model.device, dtype=self.model.dtype)
-        starts = torch.tensor([prefix.rows for prefix in prefixes], device=self.model.device)
-        places = (starts[:, None] + mask.cumsum(1) - 1).clamp(min=0)
-        mask = torch.cat([gists.to(mask.dtype), mask], 1)
-        decoder = self.model.get_decoder()
-        with adapted(self.model, Stack.of([prefix.adapters for prefix in prefixes], self.model)):
-            decoder(ids, attention_mask=mask, position_ids=places, **cache_argument(decoder, cache), use_cache=True)
-        longer = []
-        for i, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
-            first = mask.shape[1] - (len(prompt) - 1)
-            sides = [
-                [torch.cat([own.to(rows), rows[i, :, first:]], 1) for own, rows in zip(side, computed, strict=True)]
-                for side, computed in (
-                    (prefix.keys, [layer.keys for layer in cache.layers]),
-                    (prefix.values, [layer.values for layer in cache.layers]),
-                )
-            ]
-            longer.append(Prefix(*sides, prefix.manifest, prefix.adapters))
-        return longer
 
 
 class StopsAt(StoppingCriteria):

@@ -93,10 +93,9 @@ class _Row:
     _places: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def add_prefixes(self, prefixes: Sequence[Prefix | None]) -> None:
-        """Append the distinct ones among them that have gists; late gists are a segment of their own."""
+        """Append the distinct ones among them that have rows."""
         for prefix in {id(p): p for p in prefixes if p is not None and p.rows}.values():
-            parts = [n for n in (prefix.late, prefix.rows - prefix.late) if n]
-            self._places[id(prefix)] = tuple(self.add([0] * n, gists=n)[0] for n in parts)
+            self._places[id(prefix)] = (self.add([0] * prefix.rows, gists=prefix.rows)[0],)
             self.prefixes.append(prefix)
 
     def add(self, ids: Sequence[int], gists: int = 0, reads: tuple[int, ...] = ()) -> tuple[int, int]:
@@ -106,10 +105,9 @@ class _Row:
         self.segments.append(Segment(len(ids), gists=gists, reads=reads))
         return len(self.segments) - 1, first
 
-    def reads(self, prefix: Prefix | None, late: bool = True) -> tuple[int, ...]:
-        """The segments that are read behind a prefix; without `late`, by rows that do not see its late gists."""
-        places = self._places.get(id(prefix), ())
-        return places[1:] if places and prefix.late and not late else places
+    def reads(self, prefix: Prefix | None) -> tuple[int, ...]:
+        """The segments that are read behind a prefix."""
+        return self._places.get(id(prefix), ())
 
 
 def _likelihoods(model: PreTrainedModel, questions: Sequence[Question], backend: str) -> tuple[Tensor, Tensor]:
@@ -124,9 +122,6 @@ def _likelihoods(model: PreTrainedModel, questions: Sequence[Question], backend:
     for question in questions:
         asked_from = len(row.ids)
         reads, asked = row.reads(question.prefix), question.prompt
-        if question.prefix is not None and question.prefix.late and len(asked) > 1:  # only the last row sees late gists
-            before, _ = row.add(asked[:-1], gists=len(asked) - 1, reads=row.reads(question.prefix, late=False))
-            reads, asked = (*reads, before), asked[-1:]
         if len(question.continuations) == 1:
             (only,) = question.continuations
             _, first = row.add([*asked, *only[:-1]], reads=reads)

@@ -20,7 +20,7 @@ class Manifest:
     `base` is the only model that may read it. `rotary` holds the model's rotary settings and, as inv_freq, the inverse
     frequencies with which keys are moved. `text_format` holds the templates with which its queries are written (see
     `hyperllama.data.text.TextFormat`). `context_tokens` counts the tokens that the gists stand for, `context_sha256` is a
-    hash of them. `sink` is the token whose row, computed by the base alone, stands first (behind late rows), or None.
+    hash of them. `sink` is the token whose row, computed by the base alone, stands first, or None.
     `metrics` is free for what was measured about it.
     """
 

@@ -22,8 +22,6 @@ from hyperllama.prefixes.manifest import Manifest, _both
 
 SCALES = {"keys": "keys_scale", "values": "values_scale"}
 
-LATE = ("late_keys", "late_values")
-
 ADAPTERS = tuple(f"{name}_{side}" for name in PATHS for side in ("down", "up"))
 
 
@@ -33,9 +31,8 @@ class Prefix:
     Keys are canonical: rotated so that the gists stand at positions 0 .. G-1, and a reader starts at G. So a prefix needs
     no memory of how long its context was, and prefixes of different contexts go into one batch.
 
-    A task module of HINT may have `adapters` too, for the rows that read it; then there may be no keys (G = 0). Its first
-    `late` gists may be there for those rows only that predict an answer: from the last row of a prompt on. `Reader` follows
-    both; what knows keys and values only (a cache, PEFT) refuses them.
+    A task module of HINT may have `adapters` too, for the rows that read it; then there may be no keys (G = 0). `Reader`
+    applies them; what knows keys and values only (a cache, PEFT) refuses them.
 
     Raises ValueError if shapes disagree.
     """
@@ -46,10 +43,8 @@ class Prefix:
         values: Sequence[Tensor],
         manifest: Manifest | None = None,
         adapters: Adapters | None = None,
-        late: int = 0,
     ):
         self.keys, self.values, self.manifest, self.adapters = tuple(keys), tuple(values), manifest, adapters
-        self.late = late
         if not self.keys or len(self.keys) != len(self.values):
             raise ValueError(
                 f"a prefix needs as many keys as values, one pair a layer, not {len(self.keys)} and {len(self.values)}"
@@ -57,11 +52,9 @@ class Prefix:
         shape, dtype = self.keys[0].shape, self.keys[0].dtype
         if len(shape) != 3 or any(t.shape != shape or t.dtype != dtype for t in (*self.keys, *self.values)):
             shapes = sorted({str(tuple(t.shape)) for t in (*self.keys, *self.values)})
-            raise ValueError(f"a prefix needs keys and values of one shape (kv_heads, gists, head_dim) and dtype, not {shapes}")
+            raise ValueError(f"a prefix needs keys and values of one shape (kv_heads, rows, head_dim) and dtype, not {shapes}")
         if adapters is not None and adapters.layers != len(self.keys):
             raise ValueError(f"a prefix of {len(self.keys)} layers needs adapters of as many, not of {adapters.layers}")
-        if not 0 <= late <= self.rows:
-            raise ValueError(f"of a prefix of {self.rows} gists 0 .. {self.rows} can be late, not {late}")
 
     @property
     def layers(self) -> int:
@@ -89,15 +82,14 @@ class Prefix:
         return sum(t.nbytes for t in (*self.keys, *self.values)) + (self.adapters.nbytes if self.adapters else 0)
 
     def __repr__(self) -> str:
-        made = f", late={self.late}" if self.late else ""
-        made += f", adapters={self.adapters.sizes}" if self.adapters else ""
+        made = f", adapters={self.adapters.sizes}" if self.adapters else ""
         made += f", task={self.manifest.task!r}, base={self.manifest.base.name!r}" if self.manifest else ""
         return f"Prefix(rows={self.rows}, layers={self.layers}, kv_heads={self.kv_heads}, head_dim={self.head_dim}{made})"
 
     def __eq__(self, other) -> bool:
         if not isinstance(other, Prefix):
             return NotImplemented
-        forms = [(one.layers, one.dtype, one.late, one.manifest) for one in (self, other)]
+        forms = [(one.layers, one.dtype, one.manifest) for one in (self, other)]
         same_form = forms[0] == forms[1]
         pairs = zip((*self.keys, *self.values), (*other.keys, *other.values))
         same_rows = same_form and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
@@ -106,10 +98,11 @@ class Prefix:
     __hash__ = None  # tensors can change
 
     def refuse_modules(self, what: str) -> None:
-        """UserError unless all there is are keys and values that every reader sees; `what` begins the sentence."""
-        if self.adapters is not None or self.late:
-            has = "adapters" if self.adapters is not None else "rows that only answers see"
-            raise UserError(f"{what} keys and values only, but this task module has {has}; read it with generate or evaluate")
+        """UserError if there is more than keys and values; `what` begins the sentence."""
+        if self.adapters is not None:
+            raise UserError(
+                f"{what} keys and values only, but this task module has adapters; read it with generate or evaluate"
+            )
 
     def truncate(self, gists: int) -> Prefix:
         """The first `gists` rows, for prefixes that were trained to stand alone at any length. ValueError beyond 1 .. G."""
@@ -144,7 +137,7 @@ class Prefix:
     def to(self, device=None, dtype=None) -> Prefix:
         """The same prefix on another device or in another dtype."""
         move = [tuple(t.to(device=device, dtype=dtype) for t in side) for side in (self.keys, self.values)]
-        return Prefix(*move, self.manifest, self.adapters and self.adapters.to(device, dtype), self.late)
+        return Prefix(*move, self.manifest, self.adapters and self.adapters.to(device, dtype))
 
     def to_cache(self, device=None, dtype=None) -> DynamicCache:
         """A fresh cache of one row for `model.generate(**cache_argument(model, cache), ...)` or a forward pass.
@@ -207,9 +200,7 @@ class Prefix:
         if quantize:
             self.refuse_modules("int8 is for files of")
         sides = {"keys": torch.stack(self.keys).cpu(), "values": torch.stack(self.values).cpu()}
-        tensors = {name: side[:, :, self.late :].contiguous() for name, side in sides.items()}
-        if self.late:
-            tensors |= {f"late_{name}": side[:, :, : self.late].contiguous() for name, side in sides.items()}
+        tensors = {name: side.contiguous() for name, side in sides.items()}
         for name, pair in self.adapters.pairs.items() if self.adapters else ():
             tensors |= {f"{name}_{side}": x.cpu().contiguous() for side, x in zip(("down", "up"), pair)}
         lost: dict[str, float] = {}
@@ -241,7 +232,7 @@ class Prefix:
                 f"{path}: not a whole prefix file ({error}); copy it again, or compress the examples again"
             ) from error
         more = set(tensors) - {"keys", "values"}
-        known = {"keys", "values"} <= set(tensors) and (more <= {*LATE, *ADAPTERS} or more == set(SCALES.values()))
+        known = {"keys", "values"} <= set(tensors) and (more <= {*ADAPTERS} or more == set(SCALES.values()))
         if "hyperllama" not in metadata or not known:
             raise UserError(f"{path}: a safetensors file, but not a prefix; make one with hyperllama compress")
         if metadata.get("sha256") != _checksum(metadata["hyperllama"], tensors):
@@ -254,11 +245,8 @@ class Prefix:
             if scale in tensors:
                 tensors[side] = tensors[side].float() * tensors[scale]
         pairs = {name: (tensors[f"{name}_down"], tensors[f"{name}_up"]) for name in PATHS if f"{name}_down" in tensors}
-        late = tensors[LATE[0]].shape[2] if LATE[0] in tensors else 0
-        sides = [tensors[side] for side in ("keys", "values")]
-        if late:
-            sides = [torch.cat([tensors[name], side], 2) for name, side in zip(LATE, sides)]
-        prefix = cls(*(side.unbind() for side in sides), manifest, Adapters(pairs) if pairs else None, late)
+        sides = (tensors[side].unbind() for side in ("keys", "values"))
+        prefix = cls(*sides, manifest, Adapters(pairs) if pairs else None)
         if identity is not None:
             prefix.check(identity, str(path))
         return prefix

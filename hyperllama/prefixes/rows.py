@@ -11,19 +11,13 @@ from hyperllama.prefixes.prefix import Prefix
 
 
 def behind_sink(prefix: Prefix, sink: States, inv_freq: Tensor) -> Prefix:
-    """A prefix with one row more, the sink: before all others, but behind those that only answers see.
-
-    So it is the first that every row sees. `sink` has its keys and values (N, 1, D) at position 0, see `sink_states`.
-    """
-    at = prefix.late
-    places = torch.tensor([at], device=inv_freq.device)
-    ones = torch.ones(prefix.rows - at, dtype=torch.long, device=inv_freq.device)
+    """A prefix with one row more, the sink, before all others; `sink` has its keys and values (N, 1, D) at position 0."""
+    ones = torch.ones(prefix.rows, dtype=torch.long, device=inv_freq.device)
     keys, values = [], []
     for k, v, (sink_k, sink_v) in zip(prefix.keys, prefix.values, sink, strict=True):
-        sink_k = rotate(sink_k, places, inv_freq)
-        keys.append(torch.cat([k[:, :at], sink_k.to(k.dtype), rotate(k[:, at:], ones, inv_freq)], 1))
-        values.append(torch.cat([v[:, :at], sink_v.to(v.dtype), v[:, at:]], 1))
-    return Prefix(keys, values, prefix.manifest, prefix.adapters, prefix.late)
+        keys.append(torch.cat([sink_k.to(k.dtype), rotate(k, ones, inv_freq)], 1))
+        values.append(torch.cat([sink_v.to(v.dtype), v], 1))
+    return Prefix(keys, values, prefix.manifest, prefix.adapters)
 
 
 def last_rows(prefix: Prefix, rows: int, inv_freq: Tensor) -> Prefix:

@@ -53,7 +53,7 @@ class PrefixTuner(PackedModel):
         shapes = {(p.layers, p.kv_heads, p.rows, p.head_dim) for p in starts.values()}
         if len(shapes) != 1:
             raise UserError(
-                f"prefixes that are tuned together need one shape, not (layers, kv_heads, gists, head_dim) of {sorted(shapes)}"
+                f"prefixes that are tuned together need one shape, not (layers, kv_heads, rows, head_dim) of {sorted(shapes)}"
             )
         (self.shape,) = shapes
         config = base.config

@@ -80,10 +80,6 @@ class HintHypernetwork(Hypernetwork):
         return self.hint.fusion
 
     @property
-    def late_context(self) -> bool:
-        return self.hint.late_fusion
-
-    @property
     def identity(self) -> BaseIdentity:
         """The fingerprints of the model that reads: those of the frozen base, or of the model as training has made it."""
         if self.trains_base:
@@ -119,7 +115,6 @@ class HintHypernetwork(Hypernetwork):
         The last `num_gists` rows of a task stand for prefix rows and are not read.
         """
         rows = [segment.tokens for segment in layout.segments]
-        rows = [sum(rows[i : i + self._segments]) for i in range(0, len(rows), self._segments)]
         tokens = [n - self.num_gists for n in rows]
         if min(tokens) < 1:
             raise UserError("hint needs at least one token of instruction or examples for each task")
@@ -129,11 +124,6 @@ class HintHypernetwork(Hypernetwork):
         kinds = self.hint.sizes()
         pairs = {kind: tuple(made[f"{kind}_{side}"].to(self.base.dtype) for side in ("down", "up")) for kind in kinds}
         return self._rows(layout, tokens, encoded, made), Stack(pairs) if pairs else None
-
-    @property
-    def _segments(self) -> int:
-        """How many segments of a layout are one task: where fused rows are read apart, the prefix rows are another one."""
-        return 2 if self.hint.late_fusion and self.num_gists else 1
 
     def hyperencode(self, ids: Tensor, layout: GistLayout, block_rows: int | None = None) -> Tensor:
         """Final normalised states (T, hidden) of packed instructions; with gradients only where the base is trained."""
@@ -189,11 +179,9 @@ class HintHypernetwork(Hypernetwork):
         states, stack = self.task_modules(ids.to(self.base.device), layout, block_rows=block_rows)
         prefixes = prefixes_of(states, layout, readers, inverse_frequencies(self.base))
         for prefix, reads in zip(prefixes, readers, strict=True):
-            task = reads[0] // self._segments
             if stack is not None:
-                pairs = {kind: tuple(side[:, task].clone() for side in pair) for kind, pair in stack.pairs.items()}
+                pairs = {kind: tuple(side[:, reads[0]].clone() for side in pair) for kind, pair in stack.pairs.items()}
                 prefix.adapters = Adapters(pairs)
-            prefix.late = layout.segments[reads[0]].tokens if self.hint.late_fusion else 0
         return prefixes
 
     def save_weights(self, folder: Path) -> list[str]:

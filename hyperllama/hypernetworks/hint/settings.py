@@ -12,8 +12,7 @@ class HintSettings:
 
     `adapter_size`, b, is the bottleneck of the adapters beside MLPs, `lora_rank` that of LoRA beside the projections of queries
     and values (Hu et al. 2021, arXiv 2106.09685); 0 for none. `fusion` keeps the encoded instruction as rows to be read,
-    projected by each layer's own key and value projections with LoRA of rank `fusion_rank` (0 for none). `fusion_visibility`:
-    "all" rows of an input see them, or only "targets", the rows that predict its answer, as in the decoder of the original.
+    projected by each layer's own key and value projections with LoRA of rank `fusion_rank` (0 for none).
     `heads` and `mlp_size` are those of the generator. regime: "frozen" trains the generator alone; "paper" trains the model
     with it, as the original does, so that the modules belong to the trained model.
     """
@@ -22,15 +21,9 @@ class HintSettings:
     lora_rank: int = 0
     fusion: bool = True
     fusion_rank: int = 16
-    fusion_visibility: Literal["all", "targets"] = "all"
     heads: int = 4
     mlp_size: int = 256
     regime: Literal["frozen", "paper"] = "frozen"
-
-    @property
-    def late_fusion(self) -> bool:
-        """Whether there are fused rows that only targets see."""
-        return self.fusion and self.fusion_visibility == "targets"
 
     def sizes(self) -> dict[str, int]:
         """b of each kind of adapters that is generated, by the names of `hyperllama.base.adapters`."""
@@ -45,6 +38,4 @@ class HintSettings:
                 found.append(f"{name} must be at least {least}")
         if prefix_rows == 0 and not self.sizes() and not self.fusion:
             found.append("nothing is generated: give gist.tokens, adapter_size, lora_rank or fusion")
-        if self.fusion_visibility == "targets" and not self.fusion:
-            found.append("fusion_visibility is of rows that are not there: set fusion to true")
         return found

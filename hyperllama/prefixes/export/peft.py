@@ -106,8 +106,6 @@ def _lora_kinds(prefix: Prefix) -> list[str]:
         raise UserError("an adapter beside an MLP with a non-linearity is no form of PEFT's; generate modules without adapters")
     if kinds and prefix.rows:
         raise UserError("PEFT has LoRA or keys and values, not both in one adapter; set gist.tokens to 0 and fusion to false")
-    if prefix.late:
-        raise UserError("PEFT shows a prefix to all rows, but some of this one are for answers only; set fusion_visibility=all")
     if not kinds and not prefix.rows:
         raise UserError("a prefix without gists cannot be an adapter; give one of at least one gist")
     return sorted(kinds)
