@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +14,22 @@ from attention_masks.attention import gist_attention
 from attention_masks.layout import GistLayout
 
 NAME = "gist"
+
+
+@dataclass
+class KeptQueries:
+    """Asks a pass over a packed row for the queries of its `rows`: `layers` grows by a tensor (H, rows, D) a layer.
+
+    They are what attention is given, with positions, and scaled as the model scales its scores.
+    """
+
+    rows: Tensor
+    layers: list[Tensor] = field(default_factory=list)
+
+    def add(self, query: Tensor, scaling: float | None) -> None:
+        """Keep rows of query (1, H, T, D)."""
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        self.layers.append(query[0, :, self.rows].detach() * scale)
 
 
 def register() -> str:
@@ -63,17 +80,20 @@ def gist_attention_forward(
     gist_backend: str = "auto",
     gist_states: Sequence[tuple[Tensor, Tensor]] | None = None,
     gist_unread: int = 0,
+    gist_queries: KeptQueries | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query (B, H, T, D), key and value (B, N, T, D) -> (B, T, H, D), no weights.
 
-    `gist_unread`: nobody reads this layer's output for so many first rows.
+    `gist_unread`: nobody reads this layer's output for so many first rows. `gist_queries` is given queries to keep.
     """
     if gist_layout is None:
         ordinary = AttentionInterface()["sdpa"]
         return ordinary(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if gist_layout.shifted and gist_inv_freq is None:
         raise ValueError("this layout moves keys, so gist attention needs gist_inv_freq: pass layout_arguments(...)")
+    if gist_queries is not None:
+        gist_queries.add(query, scaling)
     if gist_states:
         key, value = (_replace(rows, states) for rows, states in zip((key, value), gist_states[module.layer_idx]))
     if dropout:

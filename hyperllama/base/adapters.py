@@ -17,16 +17,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from hyperllama.base.decoder import layers_of, part
+
 LORA = ("q_proj", "v_proj")
 # The kinds of pairs, and which module of a layer each stands beside.
-PATHS = {"adapter": "mlp", **{name: f"self_attn.{name}" for name in LORA}}
+BESIDE = {"adapter": "mlp", "q_proj": "query projection", "v_proj": "value projection"}
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
 class Adapters:
-    """One task's pairs of all L layers by their kind (see `PATHS`): down (L, in, b) and up (L, b, out).
+    """One task's pairs of all L layers by their kind (see `BESIDE`): down (L, in, b) and up (L, b, out).
 
     b may differ from one kind to another. Raises ValueError if shapes disagree, or nothing is there.
     """
@@ -36,9 +38,9 @@ class Adapters:
     def __post_init__(self):
         for name, (down, up) in self.pairs.items():
             fit = down.ndim == up.ndim == 3 and down.shape[0] == up.shape[0] == self.layers and down.shape[2] == up.shape[1]
-            if name not in PATHS or not fit or up.dtype != down.dtype:
+            if name not in BESIDE or not fit or up.dtype != down.dtype:
                 shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-                raise ValueError(f"adapters need (L, in, b) and (L, b, out) for {', '.join(PATHS)}; {name} has {shapes}")
+                raise ValueError(f"adapters need (L, in, b) and (L, b, out) for {', '.join(BESIDE)}; {name} has {shapes}")
         if not self.pairs:
             raise ValueError("adapters need at least one pair of matrices")
 
@@ -90,7 +92,7 @@ class Stack:
         column = {key: i for i, key in enumerate(distinct)}
         rows = torch.tensor([column[id(one)] for one in tasks], device=model.device)
         pairs = {}
-        for name in PATHS:
+        for name in BESIDE:
             owned = [None if one is None else one.pairs.get(name) for one in distinct.values()]
             if any(owned):
                 pairs[name] = tuple(side.index_select(1, rows) for side in _side_by_side(owned, model))
@@ -145,7 +147,7 @@ def adapted(model: PreTrainedModel, stack: Stack | None, groups: Sequence[Sequen
         return add
 
     with ExitStack() as hooks:
-        for i, layer in enumerate(model.get_decoder().layers):
+        for i, layer in enumerate(layers_of(model)):
             for name in stack.pairs:
-                hooks.callback(layer.get_submodule(PATHS[name]).register_forward_hook(beside(name, i)).remove)
+                hooks.callback(part(layer, BESIDE[name]).register_forward_hook(beside(name, i)).remove)
         yield

@@ -6,14 +6,13 @@ import sys
 from collections.abc import Mapping
 
 import torch
-from torch import nn
-from transformers import (
-    PreTrainedModel,
-)
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
 
-from attention_masks import register, rotate, why_not
-from hyperllama.base.decoder import head_dim
-from hyperllama.errors import UserError
+from attention_masks import GistLayout, Segment, register, rotate, why_not
+from hyperllama.base.decoder import cache_argument, head_dim, inverse_frequencies, packed_arguments
+from hyperllama.base.distributed import sharded
+from hyperllama.errors import UserError, in_one_line
 
 # Config attributes that change what a key means or who may see it, with the values at which they do nothing.
 HARMLESS = {
@@ -56,15 +55,71 @@ def check_config(config, name: str) -> None:
 
 
 def prepare(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Check a loaded model, freeze it and set it to gist attention."""
+    """Check a loaded model, freeze it and set it to gist attention. UserError for one that cannot read packed rows exactly."""
     check_config(model.config, name)
-    rotary = getattr(model.get_decoder(), "rotary_emb", None)
-    if getattr(rotary, "inv_freq", None) is None:
-        raise UserError(f"{name}: {type(model).__name__} has no rotary_emb.inv_freq; gist masks need rotary positions")
+    kind, rotary = type(model).__name__, getattr(model.get_decoder(), "rotary_emb", None)
+    if not isinstance(getattr(rotary, "inv_freq", None), Tensor):
+        raise UserError(f"{name}: {kind} has no rotary_emb.inv_freq; gist masks need rotary positions")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UserError(
+            f"{name}: {kind} computes attention by code of its own, which no gist mask reaches; choose another model"
+        )
     if not _rotates_as_we_do(model, rotary):
-        raise UserError(f"{name}: apply_rotary_pos_emb of {type(model).__name__} pairs dimensions in another way than Llama's")
+        raise UserError(f"{name}: apply_rotary_pos_emb of {kind} pairs dimensions in another way than Llama's")
     model.set_attn_implementation(register())
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if wrong := differs_from_sequential(model):
+        raise UserError(f"{name}: {kind} {wrong}; choose another model")
+    return model
+
+
+def differs_from_sequential(model: PreTrainedModel) -> str | None:
+    """What is wrong, in a few words, if packed passes under gist masks are not what the model computes step by step; else None.
+
+    Five tokens, of which the last two are gists, and three that read them: in one packed row, in a packed row that reads the
+    gists' stored keys and values, and as stock transformers runs them, with a cache that keeps the gists only, their keys moved
+    to positions 0 and 1. Not for weights that are cut into parts (ZeRO-3) or quantised: with those nothing is computed before
+    training or reading begins.
+    """
+    if sharded() or getattr(model, "is_quantized", False):
+        return None
+    try:
+        alone, *packed = _three_ways(model)
+    except Exception as error:  # whatever a model's code does with arguments that it does not expect
+        return f"cannot read a packed row ({type(error).__name__}: {in_one_line(error)})"
+    # Without gist attention a tiny random model is off by some 1e-3, in float32.
+    bound = 1e-4 if model.dtype == torch.float32 else 5e-2
+    for row, what in zip(packed, ("a packed row", "a stored prefix in a packed row"), strict=True):
+        error = (row - alone[-len(row) :]).norm() / alone[-len(row) :].norm()
+        if not error < bound:
+            return f"gives other results for {what} than step by step (off by {100 * error:.2g} %)"
+    return None
+
+
+@torch.no_grad()
+def _three_ways(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
+    """Final states (8, hidden) of one segment after the other and of the packed row, and (3, hidden) behind stored gists."""
+    decoder, device, inv_freq = model.get_decoder(), model.device, inverse_frequencies(model)
+    ids = (torch.arange(3, 11, device=device) % model.config.vocab_size)[None]
+
+    def pass_over(rows: Tensor, segments: list[Segment], states=None) -> Tensor:
+        arguments = packed_arguments(model, GistLayout(segments).to(device), "dense", states)
+        return decoder(input_ids=rows, use_cache=False, **arguments).last_hidden_state[0].float()
+
+    packed = pass_over(ids, [Segment(5, gists=2), Segment(3, reads=(0,))])
+    cache, gists, stored = DynamicCache(), DynamicCache(), []
+    context = decoder(input_ids=ids[:, :5], use_cache=True, **cache_argument(decoder, cache)).last_hidden_state
+    back = torch.full((2,), -3, device=device)
+    for i, layer in enumerate(cache.layers):
+        keys, values = rotate(layer.keys[:, :, 3:], back, inv_freq), layer.values[:, :, 3:]
+        gists.update(keys, values, i)
+        stored.append((keys[0], values[0]))
+    behind = pass_over(ids[:, 3:], [Segment(2, gists=2), Segment(3, reads=(0,))], stored)[2:]
+    places = torch.arange(2, 5, device=device)[None]
+    ones = torch.ones(1, 5, dtype=torch.long, device=device)
+    arguments = {"position_ids": places, "attention_mask": ones, **cache_argument(decoder, gists)}
+    reader = decoder(input_ids=ids[:, 5:], use_cache=True, **arguments).last_hidden_state
+    return torch.cat([context, reader], 1)[0].float(), packed, behind
 
 
 def _rotates_as_we_do(model: PreTrainedModel, rotary: nn.Module) -> bool:
@@ -73,10 +128,14 @@ def _rotates_as_we_do(model: PreTrainedModel, rotary: nn.Module) -> bool:
     if apply is None:
         return False
     device = rotary.inv_freq.device
-    width = head_dim(model.config)
+    width = 2 * len(rotary.inv_freq)
     key = torch.linspace(-1, 1, 2 * width, device=device).view(1, 1, 2, width)
-    near, far = (apply(key, key, *rotary(key, torch.tensor([p], device=device)))[1] for p in ([3, 5], [10, 12]))
-    return torch.allclose(rotate(near, torch.tensor([7, 7], device=device), rotary.inv_freq), far, atol=1e-4)
+    try:
+        near, far = (apply(key, key, *rotary(key, torch.tensor([p], device=device)))[1] for p in ([3, 5], [10, 12]))
+    except Exception:  # another signature or another shape
+        return False
+    moved = rotate(near, torch.tensor([7, 7], device=device), rotary.inv_freq)
+    return near.shape == far.shape and torch.allclose(moved, far, atol=1e-4)
 
 
 def check_backend(backend: str, config, device: torch.device, dtype: torch.dtype) -> None:

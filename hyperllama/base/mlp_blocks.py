@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hyperllama.base.decoder import layers_of, part
+
 # Measured: with so many rows attention holds more than the MLP, and products are as fast as on all rows.
 BLOCK_ROWS = 2048
 
@@ -23,8 +25,8 @@ def mlps_in_blocks(model: PreTrainedModel, rows: int = BLOCK_ROWS, lora=None) ->
     every chunk.
     """
     with ExitStack() as undo:
-        for layer in model.get_decoder().layers:
-            mlp = getattr(layer, "mlp", None)
+        for layer in layers_of(model):
+            mlp = part(layer, "mlp")
             if mlp is not None:
                 undo.callback(_restore, mlp, vars(mlp).get("forward"))
                 # Forward alone: hooks on the whole module, such as those of LastLayerSkip, still see all rows.

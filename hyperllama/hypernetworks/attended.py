@@ -6,53 +6,25 @@ context chooses by the root mean square, which a few sharp looks raise more than
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-
-from hyperllama.base.decoder import head_dim
 
 SCORES = 2**25  # entries of a block of scores: 128 MiB
-
-
-@contextmanager
-def kept_queries(model: PreTrainedModel, rows: Tensor) -> Iterator[list[Tensor]]:
-    """A context in which a pass over a packed row keeps the queries of some of its `rows`.
-
-    The list grows by one tensor (H, rows, D) a layer: as the layer projects and normalises them, without positions.
-    """
-    kept: list[Tensor] = []
-
-    def keep(attention):
-        def hook(module, args, output: Tensor) -> None:
-            queries = output[0].detach()[rows].unflatten(-1, (-1, head_dim(model.config)))
-            norm = getattr(attention, "q_norm", None)  # Qwen3 normalises queries
-            kept.append((queries if norm is None else norm(queries)).transpose(0, 1))
-
-        return hook
-
-    with ExitStack() as hooks:
-        for layer in model.get_decoder().layers:
-            hooks.callback(layer.self_attn.q_proj.register_forward_hook(keep(layer.self_attn)).remove)
-        yield kept
 
 
 @torch.no_grad()
 def attention_received(queries: Tensor, keys: Tensor) -> Tensor:
     """How much attention each token gets from the last ones, (N, T): root mean square over them and the heads that share keys.
 
-    queries (H, w, D) of the last w tokens and keys (N, T, D), both with positions. Some queries at a time, so that a long
-    context has not all of its scores in memory.
+    queries (H, w, D) of the last w tokens, scaled as scores are, and keys (N, T, D), both with positions. Some queries at a
+    time, so that a long context has not all of its scores in memory.
     """
-    (heads, window, _), (kv_heads, tokens, width) = queries.shape, keys.shape
+    (heads, window, _), (kv_heads, tokens, _) = queries.shape, keys.shape
     columns, looked_at = torch.arange(tokens, device=keys.device), keys.float()[:, None].transpose(2, 3)  # (N, 1, D, T)
     squares = keys.new_zeros(kv_heads, tokens, dtype=torch.float32)
     for block in torch.arange(window, device=keys.device).split(max(1, SCORES // (heads * tokens))):
         groups = queries[:, block].float().unflatten(0, (kv_heads, -1))  # (N, H / N, block, D)
-        scores = groups @ looked_at * width**-0.5
+        scores = groups @ looked_at
         hidden = columns > (block + tokens - window)[:, None]
         squares += scores.masked_fill(hidden, -torch.inf).softmax(-1).square().sum((1, 2))
     return (squares * kv_heads / (heads * window)).sqrt()

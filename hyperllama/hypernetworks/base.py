@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attention_masks import GistLayout, Segment, rotate
 from hyperllama import __version__
-from hyperllama.base.decoder import inverse_frequencies, rotary_settings
+from hyperllama.base.decoder import embedding_scale, inverse_frequencies, rotary_settings
 from hyperllama.base.distributed import gathered
 from hyperllama.base.identity import BaseIdentity, identify
 from hyperllama.base.mlp_blocks import BLOCK_ROWS
@@ -329,7 +329,7 @@ def likely_words(base: PreTrainedModel, count: int) -> Tensor:
     words = base.get_input_embeddings().weight
     with gathered([words]):
         mean, spread = words.detach().float().mean(0), words.detach().float().std(0)
-    return mean + spread * torch.randn(count, len(mean), device=mean.device)
+    return (mean + spread * torch.randn(count, len(mean), device=mean.device)) * embedding_scale(base)
 
 
 def context_sha256(context: Sequence[int]) -> str:

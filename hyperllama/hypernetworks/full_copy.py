@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_masks import GistLayout
+from hyperllama.base.decoder import behind_last_keys
 from hyperllama.base.mlp_blocks import BLOCK_ROWS
 from hyperllama.files import write_atomically
 from hyperllama.hypernetworks.gist_tokens import WithGistTokens
@@ -28,11 +29,8 @@ class FullHypernetwork(WithGistTokens):
         self.gists, self.compressor = self.new_gists(), copy.deepcopy(base)
         self.compressor.get_decoder().requires_grad_(True)
         # What is behind the last keys and values is never read: gists by their own embeddings, words by those of the copy.
-        decoder = self.compressor.get_decoder()
-        for unused in (decoder.norm, decoder.layers[-1].mlp, decoder.layers[-1].post_attention_layernorm):
+        for unused in behind_last_keys(self.compressor):
             unused.requires_grad_(False)
-        for name in ("q_proj", "o_proj"):
-            getattr(decoder.layers[-1].self_attn, name).requires_grad_(False)
 
     def gist_states(
         self, ids: Tensor, layout: GistLayout, *, given: States | None = None, block_rows: int | None = BLOCK_ROWS

@@ -6,6 +6,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from hyperllama.base.decoder import layers_of, part
+
+LEFT_OUT = ("query projection", "output projection", "mlp")
+
 
 class LastLayerSkip:
     """Leaves the rows on which `lora` acts, `lora.left_out`, out of the last layer's queries, attention and MLP.
@@ -17,11 +21,11 @@ class LastLayerSkip:
 
     def __init__(self, base: PreTrainedModel, lora: nn.Module):
         self.lora = lora
-        layer = base.get_decoder().layers[-1]
-        self.attention = layer.self_attn
-        places = ((layer.self_attn, "q_proj"), (layer.self_attn, "o_proj"), (layer, "mlp"))
-        candidates = [getattr(parent, name, None) for parent, name in places]
-        self.modules = [module for module in candidates if module is not None]
+        layer = layers_of(base)[-1]
+        self.attention = part(layer, "attention")
+        found = [part(layer, name) for name in LEFT_OUT]
+        # Where queries are projected together with keys, attention has all of them and nothing is left out.
+        self.modules = [] if None in found else found
         self._hooks = []
         for module in self.modules:
             self._hooks += [module.register_forward_pre_hook(self._leave_out), module.register_forward_hook(self._fill_up)]

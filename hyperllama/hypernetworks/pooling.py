@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
+from attention_masks.registration import KeptQueries
 from hyperllama.base.decoder import head_dim, inverse_frequencies, kv_heads
 from hyperllama.base.mlp_blocks import BLOCK_ROWS
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
-from hyperllama.hypernetworks.attended import attention_received, kept_queries, most_attended
+from hyperllama.hypernetworks.attended import attention_received, most_attended
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.row_lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RowLora
 from hyperllama.prefixes.capture import States, gist_rows
@@ -94,13 +95,13 @@ class PoolingHypernetwork(Hypernetwork):
         inv_freq, places = inverse_frequencies(self.base), layout.positions[layout.gist_rows]
         ends = [range(end - math.ceil(self.attended * n), end) for n, end in zip(tokens, accumulate(tokens))]
         asking = torch.tensor([row for rows in ends for row in rows], dtype=torch.long, device=ids.device)
-        with kept_queries(self.base, asking) if self.attended else nullcontext() as queries:
-            read = self._read(torch.cat(own, 1), whole, block_rows)
+        queries = KeptQueries(asking)
+        read = self._read(torch.cat(own, 1), whole, block_rows, queries if self.attended else None)
         states = []
         for layer, (keys, values) in enumerate(read):
             received: list[Tensor | None] = [None] * len(tokens)
             if self.attended:
-                asked = rotate(queries[layer], whole.positions[asking], inv_freq).split([len(rows) for rows in ends], 1)
+                asked = queries.layers[layer].split([len(rows) for rows in ends], 1)
                 received = [attention_received(q, k) for q, k in zip(asked, keys.split(tokens, 1), strict=True)]
             keys = rotate(keys.float(), -whole.positions, inv_freq)
             contexts = zip(keys.split(tokens, 1), values.float().split(tokens, 1), counts, received, strict=True)
@@ -109,8 +110,8 @@ class PoolingHypernetwork(Hypernetwork):
             states.append((rotate(keys, places, inv_freq).to(values.dtype), new_values.to(values.dtype)))
         return states
 
-    def _read(self, ids: Tensor, whole: GistLayout, block_rows: int | None) -> States:
-        inputs = {"input_ids": ids} | ({"gist_lora": self.lora} if self.lora else {})
+    def _read(self, ids: Tensor, whole: GistLayout, block_rows: int | None, queries: KeptQueries | None) -> States:
+        inputs = {"input_ids": ids, "gist_queries": queries} | ({"gist_lora": self.lora} if self.lora else {})
         with nullcontext() if self.lora else torch.no_grad():
             return gist_rows(self.base, whole, backend=self.backend, block_rows=block_rows, **inputs)
 

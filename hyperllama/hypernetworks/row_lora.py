@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from hyperllama.base.decoder import layers_of, part, require
 from hyperllama.base.distributed import sharded
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
@@ -46,11 +47,14 @@ class RowLora(nn.Module):
         targets: str | Sequence[str] = "all-linear",
     ):
         super().__init__()
+        require(base, ["attention"], "LoRA on a context's rows")
         self.rank, self.alpha = rank, alpha
         self.rows = self.left_out = 0
-        layers = base.get_decoder().layers
+        layers = layers_of(base)
         prefix = next(name for name, module in base.named_modules() if module is layers)
-        linears = {f"{prefix}.{name}": module for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
+        # A model's own kind of linear layer, such as a router's, may return more than a product.
+        found = {name: module for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
+        linears = {f"{prefix}.{n}": m for n, m in found.items() if not type(m).__module__.startswith("transformers.models")}
         available = sorted({name.rsplit(".", 1)[-1] for name in linears})
         self.targets = available if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
         unknown = sorted(set(self.targets) - set(available))
@@ -79,7 +83,8 @@ class RowLora(nn.Module):
         for layer in layers:
             # Attention runs first in a layer and is given the call's arguments, also when gradient checkpointing runs the
             # layer again: so it decides for the layer, and no state outlives a call to mislead another.
-            self._hooks.append(layer.self_attn.register_forward_pre_hook(self._choose_rows, with_kwargs=True))
+            attention = part(layer, "attention")
+            self._hooks.append(attention.register_forward_pre_hook(self._choose_rows, with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks off the decoder."""
@@ -100,7 +105,7 @@ class RowLora(nn.Module):
     def _choose_rows(self, attention, args, kwargs):
         layout = kwargs.get("gist_layout")
         self.rows = layout.compress_rows if kwargs.get("gist_lora") is self else 0
-        self.left_out = min(self.rows, layout.tokens - self.fewest) if self.rows else 0
+        self.left_out = min(self.rows, layout.tokens - self.fewest) if self.rows and self.skip.modules else 0
         return (args, {**kwargs, "gist_unread": self.left_out}) if attention is self.skip.attention else None
 
     def _update(self, key: str):
@@ -109,6 +114,8 @@ class RowLora(nn.Module):
         def add(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             if not self.rows:
                 return
+            if output.ndim == 2:  # as routers of experts take rows
+                output, args = output[None], (args[0][None],)
             x = args[0][:, : self.rows]
             if torch.is_grad_enabled() or sharded():
                 if not torch.is_autocast_enabled(x.device.type):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
-from hyperllama.base.decoder import cache_argument, inverse_frequencies, packed_arguments
+from hyperllama.base.decoder import cache_argument, inverse_frequencies, layers_of, packed_arguments
 from hyperllama.base.mlp_blocks import BLOCK_ROWS, mlps_in_blocks
 from hyperllama.prefixes.prefix import Prefix
 
@@ -50,7 +50,7 @@ def sink_states(model: PreTrainedModel, token: int, *, gradient: bool = False) -
 
     With `gradient`, and where gradients are taken, for a model that is being trained.
     """
-    ids, layers = torch.tensor([[token]], device=model.device), list(model.get_decoder().layers)
+    ids, layers = torch.tensor([[token]], device=model.device), list(layers_of(model))
     training = [layer.training for layer in layers]
     for layer in layers:
         # Gradient checkpointing would keep no keys and values. Not `eval`, at which 4-bit weights are packed for good.

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from attention_masks import rotate
-from hyperllama.base.adapters import PATHS, Adapters
+from hyperllama.base.adapters import BESIDE, Adapters
 from hyperllama.base.identity import BaseIdentity
 from hyperllama.errors import UserError
 from hyperllama.files import sha256, write_atomically
@@ -22,7 +22,7 @@ from hyperllama.prefixes.manifest import Manifest, _both
 
 SCALES = {"keys": "keys_scale", "values": "values_scale"}
 
-ADAPTERS = tuple(f"{name}_{side}" for name in PATHS for side in ("down", "up"))
+ADAPTERS = tuple(f"{name}_{side}" for name in BESIDE for side in ("down", "up"))
 
 
 class Prefix:
@@ -244,7 +244,7 @@ class Prefix:
         for side, scale in SCALES.items():
             if scale in tensors:
                 tensors[side] = tensors[side].float() * tensors[scale]
-        pairs = {name: (tensors[f"{name}_down"], tensors[f"{name}_up"]) for name in PATHS if f"{name}_down" in tensors}
+        pairs = {name: (tensors[f"{name}_down"], tensors[f"{name}_up"]) for name in BESIDE if f"{name}_down" in tensors}
         sides = (tensors[side].unbind() for side in ("keys", "values"))
         prefix = cls(*sides, manifest, Adapters(pairs) if pairs else None)
         if identity is not None:

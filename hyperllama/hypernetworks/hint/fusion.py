@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from hyperllama.base.decoder import head_dim
+from hyperllama.base.decoder import KEYS_AND_VALUES, keys_and_values, layers_of, part, require
 
 
 class Fusion(nn.Module):
@@ -19,9 +19,10 @@ class Fusion(nn.Module):
 
     def __init__(self, base: PreTrainedModel, rank: int):
         super().__init__()
-        layers = base.get_decoder().layers
+        require(base, KEYS_AND_VALUES, "hint.fusion")
+        layers = layers_of(base)
         hidden, place = base.config.hidden_size, {"device": base.device, "dtype": torch.float32}
-        widths = [getattr(layers[0].self_attn, f"{side}_proj").out_features for side in "kv"]
+        widths = [part(layers[0], name).out_features for name in KEYS_AND_VALUES[1:]]
         # Of keys, then of values.
         self.A = nn.ParameterList(nn.Parameter(torch.empty(len(layers), hidden, rank, **place)) for _ in widths)
         self.B = nn.ParameterList(nn.Parameter(torch.zeros(len(layers), rank, width, **place)) for width in widths)
@@ -32,16 +33,10 @@ class Fusion(nn.Module):
     def forward(self, base: PreTrainedModel, encoded: Tensor) -> list[tuple[Tensor, Tensor]]:
         """encoded (T, hidden), final normalised states -> keys without positions, and values, (N, T, D) at each layer."""
         states = []
-        for i, layer in enumerate(base.get_decoder().layers):
-            attention = layer.self_attn
-            x = layer.input_layernorm(encoded.to(layer.input_layernorm.weight.dtype))
-            sides = []
-            for side, name in enumerate(("k", "v")):
-                rows = getattr(attention, f"{name}_proj")(x)
-                if self.rank:
-                    rows = rows + linear(linear(x.float(), self.A[side][i].T), self.B[side][i].T).to(rows.dtype)
-                rows = rows.unflatten(-1, (-1, head_dim(base.config)))  # (T, N, D)
-                norm = getattr(attention, f"{name}_norm", None)  # Qwen3 normalises keys
-                sides.append((rows if norm is None else norm(rows)).transpose(0, 1))
-            states.append(tuple(sides))
+        for i, layer in enumerate(layers_of(base)):
+            x = part(layer, "input norm")(encoded.to(base.dtype))
+            added: list[Tensor | None] = [None, None]
+            if self.rank:
+                added = [linear(linear(x.float(), a[i].T), b[i].T) for a, b in zip(self.A, self.B, strict=True)]
+            states.append(keys_and_values(layer, x, added, base.config))
         return states

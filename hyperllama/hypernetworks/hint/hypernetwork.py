@@ -15,8 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
-from hyperllama.base.adapters import LORA, Adapters, Stack, adapted
-from hyperllama.base.decoder import head_dim, inverse_frequencies, kv_heads, packed_arguments
+from hyperllama.base.adapters import BESIDE, Adapters, Stack, adapted
+from hyperllama.base.decoder import (
+    head_dim,
+    inverse_frequencies,
+    kv_heads,
+    layers_of,
+    packed_arguments,
+    part,
+    require,
+)
 from hyperllama.base.identity import BaseIdentity, identify
 from hyperllama.base.loading import load_weights_into
 from hyperllama.base.mlp_blocks import BLOCK_ROWS, mlps_in_blocks
@@ -63,8 +71,10 @@ class HintHypernetwork(Hypernetwork):
             raise UserError("objectives.distillation: the regime paper changes the model that would teach; set it to 0")
         config = base.config
         sizes = (config.hidden_size, config.num_hidden_layers, kv_heads(config), head_dim(config), self.num_gists)
-        attention = base.get_decoder().layers[0].self_attn
-        widths = {"adapter": config.hidden_size, **{name: getattr(attention, name).out_features for name in LORA}}
+        beside = {name: BESIDE[name] for name in self.hint.sizes()}
+        require(base, list(beside.values()), "hint.adapter_size or hint.lora_rank")
+        modules = {name: part(layers_of(base)[0], place) for name, place in beside.items()}
+        widths = {name: getattr(module, "out_features", config.hidden_size) for name, module in modules.items()}
         pairs = {name: (size, widths[name]) for name, size in self.hint.sizes().items()}
         self.generator = Generator(*sizes, pairs, self.hint).to(base.device) if self.num_gists or pairs else None
         self.fusion = Fusion(base, self.hint.fusion_rank) if self.hint.fusion else None
