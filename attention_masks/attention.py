@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from attention_masks.dense import dense_attention
-from attention_masks.flex import block_flex_attention
+from attention_masks.flex import block_flex_attention, why_not_flex
 from attention_masks.layout import GistLayout
 from attention_masks.sdpa import sdpa_attention
-from attention_masks.varlen import alignment_fault, flash_attention, flash_kernel, torch_kernel, torch_varlen_attention
+from attention_masks.varlen import flash_attention, torch_varlen_attention, why_not_flash, why_not_varlen
 
 log = logging.getLogger(__name__)
 
-# The one door for kernels: a backend is a function (q, k, v, layout, *, scale, inv_freq, unread) -> output under a name.
-BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "dense": dense_attention,
-    "sdpa": sdpa_attention,
-    "flash": flash_attention,
-    "varlen": torch_varlen_attention,
-    "flex": block_flex_attention,
+
+def _runs_anywhere(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A kernel: `attention` is (q, k, v, layout, *, scale, inv_freq, unread) -> output, as `gist_attention` has them.
+
+    `why_not` is (device, dtype, head dimension) -> why it cannot run there, in a few words, or None.
+    """
+
+    attention: Callable[..., Tensor]
+    why_not: Callable[[torch.device, torch.dtype, int], str | None] = _runs_anywhere
+
+
+# A new kernel is a file of its own and a line in this table.
+BACKENDS: dict[str, Backend] = {
+    "dense": Backend(dense_attention),
+    "sdpa": Backend(sdpa_attention),
+    "flash": Backend(flash_attention, why_not_flash),
+    "varlen": Backend(torch_varlen_attention, why_not_varlen),
+    "flex": Backend(block_flex_attention, why_not_flex),
 }
 # What "auto" tries, in this order. FlexAttention is not among them: it compiles for half a minute first.
 PREFERRED = ("flash", "varlen", "sdpa")
@@ -72,7 +88,7 @@ def gist_attention(
     elif reason := why_not(backend, v.device, v.dtype, v.shape[3]):
         raise ValueError(f"attention backend {backend!r} cannot run here: {reason}; choose auto, or sdpa, which runs anywhere")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return BACKENDS[backend](q, k, v, layout, scale=scale, inv_freq=inv_freq, unread=unread)
+    return BACKENDS[backend].attention(q, k, v, layout, scale=scale, inv_freq=inv_freq, unread=unread)
 
 
 @cache
@@ -94,16 +110,4 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}: choose auto or one of {', '.join(sorted(BACKENDS))}")
-    if backend == "flex":
-        return None if device.type == "cuda" else "FlexAttention has no backward pass without a CUDA GPU"
-    if backend not in ("flash", "varlen"):
-        return None
-    if device.type != "cuda":
-        return "it needs a CUDA GPU"
-    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed (pip install 'hyperllama[flash]')"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"it computes in 16 bits, not in {str(dtype).removeprefix('torch.')}"
-    if head_dim > 256 or head_dim % 8:
-        return f"it takes heads of at most 256 in multiples of 8, not of {head_dim}"
-    return alignment_fault(flash_kernel if backend == "flash" else torch_kernel, device, dtype, head_dim)
+    return BACKENDS[backend].why_not(device, dtype, head_dim)

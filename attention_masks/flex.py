@@ -28,6 +28,11 @@ def block_flex_attention(
     return attention(q, k, v, block_mask=layout.once(block_mask), scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
+def why_not_flex(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why FlexAttention cannot run here, or None."""
+    return None if device.type == "cuda" else "FlexAttention has no backward pass without a CUDA GPU"
+
+
 @cache
 def _compiled():
     # Once for all shapes: the length of a packed row changes from batch to batch.

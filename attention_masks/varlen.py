@@ -8,6 +8,7 @@ another.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -101,6 +102,28 @@ flash_attention = partial(varlen_attention, kernel=flash_kernel)
 
 
 @torch.no_grad()
+def why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why flash-attn's kernel cannot run here, or None."""
+    if device.type == "cuda" and importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed (pip install 'hyperllama[flash]')"
+    return _why_not(flash_kernel, device, dtype, head_dim)
+
+
+def why_not_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why PyTorch's variable-length kernel cannot run here, or None."""
+    return _why_not(torch_kernel, device, dtype, head_dim)
+
+
+def _why_not(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device.type != "cuda":
+        return "it needs a CUDA GPU"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in 16 bits, not in {str(dtype).removeprefix('torch.')}"
+    if head_dim > 256 or head_dim % 8:
+        return f"it takes heads of at most 256 in multiples of 8, not of {head_dim}"
+    return alignment_fault(kernel, device, dtype, head_dim)
+
+
 def alignment_fault(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Run a kernel on two small segments and compare with PyTorch's own attention; what is wrong, or None."""
     numbers = torch.Generator(device).manual_seed(0)

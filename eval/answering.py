@@ -11,13 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from attention_masks import GistLayout
-from eval.flops import ModelCost, rectangle
+from eval.flops import ModelCost
 from eval.methods import Bench, Method, State
 from eval.metrics import score_choices, score_text
 from hyperllama.data.episode import Episode
 from hyperllama.errors import UserError
-from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.inference.reader import Reader
 from hyperllama.inference.scoring import Question
 
@@ -188,7 +186,7 @@ def _cost(bench: Bench, reader: Reader, state: State, query: Query, kind: Kind) 
     if not state.tokens:
         encode = 0
     elif maker is not None:
-        encode = _compressing(cost, maker, state)
+        encode = maker.compress_flops(cost, state.tokens)
     else:
         encode = cost.encode(state.tokens + state.gists)
     asked = ask(len(query.prompt), rows)
@@ -196,17 +194,3 @@ def _cost(bench: Bench, reader: Reader, state: State, query: Query, kind: Kind) 
         asked += cost.adapters(len(query.prompt) + sum(n - 1 for n in lengths), state.prefix.adapters.sizes)
     facts |= {"encode_flops": encode, "query_flops": asked}
     return facts | {"reread_flops": ask(state.tokens + len(query.prompt), 0)}
-
-
-def _compressing(cost: ModelCost, hypernetwork: Hypernetwork, state: State) -> int:
-    """FLOPs of making a prefix, by what kind of hypernetwork made it."""
-    layout = GistLayout(hypernetwork.cut(range(state.tokens))[1])
-    if hypernetwork.kind == "lora":
-        return cost.compress_packed(layout, hypernetwork.lora.rank, hypernetwork.lora.targets)
-    if hypernetwork.kind == "hint":
-        return cost.hint(state.tokens, hypernetwork.num_gists, hypernetwork.hint)
-    if hypernetwork.kind == "pooling":
-        lora = (hypernetwork.lora.rank, hypernetwork.lora.targets) if hypernetwork.lora else ()
-        attended = hypernetwork.attended
-        return sum(cost.pool(s.tokens - s.gists, s.gists, *lora, attended=attended) for s in layout.segments)
-    return layout.tokens * cost.per_row + cost.per_pair * rectangle(layout)

@@ -29,6 +29,7 @@ from hyperllama.data.text import EncodedEpisode, Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
 from hyperllama.hypernetworks.config import read_config
+from hyperllama.hypernetworks.registry import kind_of, planned_kinds
 from hyperllama.recipe.loading import load_any_recipe
 from hyperllama.recipe.schema import AnyRecipe, EvaluationRecipe, Recipe
 from hyperllama.recipe.sources import make_source
@@ -64,9 +65,11 @@ def check(
     except UserError as error:
         lines = [f"{recipe_path}: method {recipe.method}", f"the figures of the data are left out: {error}"]
         encoded, vocabulary, size = [], None, None
-    if recipe.method == "hypernetwork" and recipe.gist.kind == "hint":
+    if recipe.method == "hypernetwork" and not kind_of(recipe).planned:
         lines += ["", *([] if encoded else state_lines(recipe, encoded))]
-        return "\n".join([*lines, "plan            none: training is planned for gist.kind=lora, not for hint"])
+        return "\n".join(
+            [*lines, f"plan            none: memory is known for {', '.join(planned_kinds())}, not {recipe.gist.kind}"]
+        )
     return "\n".join([*lines, "", *plan(recipe, hardware, encoded, vocabulary=vocabulary, examples=size)])
 
 
@@ -203,12 +206,7 @@ def state_lines(recipe: Recipe, encoded: Sequence[EncodedEpisode]) -> list[str]:
         return []
     context = int(np.median([len(e.context) for e in encoded])) if encoded else recipe.limits.context_tokens
     chunks = len(gist.chunking.chunks(range(context)))
-    parts = {f"{chunks * gist.tokens} prefix rows": cost.state_bytes(chunks * gist.tokens)}
-    if gist.kind == "hint":
-        parts |= {f"{context} fused rows": cost.state_bytes(context)} if recipe.hint.fusion else {}
-        for kind, size in recipe.hint.sizes().items():
-            name = "adapters" if kind == "adapter" else f"LoRA beside {kind}"
-            parts[f"{name} of {size}"] = cost.module_bytes(0, {kind: size})
+    parts = kind_of(recipe).state_bytes(cost, context, chunks * gist.tokens)
     said = " + ".join(f"{name} {size / 1e6:,.2f} MB" for name, size in parts.items())
     total = f" = {sum(parts.values()) / 1e6:,.2f} MB" if len(parts) > 1 else ""
     return [

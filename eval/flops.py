@@ -183,6 +183,10 @@ class ModelCost:
         fused = 2 * context * 2 * (hidden * width + settings.fusion_rank * (hidden + width)) if settings.fusion else 0
         return self.encode(context) + looking + self.layers * (2 * settings.mlp_size * outputs + fused)
 
+    def packed(self, layout: GistLayout) -> int:
+        """FLOPs of every row of a packed row, with plain weights and no head."""
+        return layout.tokens * self.per_row + self.per_pair * rectangle(layout)
+
     def adapters(self, rows: int, sizes: Mapping[str, int]) -> int:
         """FLOPs of adapters for `rows` rows, in all layers; `sizes` has b of each kind, see `hyperllama.base.adapters`."""
         return rows * self.layers * sum(2 * size * sum(self._beside(name)) for name, size in sizes.items())

@@ -28,6 +28,7 @@ from eval.sizing import (
 from hyperllama.data.packing import GistBatch
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
+from hyperllama.hypernetworks.registry import kind_of, planned_kinds
 from hyperllama.recipe.schema import Recipe
 
 TWO_STATES = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused")
@@ -47,9 +48,9 @@ def plan(
     size of a tokenizer that is trained for the run, `examples` that of the data, which says how long epochs are.
     UserError for values that no run would take, and bases whose costs are not known.
     """
-    if recipe.method == "hypernetwork" and recipe.gist.kind != "lora":
+    if recipe.method == "hypernetwork" and not kind_of(recipe).planned:
         raise UserError(
-            f"gist.kind: {recipe.gist.kind} is not planned for, lora is; leave --gpus out, or plan with gist.kind=lora"
+            f"gist.kind: memory of {recipe.gist.kind} is not known, but of {', '.join(planned_kinds())}; leave --gpus out"
         )
     config = base_config(recipe, vocabulary)
     cost, counts, size = ModelCost.of(config), parameters(recipe, config), whole(recipe, "per_device_train_batch_size", 8)

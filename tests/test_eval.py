@@ -22,7 +22,8 @@ from transformers import set_seed
 
 from eval.answering import before_queries, kind_of, queries_of, results
 from eval.intervals import Bootstrap
-from eval.methods import METHODS, NEEDS, Bench, found_in, shuffled, shuffled_words
+from eval.methods import METHODS, NEEDS, Bench, found_in
+from eval.methods.shuffling import shuffled, shuffled_words
 from eval.metrics import headline, normalise, rouge_l, score_choices, score_text
 from eval.mistakes import telling
 from eval.report import write_report

@@ -16,7 +16,7 @@ from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
 from hyperllama.hypernetworks.hint.hypernetwork import HintHypernetwork
 from hyperllama.hypernetworks.hint.settings import HintSettings
-from hyperllama.hypernetworks.registry import load_hypernetwork_onto
+from hyperllama.hypernetworks.loading import load_hypernetwork_onto
 from hyperllama.inference.reader import Reader
 from hyperllama.inference.scoring import Question
 from hyperllama.objectives.mix import Mix

@@ -17,13 +17,15 @@ from hyperllama.data.packing import Packing, nested_gists, pack_gist
 from hyperllama.data.text import ContextIds, EncodedEpisode
 from hyperllama.errors import UserError
 from hyperllama.hypernetworks.gist_lora import GistHypernetwork
+from hyperllama.hypernetworks.loading import load_hypernetwork_onto
 from hyperllama.hypernetworks.pooling import in_shares
-from hyperllama.hypernetworks.registry import KINDS, load_hypernetwork_onto
+from hyperllama.hypernetworks.registry import KINDS as REGISTERED
 from hyperllama.inference.reader import Reader
 from hyperllama.inference.scoring import Question
 from hyperllama.objectives.mix import Mix
 from hyperllama.prefixes.prefix import Prefix
 
+KINDS = {kind: settings.hypernetwork() for kind, settings in REGISTERED.items()}
 EPISODES = [
     EncodedEpisode((5, 6, 7, 8, 9, 10, 11), (((12, 13), (14, 15)), ((16,), (17,))), answers=((1, 3), (4, 7)), index=3),
     EncodedEpisode((20, 21, 22), (((23, 24, 25), (26, 27, 28)),), answers=((1, 3),), index=4),

@@ -116,10 +116,11 @@ def test_every_target_is_in_one_chunk(monkeypatch, rows):
     hidden, weight, targets = torch.randn(8, 6), torch.randn(11, 6), torch.arange(8)
     monkeypatch.setattr(objectives_losses, "LOGITS", rows * 11)
     whole = objectives_losses.answer_cross_entropy(hidden @ weight.T, targets)
-    found = objectives_losses.HeadCrossEntropy()(hidden, targets, weight=weight)
+    found = objectives_losses.HeadCrossEntropy()(hidden, targets, weight=weight, weights={"answer": 1.0})
     torch.testing.assert_close(found, whole.sum, rtol=1e-6, atol=0)
     with torch.no_grad():
-        assert objectives_losses.HeadCrossEntropy()(hidden, targets, weight=weight) == found
+        again = objectives_losses.HeadCrossEntropy()(hidden, targets, weight=weight, weights={"answer": 1.0})
+        assert again == found
 
 
 def test_logits_that_are_more_than_the_heads_are_left_to_the_model(monkeypatch):

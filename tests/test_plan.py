@@ -19,8 +19,9 @@ from hyperllama.commands.train import packing_of
 from hyperllama.data.packing import pack_gist
 from hyperllama.errors import UserError
 from hyperllama.hypernetworks.gist_lora import GistHypernetwork
+from hyperllama.hypernetworks.settings import LoraSettings
 from hyperllama.recipe.loading import load_recipe
-from hyperllama.recipe.schema import LoraRecipe, ModelRecipe, Recipe
+from hyperllama.recipe.schema import ModelRecipe, Recipe
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_7B |= {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096}
@@ -31,7 +32,7 @@ LLAMA_7B |= {"model_type": "llama", "vocab_size": 32000, "max_position_embedding
 def test_parameters_are_those_of_the_model_that_is_built(kind, targets):
     architecture = tiny_architecture(kind, num_hidden_layers=3)
     model = ModelRecipe(architecture=architecture, vocab_size=VOCABULARY)
-    recipe = Recipe(output="out", model=model, lora=LoraRecipe(rank=4, targets=targets))
+    recipe = Recipe(output="out", model=model, lora=LoraSettings(rank=4, targets=targets))
     counts = parameters(recipe, base_config(recipe))
     real = GistHypernetwork(tiny_base(kind, num_hidden_layers=3), gists=16, rank=4, targets=targets or "all-linear")
     assert counts.trained == sum(p.numel() for p in real.trainable().values())
@@ -42,7 +43,7 @@ def test_parameters_are_those_of_the_model_that_is_built(kind, targets):
 
 def test_a_known_model_by_hand():
     """Llama 2 7B: 6.738 billion parameters, and LoRA of rank 8 on all linear layers but four of the last layer's."""
-    recipe = Recipe(output="out", model=ModelRecipe(architecture=LLAMA_7B, vocab_size=32000), lora=LoraRecipe(rank=8))
+    recipe = Recipe(output="out", model=ModelRecipe(architecture=LLAMA_7B, vocab_size=32000), lora=LoraSettings(rank=8))
     counts = parameters(recipe, base_config(recipe))
     assert counts.frozen == 6_738_415_616 and counts.largest == 32000 * 4096
     row = 4 * (4096 + 4096) + 3 * (4096 + 11008)

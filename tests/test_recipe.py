@@ -1,7 +1,6 @@
 """Recipes: every one in the repository is whole, and a wrong one is told about at once and in full."""
 
 import json
-import typing
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,11 @@ from omegaconf import OmegaConf
 
 from attention_masks import BACKENDS
 from eval.methods import METHODS
+from hyperllama.data.registry import SOURCES
 from hyperllama.errors import UserError
+from hyperllama.hypernetworks.registry import KINDS
 from hyperllama.recipe.loading import differences, load_any_recipe, load_recipe, save_recipe
-from hyperllama.recipe.schema import EvaluationRecipe, GistRecipe
+from hyperllama.recipe.schema import EvaluationRecipe
 from hyperllama.training.trainer import training_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -107,7 +108,7 @@ def test_a_recipe_of_another_verb_is_told_its_own(tmp_path):
         ("data: {source: symbols, root: ., symbols: {kinds: [emoji]}}", "data.symbols: kinds: choose from integers"),
         ("data: {source: jsonl, hub: x}", "data.hub: source jsonl reads local files; give data.root instead"),
         ("data: {source: sni, hub: x, root: .}", "data: give root or hub, not both"),
-        ("data: {source: templates, root: .}", "data.templates.templates: give P3's templates"),
+        ("data: {source: templates, root: .}", "data.templates: templates: give P3's templates"),
         ("resamples: 3", "resamples: at least 100 for an interval, not 3"),
         ("hypernetwork: nowhere", "hypernetwork: nowhere is not a folder; train or compress first"),
         ("metric: f1", "metric: Invalid value 'f1'"),
@@ -212,6 +213,13 @@ def test_training_arguments_that_transformers_refuses(tmp_path):
         training_arguments({"use_cpu": True, "lr_scheduler_type": "zigzag"}, run=tmp_path, seed=0)
 
 
-def test_recipes_know_the_attention_backends_that_there_are():
-    choices = typing.get_args(typing.get_type_hints(GistRecipe)["backend"])
-    assert set(choices) == {"auto", *BACKENDS}
+def test_names_that_are_not_registered_are_told_with_those_that_are(tmp_path):
+    changes = ["gist.backend=sdpaa", "gist.kind=poolng", "data.source=snii"]
+    with pytest.raises(UserError) as told:
+        load_recipe(write(tmp_path, "output: out\n"), changes, data=False)
+    for key, names, near in (
+        ("gist.backend: sdpaa", ["auto", *BACKENDS], "sdpa"),
+        ("gist.kind: poolng", KINDS, "pooling"),
+        ("data.source: snii", SOURCES, "sni"),
+    ):
+        assert f"{key} is not one of {', '.join(names)}; did you mean {near}?" in str(told.value)

@@ -28,7 +28,7 @@ from hyperllama.errors import UserError
 from hyperllama.files import whole_json_lines, write_atomically
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.config import read_config
-from hyperllama.hypernetworks.registry import KINDS
+from hyperllama.hypernetworks.registry import KINDS, kind_of
 from hyperllama.recipe.loading import differences, load_recipe, save_recipe
 from hyperllama.recipe.schema import Recipe, has_sink
 from hyperllama.recipe.sources import make_source
@@ -137,9 +137,8 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
 
 def packing_of(recipe: Recipe) -> Packing:
     """What of an episode a recipe's hypernetwork is trained on."""
-    again, taught = recipe.objectives.reconstruction > 0, recipe.objectives.distillation > 0
-    shown = {"whole": recipe.gist.kind == "hint" and recipe.hint.fusion, "sink": has_sink(recipe)}
-    shown |= {"reconstruct": again, "teach": taught}
+    shown = {"whole": kind_of(recipe).keeps_context, "sink": has_sink(recipe)}
+    shown |= {"reconstruct": recipe.objectives.says_again, "teach": bool(recipe.objectives.taught)}
     return Packing(recipe.gist.tokens, recipe.gist.chunking, recipe.gist.elastic, **shown)
 
 
@@ -149,16 +148,8 @@ def make_hypernetwork(recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrain
     settings = {"gists": gist.tokens, "chunking": gist.chunking, "elastic": gist.elastic, "mix": recipe.objectives}
     if has_sink(recipe) and tokenizer is not None:
         settings["sink"] = Encoder(tokenizer, recipe.format, recipe.limits).first_token()
-    if gist.kind == "pooling":
-        pooling = recipe.pooling
-        settings |= {"recency": pooling.recency, "sharpness": pooling.sharpness, "attended": pooling.attended}
-    if gist.kind == "lora" or (gist.kind == "pooling" and recipe.pooling.lora):
-        lora = recipe.lora
-        settings |= {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout}
-        settings |= {"targets": list(lora.targets) or "all-linear"}
-    if gist.kind == "hint":
-        settings["hint"] = recipe.hint
-    made = KINDS[gist.kind](base, **settings, backend=gist.backend, tokenizer=tokenizer)
+    settings |= kind_of(recipe).arguments(recipe)
+    made = KINDS[gist.kind].hypernetwork()(base, **settings, backend=gist.backend, tokenizer=tokenizer)
     if recipe.start_from:
         before = BaseIdentity(**read_config(recipe.start_from)["base"])
         if not made.trains_base and before.weights != made.identity.weights:

@@ -47,3 +47,8 @@ def read_json_lines_tasks(root: str, *, instances: int, weights: Weights = "equa
         raise UserError(f"data.root: {root} is neither a .jsonl file nor a folder with some")
     tasks = [Task(p.stem, "", (), tuple(read_examples(p)[:instances]), datasets=(p.stem,)) for p in paths]
     return TaskSource(tasks, weights=weights)
+
+
+def from_recipe(part: Any) -> TaskSource:
+    """The source that a part of a recipe's data describes."""
+    return read_json_lines_tasks(part.root, instances=part.instances_per_task, weights=part.task_weights)

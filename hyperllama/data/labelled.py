@@ -89,3 +89,11 @@ def _from_rows(name: str, rows: list[dict], where: str, split: str) -> LabelledS
             if not isinstance(row.get(field), str):
                 raise UserError(f"{where}: a row has no text in field {field!r}; every row needs the same fields")
     return LabelledSet(name, fields, tuple(ordered), tuple(kept), split)
+
+
+def labelled_sets(part: Any, names: list[str]) -> list[LabelledSet]:
+    """Sets of a local folder, or of the `datasets` library: `part.hub` and `names` are "name" or "name:config"."""
+    if not part.hub:
+        return read_labelled_sets(part.root, names, split=part.split)
+    found = [name.partition(":") for name in names or [part.hub]]
+    return [load_labelled_set(name, config=config or None, split=part.split, rows=10_000) for name, _, config in found]

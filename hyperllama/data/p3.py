@@ -343,3 +343,9 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f", did you mean {close[0]!r}?" if close else f", choose from {', '.join(islice(known, 10))} ..."
+
+
+def from_recipe(part: Any) -> P3Source:
+    """The source that a part of a recipe's data describes: a local copy, or the hub's."""
+    settings = {"instances_per_task": part.instances_per_task, "weights": part.task_weights}
+    return read_p3(part.hub or part.root, part.p3, split=part.split, **settings)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from hyperllama.data.episode import Example, Task, TaskSource
 from hyperllama.data.hub_datasets import load_split, require_columns
@@ -126,3 +127,11 @@ def _task(value: dict, path: Path) -> Task:
 
 def _is_english(value: dict) -> bool:
     return all(set(value.get(key, ["English"])) == {"English"} for key in LANGUAGES)
+
+
+def from_recipe(part: Any) -> TaskSource:
+    """The source that a part of a recipe's data describes: a clone of natural-instructions, or rows on the hub."""
+    settings = {"split": part.split, "instances": part.instances_per_task, "weights": part.task_weights}
+    if part.hub:
+        return read_sni_hub(part.hub, **settings)
+    return read_sni(part.root, splits=part.splits, own_demonstrations=part.own_demonstrations, **settings)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 from hyperllama.data.episode import Episode, Example, Provenance
-from hyperllama.data.labelled import LabelledSet
+from hyperllama.data.labelled import LabelledSet, labelled_sets
 from hyperllama.data.words import WORDS
 from hyperllama.errors import UserError
 
@@ -117,3 +117,8 @@ class SymbolSource:
         inputs = {labelled.text(row) for labelled, groups in zip(self.sets, self._rows) for rows in groups for row in rows}
         names = frozenset(labelled.name for labelled in self.sets)
         return Provenance(names, names, frozenset(inputs))
+
+
+def from_recipe(part: Any) -> SymbolSource:
+    """The source that a part of a recipe's data describes."""
+    return SymbolSource(labelled_sets(part, part.symbols.sets), part.symbols, instances=part.instances_per_task)

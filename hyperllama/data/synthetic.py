@@ -11,7 +11,7 @@ import math
 import zlib
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 from hyperllama.data.copies import copied_tokens
 from hyperllama.data.episode import Episode, Example, Provenance
@@ -182,3 +182,8 @@ class SyntheticSource:
         chosen = rng.sample(named, self.language.list_categories)
         first, *rest = [word for category in chosen for word in rng.sample(category, len(category))]
         return Episode("", (), (Example(first, " ".join(rest)),), "list")
+
+
+def from_recipe(part: Any) -> SyntheticSource:
+    """The source that a part of a recipe's data describes."""
+    return SyntheticSource(part.synthetic)

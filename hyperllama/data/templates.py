@@ -11,16 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hyperllama.data.episode import Example, Task, TaskSource, Weights
+from hyperllama.data.labelled import LabelledSet, labelled_sets
 from hyperllama.data.prompts import Template, missing_fields, render
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import read_json_lines
-
-if TYPE_CHECKING:
-    from hyperllama.data.labelled import LabelledSet
-
 
 # Where the names of sets differ from the folders of promptsource; folders are found by their own names too.
 KEYS = {
@@ -52,6 +49,10 @@ class TemplateSettings:
     names: list[str] = field(default_factory=list)
     original_task_only: bool = True
     rename: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings, a sentence each."""
+        return [] if self.templates else ["templates: give P3's templates, JSON lines or YAML folders"]
 
 
 @dataclass(frozen=True)
@@ -262,3 +263,9 @@ def _close(name: str, known: Sequence[str]) -> list[str]:
 def _nearest(name: str, known: Sequence[str]) -> str:
     close = _close(name, known)
     return f", did you mean {close[0]!r}?" if close else f", choose from {', '.join(list(known)[:10])} ..."
+
+
+def from_recipe(part: Any) -> TemplateSource:
+    """The source that a part of a recipe's data describes."""
+    sets = labelled_sets(part, part.templates.sets)
+    return TemplateSource(sets, part.templates, instances=part.instances_per_task, weights=part.task_weights)

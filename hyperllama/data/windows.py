@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 from hyperllama.data.copies import copied_tokens
 from hyperllama.data.episode import Episode, Provenance, TextWindow
@@ -178,3 +178,12 @@ def load_text_column(name: str, *, config: str | None, split: str, column: str, 
 def _part(text: str, part: str) -> str:
     cut = len(text) - len(text) // 20
     return {"train": text[:cut], "test": text[cut:], "all": text}[part]
+
+
+def from_recipe(part: Any) -> WindowSource:
+    """The source that a part of a recipe's data describes: text files, or a column of a data set."""
+    if not part.hub:
+        return WindowSource(read_text_files(part.root), part.text)
+    name, _, config = part.hub.partition(":")
+    column = {"column": part.text.column, "rows": part.text.rows}
+    return WindowSource(load_text_column(name, config=config or None, split=part.split, **column), part.text)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -73,12 +73,12 @@ class Hypernetwork(PackedModel, ABC):
         super().__init__(base, tokenizer, backend)
         if gists < self.fewest_gists:
             raise UserError(f"gist.tokens: a hypernetwork needs at least one gist token, not {gists}")
-        if mix.distillation and self.head_loss is None:
-            raise UserError(f"objectives.distillation: the head of a {base.config.model_type} model is not a plain product")
+        if mix.taught and self.head_loss is None:
+            raise UserError(f"objectives.{mix.taught[0]}: the head of a {base.config.model_type} model is not a plain product")
         self.num_gists, self.chunking, self.elastic, self.mix = gists, chunking, elastic, mix
         self.sink, self._sink_states = sink, None
         # What a context is said again after: trained with the rest, and of no use afterwards.
-        self.marker = nn.Parameter(likely_words(base, 1)[0]) if mix.reconstruction else None
+        self.marker = nn.Parameter(likely_words(base, 1)[0]) if mix.says_again else None
         self._hashed: tuple[tuple[str, ...], Tensor, str] | None = None  # names and bits of the weights that had this hash
 
     @abstractmethod
@@ -159,7 +159,7 @@ class Hypernetwork(PackedModel, ABC):
 
     def teach(self, batch: GistBatch) -> Tensor | None:
         """What the frozen model says with the whole context, where `mix` asks for it."""
-        return self.taught(batch.teacher) if self.mix.distillation and batch.teacher is not None else None
+        return self.taught(batch.teacher) if self.mix.taught and batch.teacher is not None else None
 
     def mixed_loss(self, batch: GistBatch, **inputs) -> TokenLoss:
         """The loss of a batch that is compressed and read in one pass, under `mix`."""
@@ -271,6 +271,10 @@ class Hypernetwork(PackedModel, ABC):
             parts = [(name, p.detach().float().cpu().numpy().tobytes()) for name, p in zip(names, weights)]
             self._hashed = names, bits, sha256(f"sink {self.sink}", *(part for pair in parts for part in pair))
         return self._hashed[2]
+
+    def compress_flops(self, cost: Any, tokens: int) -> int:
+        """FLOPs of making a prefix of a context of so many tokens; `cost` is an `eval.flops.ModelCost` of the base."""
+        return cost.packed(GistLayout(self.cut(range(tokens))[1]))
 
     def save_pretrained(self, folder: str | Path, notes: dict | None = None) -> None:
         """Write the trained weights and what is needed to use them: weights, a manifest and a model card.

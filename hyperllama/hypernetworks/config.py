@@ -7,6 +7,7 @@ from pathlib import Path
 from hyperllama.data.chunking import Chunking
 from hyperllama.errors import UserError
 from hyperllama.files import read_json
+from hyperllama.hypernetworks.registry import KINDS
 
 CONFIG, CARD, GISTS = "hypernetwork.json", "README.md", "gists.safetensors"
 
@@ -48,7 +49,7 @@ base model, frozen, reads the prefix instead of the examples.
 | | |
 |---|---|
 | base model | `{base["name"]}`, weights {base["weights"][:16]} |
-| kind | {config["kind"]} |
+| kind | {config["kind"]}: {KINDS[config["kind"]].summary} |
 | rows of a prefix | {config["gists"]}{cut}{"" if config["sink"] is None else ", behind the base's own first token"} |
 | trained parameters | {parameters:,} |
 | data | {config["notes"].get("data", "not recorded")} |

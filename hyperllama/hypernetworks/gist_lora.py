@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -57,6 +58,9 @@ class GistHypernetwork(WithGistTokens):
     ) -> States:
         inputs = {"inputs_embeds": self.embed(ids, layout), "gist_lora": self.lora}
         return gist_rows(self.base, layout, backend=self.backend, given=given, block_rows=block_rows, **inputs)
+
+    def compress_flops(self, cost: Any, tokens: int) -> int:
+        return cost.compress_packed(GistLayout(self.cut(range(tokens))[1]), self.lora.rank, self.lora.targets)
 
     def save_weights(self, folder: Path) -> list[str]:
         self.lora.save(folder, self.identity.name)

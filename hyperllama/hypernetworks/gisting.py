@@ -31,8 +31,8 @@ class GistingHypernetwork(WithGistTokens):
 
     def __init__(self, base: PreTrainedModel, **settings):
         super().__init__(base, **settings)
-        if self.mix.distillation:
-            raise UserError("objectives.distillation: gisting changes the model that would teach; set it to 0")
+        if self.mix.taught:
+            raise UserError(f"objectives.{self.mix.taught[0]}: gisting changes the model that would teach; set it to 0")
         base.requires_grad_(True)
         self.gists, self.folder = self.new_gists(), None
 

@@ -1,15 +1,18 @@
-"""Loading a trained hypernetwork with its base and the encoder of its text format."""
+"""Loading a trained hypernetwork of any kind, with its base and the encoder of its text format."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from hyperllama.base.loading import load_base, load_tokenizer
 from hyperllama.data.text import Encoder, Limits, TextFormat
+from hyperllama.errors import UserError
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.config import read_config
 from hyperllama.hypernetworks.hub import fetch
-from hyperllama.hypernetworks.registry import load_hypernetwork_onto
+from hyperllama.hypernetworks.registry import KINDS
 
 
 def load_hypernetwork(run: str | Path, base_path: str | None = None, *, dtype: str = "float32") -> tuple[Hypernetwork, Encoder]:
@@ -21,3 +24,17 @@ def load_hypernetwork(run: str | Path, base_path: str | None = None, *, dtype: s
     notes = config["notes"]
     encoder = Encoder(tokenizer, TextFormat(**notes.get("format", {})), Limits(**notes.get("limits", {})))
     return load_hypernetwork_onto(run, base, tokenizer=tokenizer), encoder
+
+
+def load_hypernetwork_onto(
+    folder: str | Path,
+    base: PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    backend: str = "auto",
+) -> Hypernetwork:
+    """Read a folder that a hypernetwork of any kind wrote onto the base that it was trained for; UserError for any other."""
+    kind = read_config(folder)["kind"]
+    if kind not in KINDS:
+        raise UserError(f"{folder}: a hypernetwork of kind {kind!r}, which is not one of {', '.join(KINDS)}; update hyperllama")
+    return KINDS[kind].hypernetwork().from_pretrained(folder, base, tokenizer=tokenizer, backend=backend)

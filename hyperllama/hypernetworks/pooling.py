@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -62,7 +63,7 @@ class PoolingHypernetwork(Hypernetwork):
     ):
         super().__init__(base, **settings)
         if self.chunking.graph == "recurrent":
-            raise UserError("gist.graph: pooling reads chunks one by one, so they cannot read each other; choose parallel")
+            raise UserError("gist.chunking.graph: pooling takes chunks one by one, so none can read another; choose parallel")
         if recency < 0 or sharpness <= 0:
             raise UserError(f"pooling: recency must not be negative and sharpness above 0, not {recency} and {sharpness}")
         if not 0 <= attended <= 1 or (attended and recency):
@@ -128,6 +129,10 @@ class PoolingHypernetwork(Hypernetwork):
         weights = (scores - away * self.log_sharpness[layer, :, :gists, None].exp()).softmax(-1)
         pooled = [weights @ x for x in (keys, values)]
         return tuple(x + x @ self.maps[side, layer] for side, x in enumerate(pooled))
+
+    def compress_flops(self, cost: Any, tokens: int) -> int:
+        segments, lora = self.cut(range(tokens))[1], (self.lora.rank, self.lora.targets) if self.lora else ()
+        return sum(cost.pool(s.tokens - s.gists, s.gists, *lora, attended=self.attended) for s in segments)
 
     def save_weights(self, folder: Path) -> list[str]:
         own = {name: x.detach().cpu().contiguous() for name, x in self._own().items()}

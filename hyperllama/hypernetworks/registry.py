@@ -1,34 +1,23 @@
-"""Every kind of hypernetwork by its name: a new one is a class in this table."""
+"""Every kind of hypernetwork by its name: a new one is a file of its own and a line in this table."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from hyperllama.hypernetworks.hint.settings import HintSettings
+from hyperllama.hypernetworks.settings import FullSettings, GistingSettings, KindSettings, LoraSettings, PoolingSettings
 
-from hyperllama.errors import UserError
-from hyperllama.hypernetworks.base import Hypernetwork
-from hyperllama.hypernetworks.config import read_config
-from hyperllama.hypernetworks.full_copy import FullHypernetwork
-from hyperllama.hypernetworks.gist_lora import GistHypernetwork
-from hyperllama.hypernetworks.gisting import GistingHypernetwork
-from hyperllama.hypernetworks.hint.hypernetwork import HintHypernetwork
-from hyperllama.hypernetworks.pooling import PoolingHypernetwork
-
-KINDS: dict[str, type[Hypernetwork]] = {
-    cls.kind: cls for cls in (GistHypernetwork, FullHypernetwork, GistingHypernetwork, PoolingHypernetwork, HintHypernetwork)
+KINDS: dict[str, type[KindSettings]] = {
+    settings.kind: settings for settings in (LoraSettings, FullSettings, GistingSettings, PoolingSettings, HintSettings)
 }
 
 
-def load_hypernetwork_onto(
-    folder: str | Path,
-    base: PreTrainedModel,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    backend: str = "auto",
-) -> Hypernetwork:
-    """Read a folder that a hypernetwork of any kind wrote onto the base that it was trained for; UserError for any other."""
-    kind = read_config(folder)["kind"]
-    if kind not in KINDS:
-        raise UserError(f"{folder}: a hypernetwork of kind {kind!r}, which is not one of {', '.join(KINDS)}; update hyperllama")
-    return KINDS[kind].from_pretrained(folder, base, tokenizer=tokenizer, backend=backend)
+def kind_of(recipe: Any) -> KindSettings:
+    """The settings of the kind of hypernetwork that a recipe trains."""
+    kind = recipe.gist.kind
+    return getattr(recipe, kind) if hasattr(recipe, kind) else KINDS[kind]()
+
+
+def planned_kinds() -> list[str]:
+    """The kinds whose memory `check --gpus` knows."""
+    return [kind for kind, settings in KINDS.items() if settings.planned]

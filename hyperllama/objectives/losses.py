@@ -1,7 +1,8 @@
-"""Objectives: pure functions of logits and targets. A loss stays a sum and a count of target tokens until the very end."""
+"""Losses: pure functions of logits and targets. A loss stays a sum and a count of target tokens until the very end."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import repeat
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hyperllama.objectives.mix import ANSWERS, Mix
+from hyperllama.objectives.mix import summed
 
 # More logits than these are never there at once. At the peak there are three float32 copies of a chunk: its log-probabilities
 # and two gradients, 0.8 GB. With 128k words a chunk has 523 rows still, for which a product is bound by arithmetic and not by
@@ -43,33 +44,41 @@ class HeadCrossEntropy(nn.Module):
     """
 
     def forward(
-        self, hidden: Tensor, targets: Tensor, *, weight: Tensor, teacher: Tensor | None = None, mix: Mix = ANSWERS
+        self, hidden: Tensor, targets: Tensor, *, weight: Tensor, weights: Mapping[str, float], teacher: Tensor | None = None
     ) -> Tensor:
         """The summed loss of targets (n,) under the logits hidden (n, hidden size) @ weight (V, hidden size).T.
 
-        With `teacher` (n, hidden size), another model's hidden states at the same places, the divergence from its answers joins
-        the cross entropy (`Mix`). Where there are more chunks than one, the backward pass computes each chunk's logits again.
+        `weights` are those of objectives by name. `teacher` (n, hidden size) are another model's hidden states at the same
+        places, whose logits go to objectives that have a teacher. Where there are more chunks than one, the backward pass
+        computes each chunk's logits again.
         """
-        taught = mix.distillation > 0 and teacher is not None
-        chunks = head_chunks(len(targets) * (2 if taught else 1), weight.shape[0])
+        chunks = head_chunks(len(targets) * (1 if teacher is None else 2), weight.shape[0])
         if chunks == 1:
-            return _summed(hidden, targets, weight, teacher if taught else None, mix)
-        teachers = teacher.chunk(chunks) if taught else [None] * len(targets.chunk(chunks))
+            return _summed(hidden, targets, weight, teacher, weights)
+        teachers = [None] * len(targets.chunk(chunks)) if teacher is None else teacher.chunk(chunks)
         sums = [
             # Nothing is random here, so no random state has to be kept.
-            checkpoint(_summed, *pieces, mix, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(_summed, *pieces, weights, use_reentrant=False, preserve_rng_state=False)
             for pieces in zip(hidden.chunk(chunks), targets.chunk(chunks), repeat(weight), teachers)
         ]
         return torch.stack(sums).sum()
 
 
-def _summed(hidden: Tensor, targets: Tensor, weight: Tensor, teacher: Tensor | None, mix: Mix) -> Tensor:
+def _summed(hidden: Tensor, targets: Tensor, weight: Tensor, teacher: Tensor | None, weights: Mapping[str, float]) -> Tensor:
     logits = F.linear(hidden, weight).float()
-    if teacher is None:
-        return mix.answer * F.cross_entropy(logits, targets, reduction="sum")
     with torch.no_grad():
-        taught = F.linear(teacher, weight).float()
-    return mix.answer * F.cross_entropy(logits, targets, reduction="sum") + mix.distillation * divergence(logits, taught)
+        taught = None if teacher is None else F.linear(teacher, weight).float()
+    return summed(weights, logits, targets, taught)
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
+    """The summed cross entropy in nats of targets (n,) under logits (n, V), computed in float32."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def divergence_from_teacher(logits: Tensor, targets: Tensor, teacher_logits: Tensor) -> Tensor:
+    """The summed divergence in nats of rows of logits (n, V) from those of the teacher; targets do not matter."""
+    return divergence(logits, teacher_logits)
 
 
 def divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -80,7 +89,7 @@ def divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 def answer_cross_entropy(logits: Tensor, targets: Tensor) -> TokenLoss:
     """Cross entropy in nats of targets (n,) under logits (n, V), computed in float32."""
-    return counted(F.cross_entropy(logits.float(), targets, reduction="sum"), targets)
+    return counted(cross_entropy_sum(logits, targets), targets)
 
 
 def counted(summed: Tensor, targets: Tensor) -> TokenLoss:

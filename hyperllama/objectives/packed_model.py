@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from hyperllama.base.decoder import packed_arguments
 from hyperllama.base.distributed import gather_with
 from hyperllama.data.packing import GistBatch
-from hyperllama.objectives.losses import HeadCrossEntropy, TokenLoss, answer_cross_entropy, counted
-from hyperllama.objectives.mix import ANSWERS, Mix
+from hyperllama.objectives.losses import HeadCrossEntropy, TokenLoss, counted
+from hyperllama.objectives.mix import ANSWERS, Mix, summed
 
 # Models whose logits are what their head returns and nothing else: no scale, no soft cap.
 PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
@@ -46,24 +46,27 @@ class PackedModel(nn.Module):
 
         Where there are many targets and words, logits are computed in chunks (`hyperllama.objectives.losses.LOGITS`).
         `states`: keys and values of each layer for the first rows, see `attention_masks.registration.layout_arguments`.
-        `teacher` (answers, hidden size): what the answers' targets are to be predicted like, if `mix` says so.
+        `teacher` (answers, hidden size): the teacher's hidden states at the answers' targets, if an objective of `mix` has one.
         The count is that of the answers: the other objectives join as means of their own.
         """
         inputs |= {"use_cache": False, **packed_arguments(self.base, batch.layout, self.backend, states)}
-        answers = len(batch.targets) if batch.answers is None else batch.answers
-        again = mix.reconstruction * answers / max(1, len(batch.targets) - answers)
-        if self.head_loss is None:
-            logits = self.base(**inputs, logits_to_keep=batch.target_rows).logits[0]
-            summed = mix.answer * answer_cross_entropy(logits[:answers], batch.targets[:answers]).sum
-            if again:
-                summed = summed + again * answer_cross_entropy(logits[answers:], batch.targets[answers:]).sum
-            return counted(summed, batch.targets[:answers])
-        hidden = self.base.get_decoder()(**inputs).last_hidden_state[0].index_select(0, batch.target_rows)
-        weight = self.base.get_output_embeddings().weight
-        summed = self.head_loss(hidden[:answers], batch.targets[:answers], weight=weight, teacher=teacher, mix=mix)
-        if again:
-            summed = summed + again * self.head_loss(hidden[answers:], batch.targets[answers:], weight=weight)
-        return counted(summed, batch.targets[:answers])
+        n = len(batch.targets) if batch.answers is None else batch.answers
+        answers, again = mix.weighing("answers"), mix.weighing("context")
+        weight = None if self.head_loss is None else self.base.get_output_embeddings().weight
+        if weight is None:
+            outputs = self.base(**inputs, logits_to_keep=batch.target_rows).logits[0]
+        else:
+            outputs = self.base.get_decoder()(**inputs).last_hidden_state[0].index_select(0, batch.target_rows)
+
+        def loss(rows: slice, weights: Mapping[str, float], teacher: Tensor | None = None) -> Tensor:
+            if weight is None:
+                return summed(weights, outputs[rows], batch.targets[rows])
+            return self.head_loss(outputs[rows], batch.targets[rows], weight=weight, weights=weights, teacher=teacher)
+
+        total = loss(slice(n), answers, teacher)
+        if again:  # on every rank, or ZeRO-3 would wait for one that gathers less often
+            total = total + loss(slice(n, None), again) * (n / max(1, len(batch.targets) - n))
+        return counted(total, batch.targets[:n])
 
     @torch.no_grad()
     def taught(self, batch: GistBatch) -> Tensor:

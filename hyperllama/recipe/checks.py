@@ -1,14 +1,16 @@
-"""What is impossible about the values of a recipe: everything that can be known without loading anything."""
+"""Which values of a recipe cannot work, as far as that can be known without loading data or weights."""
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from hyperllama.data.registry import SOURCES
+from hyperllama.hypernetworks.registry import KINDS, kind_of
 from hyperllama.training.deepspeed import DEEPSPEED, deepspeed_file
-
-FROM_HUB = ("sni", "p3", "symbols", "templates", "text")
 
 
 def recipe_problems(recipe: Any, *, data: bool = True) -> list[str]:
@@ -38,28 +40,39 @@ class _Checks(list):
         if not holds:
             self.append(problem)
 
+    def known(self, key: str, name: str, names: Iterable[str]) -> bool:
+        """Whether a value is one of the names that there are; else that is a problem."""
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        self(name in names, f"{key}: {name} is not one of {', '.join(names)}{hint}")
+        return name in names
+
 
 def _data(data: Any, check: _Checks, *, there: bool) -> None:
     fewest = data.shots if data.min_shots is None else data.min_shots
     check(0 <= fewest <= data.shots, f"data.min_shots: between 0 and data.shots={data.shots}, not {fewest}")
     check(data.queries >= 1, f"data.queries: at least 1, not {data.queries}")
     for i, part in enumerate(data.parts):
-        key = f"data.mixture[{i}]" if data.mixture else "data"
-        check(part.instances_per_task >= 1, f"{key}.instances_per_task: at least 1, not {part.instances_per_task}")
-        check(part.weight > 0, f"{key}.weight: above 0, not {part.weight}")
-        if part.source in ("synthetic", "symbols", "text", "p3"):
-            check.extend(f"{key}.{part.source}: {problem}" for problem in getattr(part, part.source).problems())
-        if part.source == "synthetic":
-            continue
-        if part.hub:
-            check(part.source in FROM_HUB, f"{key}.hub: source {part.source} reads local files; give {key}.root instead")
-            check(not part.root, f"{key}: give root or hub, not both")
-        else:
-            check(bool(part.root), f"{key}.root: give the folder or file of source {part.source}")
-            exists = not there or not part.root or Path(part.root).expanduser().exists()
-            check(exists, f"{key}.root: {part.root} does not exist; set it to where your copy of the data is")
-        if part.source == "templates":
-            check(bool(part.templates.templates), f"{key}.templates.templates: give P3's templates, JSON lines or YAML folders")
+        _source(part, f"data.mixture[{i}]" if data.mixture else "data", check, there=there)
+
+
+def _source(part: Any, key: str, check: _Checks, *, there: bool) -> None:
+    if not check.known(f"{key}.source", part.source, SOURCES):
+        return
+    source = SOURCES[part.source]
+    check(part.instances_per_task >= 1, f"{key}.instances_per_task: at least 1, not {part.instances_per_task}")
+    check(part.weight > 0, f"{key}.weight: above 0, not {part.weight}")
+    if source.settings is not None:
+        check.extend(f"{key}.{part.source}: {problem}" for problem in getattr(part, part.source).problems())
+    if source.made_up:
+        return
+    if part.hub:
+        check(source.from_hub, f"{key}.hub: source {part.source} reads local files; give {key}.root instead")
+        check(not part.root, f"{key}: give root or hub, not both")
+    else:
+        check(bool(part.root), f"{key}.root: give the folder or file of source {part.source}")
+        exists = not there or not part.root or Path(part.root).expanduser().exists()
+        check(exists, f"{key}.root: {part.root} does not exist; set it to where your copy of the data is")
 
 
 def _kernels(training: dict, check: _Checks) -> None:
@@ -90,7 +103,7 @@ def _format(recipe: Any, check: _Checks) -> None:
 
 def _training(recipe: Any, check: _Checks) -> None:
     model, data, limits, training = recipe.model, recipe.data, recipe.limits, recipe.training
-    endless = any(part.source == "synthetic" for part in data.parts)
+    endless = any(SOURCES[part.source].made_up for part in data.parts if part.source in SOURCES)
     folder = Path(model.name_or_path or "")
     if model.name_or_path and folder.is_dir():
         has_config = (folder / "config.json").is_file()
@@ -106,11 +119,7 @@ def _training(recipe: Any, check: _Checks) -> None:
         check(enough, "model.vocab_size: at least 300, the bytes and some merges")
         fits = model.tokenizer == "bytes" or all(part.source == "synthetic" for part in data.parts)
         check(fits, "model.tokenizer: words knows the synthetic language only; choose bytes")
-    fewest = 0 if recipe.gist.kind == "hint" else 1
-    check(recipe.gist.tokens >= fewest, f"gist.tokens: at least {fewest}, not {recipe.gist.tokens}")
     _hypernetwork(recipe, check)
-    check(recipe.lora.rank >= 1, f"lora.rank: at least 1, not {recipe.lora.rank}")
-    check(0 <= recipe.lora.dropout < 1, f"lora.dropout: a share below 1, not {recipe.lora.dropout}")
     _format(recipe, check)
     _deepspeed(recipe, check)
     _kernels(recipe.training, check)
@@ -133,25 +142,15 @@ def _hypernetwork(recipe: Any, check: _Checks) -> None:
     gist, start = recipe.gist, recipe.start_from
     check(gist.chunking.chunk_tokens >= 1, f"gist.chunking.chunk_tokens: at least 1, not {gist.chunking.chunk_tokens}")
     check.extend(f"objectives: {problem}" for problem in recipe.objectives.problems())
-    pooled = gist.kind == "pooling" and gist.chunking.graph == "recurrent"
-    check(not pooled, "gist.chunking.graph: pooling reads chunks one by one, so they cannot read each other; choose parallel")
-    check(recipe.pooling.recency >= 0, f"pooling.recency: 0 or more, not {recipe.pooling.recency}")
-    check(recipe.pooling.sharpness > 0, f"pooling.sharpness: above 0, not {recipe.pooling.sharpness}")
-    check(0 <= recipe.pooling.attended <= 1, f"pooling.attended: a share from 0 to 1, not {recipe.pooling.attended}")
-    twice = gist.kind == "pooling" and gist.sink and recipe.pooling.begins_with_sink
-    check(not twice, "gist.sink: with pooling.attended or recency the first row is the first token's anyway; set it to null")
-    both = recipe.pooling.attended and recipe.pooling.recency
-    check(not both, "pooling.attended: rows begin with attended tokens or, by recency, with shares; set one of them to 0")
-    if gist.kind == "hint":
-        check.extend(f"hint: {problem}" for problem in recipe.hint.problems(gist.tokens))
-        check(gist.chunking.graph == "single", "gist.chunking.graph: hint reads an instruction as a whole; choose single")
-        check(not gist.elastic, "gist.elastic: the modules of hint have one size; set it to false")
-    changing = "gisting" if gist.kind == "gisting" else "the regime paper"
-    changes = gist.kind == "gisting" or (gist.kind == "hint" and recipe.hint.regime == "paper")
-    taught = changes and recipe.objectives.distillation > 0
-    check(not taught, f"objectives.distillation: {changing} changes the model that would teach; set it to 0")
-    two_passes = recipe.method == "hypernetwork" and gist.kind in ("full", "pooling", "hint")
-    apart = two_passes and recipe.training.get("gradient_checkpointing")
+    for kind in KINDS:
+        check.extend(getattr(recipe, kind).values() if hasattr(recipe, kind) else [])
+    _backend(gist.backend, check)
+    if not check.known("gist.kind", gist.kind, KINDS):
+        return
+    settings = kind_of(recipe)
+    check(gist.tokens >= settings.fewest_rows, f"gist.tokens: at least {settings.fewest_rows}, not {gist.tokens}")
+    check.extend(settings.problems(recipe))
+    apart = recipe.method == "hypernetwork" and settings.own_pass and recipe.training.get("gradient_checkpointing")
     check(
         not apart, f"training.gradient_checkpointing: not with gist.kind={gist.kind}, whose keys and values it would not keep"
     )
@@ -160,6 +159,13 @@ def _hypernetwork(recipe: Any, check: _Checks) -> None:
     if start and found:
         kind = json.loads((Path(start) / "hypernetwork.json").read_text(encoding="utf-8")).get("kind", "lora")
         check(kind == gist.kind, f"start_from: {start} is of kind {kind}, not {gist.kind}; set gist.kind={kind}, or start anew")
+
+
+def _backend(backend: str, check: _Checks) -> None:
+    if backend != "auto":
+        from attention_masks import BACKENDS  # loads torch, which a recipe that leaves the choice to us does without
+
+        check.known("gist.backend", backend, ["auto", *BACKENDS])
 
 
 def _evaluation(recipe: Any, check: _Checks) -> None:

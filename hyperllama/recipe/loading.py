@@ -15,7 +15,18 @@ from yaml import YAMLError
 
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.recipe.checks import recipe_problems
-from hyperllama.recipe.schema import AnyRecipe, EvaluationRecipe, Recipe, SourceRecipe, StudyRecipe, TableRecipe, TuneRecipe
+from hyperllama.recipe.schema import (
+    AnyRecipe,
+    EvaluationRecipe,
+    Recipe,
+    SourceRecipe,
+    StudyRecipe,
+    TableRecipe,
+    TuneRecipe,
+    current,
+    source_sections,
+    with_sections,
+)
 
 SCHEMAS = {
     "hypernetwork": Recipe,
@@ -42,6 +53,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, schema: type
     if meant is not schema:
         raise UserError(f"{path}: its method is {named}; run it with hyperllama {VERBS[meant]}")
     problems: list[str] = []
+    schema = current(schema)
     merged = _merge(OmegaConf.structured(schema), written, schema, str(path), problems)
     for override in overrides:
         if "=" not in override or override.startswith("="):
@@ -88,7 +100,7 @@ def differences(old: str, new: str) -> list[str]:
         return {key: value}
 
     a, b = (leaves(OmegaConf.to_container(OmegaConf.create(text))) for text in (old, new))
-    schema = OmegaConf.structured(SCHEMAS.get(b.get("method", "hypernetwork"), Recipe))
+    schema = OmegaConf.structured(current(SCHEMAS.get(b.get("method", "hypernetwork"), Recipe)))
     default = leaves(OmegaConf.to_container(schema))
     return [key for key in sorted({*a, *b}) if a.get(key, default.get(key)) != b.get(key, default.get(key))]
 
@@ -131,8 +143,9 @@ def _unknown(key: str, value: Any, schema: type):
         yield f"{key}: unknown key{nearest}"
     elif key == "data.mixture" and isinstance(value, list):
         for i, element in enumerate(value):
-            for name, part in _leaves(element, SourceRecipe, "") if isinstance(element, dict) else ():
-                for problem in _unknown(name, part, SourceRecipe):
+            one = with_sections(SourceRecipe, source_sections())
+            for name, part in _leaves(element, one, "") if isinstance(element, dict) else ():
+                for problem in _unknown(name, part, one):
                     yield f"{key}[{i}].{problem}"
 
 

@@ -1,19 +1,46 @@
-"""Recipes: what a run is, as typed values. `hyperllama.recipe.loading` reads them from YAML."""
+"""Recipes: what a run is, as typed values. `hyperllama.recipe.loading` reads them from YAML.
+
+Sections of kinds of hypernetworks, of sources and of objectives come from their registries.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cache
 from typing import Any, Literal
 
 from hyperllama.data.chunking import Chunking
-from hyperllama.data.p3 import P3Settings
-from hyperllama.data.symbols import SymbolSettings
-from hyperllama.data.synthetic import SyntheticLanguage
-from hyperllama.data.templates import TemplateSettings
+from hyperllama.data.registry import SOURCES
 from hyperllama.data.text import Limits, TextFormat
-from hyperllama.data.windows import WindowSettings
-from hyperllama.hypernetworks.hint.settings import HintSettings
-from hyperllama.objectives.mix import Mix
+from hyperllama.hypernetworks.registry import KINDS, kind_of
+from hyperllama.objectives.mix import mix_class
+
+
+def with_sections(schema: type, sections: Mapping[str, type]) -> type:
+    """A recipe's dataclass with a field for each section that it has none for, under the section's name."""
+    return _with_sections(schema, tuple(sections.items()))
+
+
+@cache
+def _with_sections(schema: type, sections: tuple[tuple[str, type], ...]) -> type:
+    there = {known.name for known in fields(schema)}
+    new = [(name, section, field(default_factory=section)) for name, section in sections if name not in there]
+    if not new:
+        return schema
+    made = make_dataclass(schema.__name__, new, bases=(schema,), frozen=True)
+    made.__doc__, made.__module__ = schema.__doc__, __name__
+    return made
+
+
+def kind_sections() -> dict[str, type]:
+    """Settings of kinds of hypernetworks that have some, by kind."""
+    return {kind: settings for kind, settings in KINDS.items() if fields(settings)}
+
+
+def source_sections() -> dict[str, type]:
+    """Settings of sources that have some, by source."""
+    return {name: kind.settings for name, kind in SOURCES.items() if kind.settings is not None}
 
 
 @dataclass(frozen=True)
@@ -38,48 +65,20 @@ class ModelRecipe:
 class GistRecipe:
     """What becomes of a context: `tokens`, G, is how many rows a prefix has, or each chunk of a context cut by `chunking`.
 
-    kind: "lora" (Phang 2024), "full" (a tuned copy of the base compresses), "gisting" (one model, all weights tuned: Mu et al.
-    2023), "pooling" (cross-attention over the base's keys and values) or "hint" (task modules from an encoded instruction, see
-    `HintSettings`; `tokens` may be 0). `elastic` trains for 1, 2, 4, ... up to G gists at once. `sink` puts the base's own row
-    of its first token before the rows of every prefix, since attention of a pretrained model rests there; null does so unless
-    a prefix has no other rows, or begins with that token anyway (pooling that is `attended` or has a `recency`). `backend`: the
-    attention kernel; `hyperllama env` lists them.
+    `kind` is one of `hyperllama.hypernetworks.registry.KINDS`: "lora" (Phang 2024), "full" (a tuned copy of the base
+    compresses), "gisting" (one model, all weights tuned: Mu et al. 2023), "pooling" (cross-attention over the base's keys and
+    values) or "hint" (task modules from an encoded instruction; `tokens` may be 0). `elastic` trains for 1, 2, 4, ... up to G
+    gists at once. `sink` puts the base's own row of its first token before the rows of every prefix, since attention of a
+    pretrained model rests there; null does so unless a prefix has no other rows, or begins with that token anyway (pooling
+    that is `attended` or has a `recency`). `backend`: the attention kernel; `hyperllama env` lists them.
     """
 
     tokens: int = 16
-    kind: Literal["lora", "full", "gisting", "pooling", "hint"] = "pooling"
+    kind: str = "pooling"
     chunking: Chunking = field(default_factory=Chunking)
     elastic: bool = False
     sink: bool | None = None
-    backend: Literal["auto", "dense", "sdpa", "flash", "varlen", "flex"] = "auto"
-
-
-@dataclass(frozen=True)
-class LoraRecipe:
-    """See `hyperllama.hypernetworks.row_lora.RowLora`. `targets` are names of linear layers; empty for all of them."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class PoolingRecipe:
-    """Of gist.kind "pooling": see `PoolingHypernetwork`. `lora`: contexts are read with LoRA, as the
-    recipe's `lora` says. Rows begin with single tokens that the second half of a context attends to: what won on real tasks and
-    on text. Many demonstrations of a word each are better mixed: {attended: 0, sharpness: 1}.
-    """
-
-    recency: float = 0.0
-    sharpness: float = 400.0
-    attended: float = 0.5
-    lora: bool = False
-
-    @property
-    def begins_with_sink(self) -> bool:
-        """Whether the first row of a prefix is that of the context's first token."""
-        return bool(self.attended or self.recency)
+    backend: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class SourceRecipe:
     task's file means to be shown (S-NI's positive examples), not its other examples. `weight` counts in a mixture.
     """
 
-    source: Literal["synthetic", "sni", "p3", "templates", "symbols", "text", "jsonl"] = "synthetic"
+    source: str = "synthetic"
     root: str | None = None
     hub: str | None = None
     split: str = "train"
@@ -103,11 +102,9 @@ class SourceRecipe:
     task_weights: Literal["equal", "size"] = "equal"
     own_demonstrations: bool = False
     weight: float = 1.0
-    p3: P3Settings = field(default_factory=P3Settings)
-    templates: TemplateSettings = field(default_factory=TemplateSettings)
-    symbols: SymbolSettings = field(default_factory=SymbolSettings)
-    text: WindowSettings = field(default_factory=WindowSettings)
-    synthetic: SyntheticLanguage = field(default_factory=SyntheticLanguage)
+
+
+SourceRecipe = with_sections(SourceRecipe, source_sections())
 
 
 @dataclass(frozen=True)
@@ -157,10 +154,7 @@ class Recipe:
     seed: int = 0
     model: ModelRecipe = field(default_factory=ModelRecipe)
     gist: GistRecipe = field(default_factory=GistRecipe)
-    lora: LoraRecipe = field(default_factory=LoraRecipe)
-    pooling: PoolingRecipe = field(default_factory=PoolingRecipe)
-    hint: HintSettings = field(default_factory=HintSettings)
-    objectives: Mix = field(default_factory=Mix)
+    objectives: mix_class() = field(default_factory=mix_class())
     start_from: str | None = None
     data: DataRecipe = field(default_factory=DataRecipe)
     format: TextFormat = field(default_factory=TextFormat)
@@ -168,6 +162,9 @@ class Recipe:
     full_attention: FullAttentionRecipe = field(default_factory=FullAttentionRecipe)
     deepspeed: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+
+
+Recipe = with_sections(Recipe, kind_sections())
 
 
 @dataclass(frozen=True)
@@ -293,14 +290,29 @@ class TableRecipe:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
 
 
+def current(schema: type) -> type:
+    """A recipe's dataclass with the sections of all kinds, sources and objectives that are registered by now."""
+    own = {known.name for known in fields(schema)}
+    if "data" not in own:
+        return schema
+    part = with_sections(SourceRecipe, source_sections())
+    if part is not SourceRecipe:
+        mixture = ("mixture", list[part], field(default_factory=list))
+        data = make_dataclass("DataRecipe", [mixture], bases=(with_sections(DataRecipe, source_sections()),), frozen=True)
+        schema = make_dataclass(schema.__name__, [("data", data, field(default_factory=data))], bases=(schema,), frozen=True)
+    if "objectives" in own:
+        schema = with_sections(schema, kind_sections())
+        mix = mix_class()
+        if fields(mix) != fields(schema.__dataclass_fields__["objectives"].default_factory):
+            changed = [("objectives", mix, field(default_factory=mix))]
+            schema = make_dataclass(schema.__name__, changed, bases=(schema,), frozen=True)
+    return schema
+
+
 def has_sink(recipe: Recipe) -> bool:
     """Whether prefixes of a recipe's hypernetwork begin with the base's own row of its first token."""
     gist = recipe.gist
-    if gist.sink is not None:
-        return gist.sink
-    if gist.kind == "pooling":
-        return not recipe.pooling.begins_with_sink
-    return gist.kind != "hint" or bool(gist.tokens or recipe.hint.fusion)
+    return kind_of(recipe).has_sink(gist.tokens) if gist.sink is None else gist.sink
 
 
 AnyRecipe = Recipe | EvaluationRecipe | TuneRecipe | StudyRecipe | TableRecipe

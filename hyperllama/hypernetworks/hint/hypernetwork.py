@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -61,14 +62,16 @@ class HintHypernetwork(Hypernetwork):
     def __init__(self, base: PreTrainedModel, *, hint: HintSettings | dict | None = None, **settings):
         super().__init__(base, **settings)
         self.hint = HintSettings(**hint) if isinstance(hint, dict) else hint or HintSettings()
-        if problems := self.hint.problems(self.num_gists):
+        if problems := self.hint.size_problems(self.num_gists):
             raise UserError(f"hint: {'; '.join(problems)}")
         if self.chunking.graph != "single":
             raise UserError("gist.chunking.graph: hint reads an instruction as a whole; choose single")
         if self.elastic:
             raise UserError("gist.elastic: the modules of hint have one size; set it to false")
-        if self.trains_base and self.mix.distillation:
-            raise UserError("objectives.distillation: the regime paper changes the model that would teach; set it to 0")
+        if self.trains_base and self.mix.taught:
+            raise UserError(
+                f"objectives.{self.mix.taught[0]}: the regime paper changes the model that would teach; set it to 0"
+            )
         config = base.config
         sizes = (config.hidden_size, config.num_hidden_layers, kv_heads(config), head_dim(config), self.num_gists)
         beside = {name: BESIDE[name] for name in self.hint.sizes()}
@@ -83,11 +86,11 @@ class HintHypernetwork(Hypernetwork):
 
     @property
     def trains_base(self) -> bool:
-        return self.hint.regime == "paper"
+        return self.hint.trains_base
 
     @property
     def keeps_context(self) -> bool:
-        return self.hint.fusion
+        return self.hint.keeps_context
 
     @property
     def identity(self) -> BaseIdentity:
@@ -193,6 +196,9 @@ class HintHypernetwork(Hypernetwork):
                 pairs = {kind: tuple(side[:, reads[0]].clone() for side in pair) for kind, pair in stack.pairs.items()}
                 prefix.adapters = Adapters(pairs)
         return prefixes
+
+    def compress_flops(self, cost: Any, tokens: int) -> int:
+        return cost.hint(tokens, self.num_gists, self.hint)
 
     def save_weights(self, folder: Path) -> list[str]:
         own = {name: x.detach().cpu().contiguous() for name, x in self.trainable().items() if not name.startswith("base.")}

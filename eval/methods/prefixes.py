@@ -1,0 +1,68 @@
+"""Methods that read prefixes: a hypernetwork's, those of something else as controls, and stored ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from random import Random
+
+from eval.methods.bench import Bench, State, method
+from eval.methods.shuffling import shuffled, shuffled_words
+from hyperllama.prefixes.prefix import Prefix
+
+
+@method("the prefix", "ours", "model", "hypernetwork")
+def prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """The prefix that the hypernetwork makes of instruction and demonstrations."""
+    return bench.compressed([bench.context(bench.episodes[i]) for i in indices])
+
+
+@method("the last chunk's prefix", "control", "model", "chunks")
+def last_chunk(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """The prefix of as many of the context's last tokens as one chunk holds: does what stands before them matter?"""
+    start = bench.encoder.start
+    room = bench.hypernetwork.chunking.chunk_tokens - len(start)
+    contexts = [bench.context(bench.episodes[i])[len(start) :] for i in indices]
+    return bench.compressed([[*start, *context[max(0, len(context) - room) :]] for context in contexts])
+
+
+@method("another task's prefix", "control", "model", "hypernetwork", "other_tasks")
+def swapped_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """The prefix of the next episode of another task: does it matter what was compressed?"""
+    return bench.compressed([bench.context(bench.episodes[bench.partner(i)]) for i in indices])
+
+
+@method("prefix of shuffled labels", "control", "model", "hypernetwork", "demonstrations")
+def shuffled_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """The prefix of demonstrations whose outputs have changed places: does it matter which output belongs to which input?"""
+    return bench.compressed([bench.context(shuffled(bench.episodes[i], bench.seed, i)) for i in indices])
+
+
+@method("prefix of the instruction's words, shuffled", "control", "model", "hypernetwork", "instructions")
+def shuffled_instruction(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """The prefix of the task's own instruction with its words in another order, where next to no neighbours are left together.
+
+    Which words there are stays as it was, and may tell something: in the synthetic language a guess among the symbols that are
+    named. What the prefix is better by, it owes to which word belongs to which.
+    """
+    changed = []
+    for i in indices:
+        words = shuffled_words(bench.episodes[i].instruction, Random(f"{bench.seed}/{i}"))
+        changed.append(bench.context(dataclasses.replace(bench.episodes[i], instruction=words)))
+    return bench.compressed(changed)
+
+
+@method("shuffled labels, full attention", "control", "model", "demonstrations")
+def shuffled_context(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """Demonstrations whose outputs have changed places, in full attention."""
+    return bench.whole([bench.context(shuffled(bench.episodes[i], bench.seed, i)) for i in indices])
+
+
+@method("prefix file", "ours", "model", "prefixes")
+def stored_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """A prefix file of the episode's task: compressed earlier, tuned, or made by anything else."""
+    states = []
+    for i in indices:
+        loaded = Prefix.load(bench.prefixes / f"{bench.episodes[i].task}.safetensors", bench.reader.identity)
+        states.append(State(loaded, loaded.manifest.context_tokens or 0 if loaded.manifest else 0, loaded.rows))
+    return states
