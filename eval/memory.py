@@ -215,14 +215,9 @@ def activations(
     the context's rows of a LoRA's input is spread over all rows, which takes one more of the stream and one of the MLP's width.
     """
     rows, stream = layout.tokens, precise.stream
-    shared, rotary = rows * (4 * cost.hidden + 4), 2 * rows * cost.head_dim * stream
     chunks = head_chunks(head_rows, cost.vocabulary)
-    if rank is None:  # a trained norm keeps what it scales, a trained head what it reads
-        shared += rows * cost.hidden * stream
-    if chunks > 1:
-        shared += head_rows * cost.hidden * stream
-    elif rank is None:
-        shared += head_rows * cost.hidden * precise.product
+    shared = _shared(cost, rows, head_rows, precise, rank is None, chunks)
+    rotary = 2 * rows * cost.head_dim * stream
     named = cost.targeted(targets) if rank is not None else None
     layers = [
         _layer(cost, layout, precise, rank=rank, named=named, dropout=dropout, last=last)
@@ -248,6 +243,18 @@ def activations(
     return Activations(int(kept), int(layer), 3 * loss + head + gradient, int(saved))
 
 
+def _shared(cost: ModelCost, rows: int, head_rows: int, precise: Precision, full: bool, chunks: int) -> int:
+    """Bytes that the norm before the head and the head keep."""
+    kept = rows * (4 * cost.hidden + 4)
+    if full:  # a trained norm keeps what it scales, a trained head what it reads
+        kept += rows * cost.hidden * precise.stream
+    if chunks > 1:
+        kept += head_rows * cost.hidden * precise.stream
+    elif full:
+        kept += head_rows * cost.hidden * precise.product
+    return kept
+
+
 def _layer(
     cost: ModelCost,
     layout: GistLayout,
@@ -266,8 +273,7 @@ def _layer(
       region only;
     - MLP: the gate's output, its SiLU and the up projection's output, whose product is `down_proj`'s input; in the last layer
       of a hypernetwork for the read region only;
-    - inputs of linear layers: a frozen one keeps none; see `_inputs`; LoRA's `rank` numbers a context row;
-    - under autocast, 16-bit copies of weights that are kept in float32.
+    - inputs of linear layers and what LoRA keeps, see `_linear_layers`.
     """
     rows, product, stream = layout.tokens, precise.product, precise.stream
     context = 0 if rank is None else layout.compress_rows
@@ -287,11 +293,22 @@ def _layer(
             kept += run.tokens * (run.tokens + run.reads) * product if run.tokens > 1 else 0
     kept += 3 * (rows - context if last else rows) * inner * product
     acting = set(cost.linears) if named is None else named & set(KEPT_IN_LAST_LAYER) if last else named
+    return kept + _linear_layers(cost, rows, context, precise, rank=rank, acting=acting, dropout=dropout)
+
+
+def _linear_layers(
+    cost: ModelCost, rows: int, context: int, precise: Precision, *, rank: int | None, acting: set[str], dropout: float
+) -> int:
+    """Bytes that the linear layers `acting` of one decoder layer keep: their inputs, a frozen one none (see `_inputs`).
+
+    LoRA keeps `rank` numbers a context row; under autocast there are 16-bit copies of weights that are kept in float32.
+    """
+    kept = 0
     for names, dtype in (
-        (("q_proj", "k_proj", "v_proj"), stream),
-        (("o_proj",), product),
-        (("gate_proj", "up_proj"), stream),
-        (("down_proj",), product),
+        (("q_proj", "k_proj", "v_proj"), precise.stream),
+        (("o_proj",), precise.product),
+        (("gate_proj", "up_proj"), precise.stream),
+        (("down_proj",), precise.product),
     ):
         width, users = cost.linears[names[0]][0], len(acting.intersection(names))
         if users:

@@ -68,17 +68,10 @@ def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str
     if recipe.hypernetwork:
         read_config(recipe.hypernetwork)
     source = make_source(recipe.data)
-    data = recipe.data
-    episodes = source.evaluation(shots=data.shots, queries=data.queries, episodes=recipe.episodes, seed=recipe.seed)
-    if not episodes or not any(e.queries or e.window for e in episodes):
-        raise UserError("data: gives no queries to evaluate; raise data.queries or data.instances_per_task")
+    episodes = episodes_of(recipe, source)
     kind = kind_of(episodes, recipe.metric)
     methods = applicable(recipe, episodes, kind)
-    leaks, found = check_leaks(recipe, source)
-    if rank == 0:
-        print(f"shared with the training data: {leaks}", file=sys.stderr)
-    if found and recipe.leaks == "refuse":
-        raise UserError(f"leaks: {leaks}; evaluate on other data, or set leaks to warn to have it reported anyway")
+    leaks = refuse_leaks(recipe, source, tell=rank == 0)
     bench = make_bench(recipe, episodes)
     write_atomically(output / RECIPE, resolved)
     offered = sum(len(e.queries or (1,)) for e in episodes)
@@ -98,6 +91,25 @@ def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str
     write_atomically(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     write_report(summary, output)
     return summary | {"report": str(output / "report.md")}
+
+
+def episodes_of(recipe: EvaluationRecipe, source: Source) -> list[Episode]:
+    """The episodes of an evaluation; UserError if nothing is asked in any."""
+    data = recipe.data
+    episodes = source.evaluation(shots=data.shots, queries=data.queries, episodes=recipe.episodes, seed=recipe.seed)
+    if not any(e.queries or e.window for e in episodes):
+        raise UserError("data: gives no queries to evaluate; raise data.queries or data.instances_per_task")
+    return episodes
+
+
+def refuse_leaks(recipe: EvaluationRecipe, source: Source, *, tell: bool) -> str:
+    """What data is shared with the training, in words; UserError if there is some, unless the recipe allows it."""
+    leaks, found = check_leaks(recipe, source)
+    if tell:
+        print(f"shared with the training data: {leaks}", file=sys.stderr)
+    if found and recipe.leaks == "refuse":
+        raise UserError(f"leaks: {leaks}; evaluate on other data, or set leaks to warn to have it reported anyway")
+    return leaks
 
 
 def refuse_older(output: Path) -> None:

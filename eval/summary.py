@@ -102,75 +102,90 @@ def _categories(by_method: dict[str, list[dict]], names: Sequence[str], kind: st
     return found if len(found) <= 60 else {}
 
 
-def verdicts(summary: dict[str, Any]) -> list[dict[str, str]]:
-    """A sentence for each question that a reader has; "answer" is yes, no or unclear, by whether an interval excludes zero."""
-    methods, ours, head = summary["methods"], summary["ours"], summary["headline"]
-    if ours is None:
-        return []
-    found = []
-    mine = methods[ours]
-
-    def compare(question: str, name: str, what: str) -> None:
-        if name not in methods:
-            return
-        interval = methods[name]["ours_minus_this"][head]
-        sign = 1 if METRICS[head].higher_is_better else -1
-        low, high = sorted((sign * interval["low"], sign * interval["high"]))
-        answer = "yes" if low > 0 else "no" if high < 0 else "unclear"
-        word = {"yes": "better than", "no": "worse than", "unclear": "not clearly different from"}[answer]
-        theirs = methods[name]["metrics"][head]
-        sentence = (
-            f"{quantity(mine['metrics'][head]['mean'], head)} is {word} {quantity(theirs['mean'], head)} {what} "
-            f"(difference {difference(interval, head)})."
-        )
-        found.append({"question": question, "answer": answer, "sentence": sentence})
-
-    compare("Does it help?", "no_context", "without any context")
-    share = summary.get("share_of_gain")
-    if "full_context" in methods:
-        compare("Is it as good as full attention?", "full_context", "with everything in full attention")
-        if share:
-            found[-1]["sentence"] += (
-                f" It recovers {100 * share['mean']:.0f} % [{100 * share['low']:.0f}, {100 * share['high']:.0f}] "
-                "of what the context gains in full attention."
-            )
-        elif "no_context" in methods:
-            found[-1]["sentence"] += (
-                " But full attention gains nothing clear over no context here: there is little to compress."
-            )
-    if mine.get("context_tokens") and mine["state_rows"]:  # adapters alone have none
-        ratio = mine["context_tokens"] / mine["state_rows"]
-        sentence = (
-            f"{mine['context_tokens']:.0f} context tokens on average become {mine['state_rows']:.0f} rows: {ratio:.1f} to 1."
-        )
-        answer = "yes" if ratio > 1 else "no"
-        found.append({"question": "Does it compress?", "answer": answer, "sentence": sentence})
-    compare("Does it depend on its context?", "swapped_prefix", "with another task's prefix")
-    compare("Does it read which output belongs to which input?", "shuffled_prefix", "with the prefix of shuffled labels")
-    compare(
+# A question, the method that answers it, and what a sentence says that this method reads.
+COMPARISONS = (
+    ("Does it help?", "no_context", "without any context"),
+    ("Is it as good as full attention?", "full_context", "with everything in full attention"),
+    ("Does it compress?", "", ""),
+    ("Does it depend on its context?", "swapped_prefix", "with another task's prefix"),
+    ("Does it read which output belongs to which input?", "shuffled_prefix", "with the prefix of shuffled labels"),
+    (
         "Does it read which words of the instruction belong together?",
         "shuffled_instruction",
         "with the prefix of the instruction's words, shuffled",
-    )
+    ),
+    ("Is it better than fewer demonstrations in the same memory?", "fewer_demonstrations", "with {fitting}"),
+    ("Is it better than mean pooling, which needs no training?", "mean_pool", "with mean-pooled keys and values"),
+    ("Is it better than the last tokens?", "last_tokens", "with the last tokens' keys and values"),
+    ("Is it better than a model trained for full attention?", "multi_task", "with the multi-task model"),
+    ("What does it cost?", "", ""),
+)
+
+
+def verdicts(summary: dict[str, Any]) -> list[dict[str, str]]:
+    """A sentence for each question that a reader has; "answer" is yes, no or unclear, by whether an interval excludes zero."""
+    methods = summary["methods"]
+    if summary["ours"] is None:
+        return []
     fitting = methods.get("fewer_demonstrations", {}).get("demonstrations", 0.0)
-    what = f"with as many as fit ({fitting:.1f} on average)" if fitting else "with what fits into it"
-    compare("Is it better than fewer demonstrations in the same memory?", "fewer_demonstrations", what)
-    compare("Is it better than mean pooling, which needs no training?", "mean_pool", "with mean-pooled keys and values")
-    compare("Is it better than the last tokens?", "last_tokens", "with the last tokens' keys and values")
-    compare("Is it better than a model trained for full attention?", "multi_task", "with the multi-task model")
-    full = methods.get("full_context", {})
-    if "query_flops" in mine and "query_flops" in full:
-        n = str(QUERIES_PER_TASK[1])
-        reread = mine["flops_per_query"][n] / full["reread_flops"]
-        cached = mine["flops_per_query"][n] / full["flops_per_query"][n]
-        memory = full["state_bytes"] / mine["state_bytes"] if mine["state_bytes"] else float("nan")
-        sentence = (
-            f"At {n} queries a task, a query costs {100 * reread:.0f} % of the FLOPs of reading the whole context with every "
-            f"query, and {100 * cached:.0f} % of those of a cached full prompt, whose FLOPs are of the same order but whose "
-            f"state takes {memory:.1f} times the memory."
-        )
-        found.append({"question": "What does it cost?", "answer": "", "sentence": sentence})
+    fits = f"as many as fit ({fitting:.1f} on average)" if fitting else "what fits into it"
+    found = []
+    for question, name, what in COMPARISONS:
+        if question == "Does it compress?":
+            found += _compression(methods[summary["ours"]])
+        elif question == "What does it cost?":
+            found += _price(methods[summary["ours"]], methods.get("full_context", {}))
+        elif name in methods:
+            found.append(_compared(summary, question, name, what.format(fitting=fits)))
+            if name == "full_context":
+                found[-1]["sentence"] += _gain(summary)
     return found
+
+
+def _compared(summary: dict[str, Any], question: str, name: str, what: str) -> dict[str, str]:
+    methods, head = summary["methods"], summary["headline"]
+    interval = methods[name]["ours_minus_this"][head]
+    sign = 1 if METRICS[head].higher_is_better else -1
+    low, high = sorted((sign * interval["low"], sign * interval["high"]))
+    answer = "yes" if low > 0 else "no" if high < 0 else "unclear"
+    word = {"yes": "better than", "no": "worse than", "unclear": "not clearly different from"}[answer]
+    mine, theirs = (quantity(methods[m]["metrics"][head]["mean"], head) for m in (summary["ours"], name))
+    sentence = f"{mine} is {word} {theirs} {what} (difference {difference(interval, head)})."
+    return {"question": question, "answer": answer, "sentence": sentence}
+
+
+def _gain(summary: dict[str, Any]) -> str:
+    """How much of what full attention gains by the context a prefix recovers."""
+    if share := summary.get("share_of_gain"):
+        return (
+            f" It recovers {100 * share['mean']:.0f} % [{100 * share['low']:.0f}, {100 * share['high']:.0f}] "
+            "of what the context gains in full attention."
+        )
+    if "no_context" in summary["methods"]:
+        return " But full attention gains nothing clear over no context here: there is little to compress."
+    return ""
+
+
+def _compression(mine: dict[str, Any]) -> list[dict[str, str]]:
+    if not (mine.get("context_tokens") and mine["state_rows"]):  # adapters alone have no rows
+        return []
+    ratio = mine["context_tokens"] / mine["state_rows"]
+    sentence = f"{mine['context_tokens']:.0f} context tokens on average become {mine['state_rows']:.0f} rows: {ratio:.1f} to 1."
+    return [{"question": "Does it compress?", "answer": "yes" if ratio > 1 else "no", "sentence": sentence}]
+
+
+def _price(mine: dict[str, Any], full: dict[str, Any]) -> list[dict[str, str]]:
+    if "query_flops" not in mine or "query_flops" not in full:
+        return []
+    n = str(QUERIES_PER_TASK[1])
+    reread = mine["flops_per_query"][n] / full["reread_flops"]
+    cached = mine["flops_per_query"][n] / full["flops_per_query"][n]
+    memory = full["state_bytes"] / mine["state_bytes"] if mine["state_bytes"] else float("nan")
+    sentence = (
+        f"At {n} queries a task, a query costs {100 * reread:.0f} % of the FLOPs of reading the whole context with every "
+        f"query, and {100 * cached:.0f} % of those of a cached full prompt, whose state takes {memory:.1f} times the memory."
+    )
+    return [{"question": "What does it cost?", "answer": "", "sentence": sentence}]
 
 
 def quantity(value: float, metric: str) -> str:

@@ -119,3 +119,15 @@ def test_public_names_are_documented():
     ]  # fmt: skip
     assert not bare
     assert all(ast.get_docstring(tree) for _, tree in modules())
+
+
+def test_functions_and_files_fit_in_a_head():
+    functions, files = [], []
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            files += [f"{path.name}: {text.count(chr(10))} lines"] if text.count("\n") > 400 else []
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 >= 50:
+                    functions.append(f"{path.name}: {node.name} has {node.end_lineno - node.lineno + 1} lines")
+    assert not functions and not files

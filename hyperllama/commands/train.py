@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +22,14 @@ from hyperllama.data.dealing import Dealt
 from hyperllama.data.episode import Source
 from hyperllama.data.packing import Packing, full_tokens, gist_tokens, pack_full, pack_gist
 from hyperllama.data.stream import Collator, EpisodeStream
-from hyperllama.data.text import Encoder
+from hyperllama.data.text import EncodedEpisode, Encoder
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
 from hyperllama.files import whole_json_lines, write_atomically
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.config import read_config
 from hyperllama.hypernetworks.registry import KINDS, kind_of
+from hyperllama.objectives.packed_model import PackedModel
 from hyperllama.recipe.loading import differences, load_recipe, save_recipe
 from hyperllama.recipe.schema import Recipe, has_sink
 from hyperllama.recipe.sources import make_source
@@ -77,13 +78,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
     settings = settings_to_go_on(recipe.training, checkpoint, processes())
     arguments = training_arguments(settings, run=run, seed=recipe.seed, deepspeed=recipe.deepspeed)
     # What can be refused is refused here, before tokenizers are trained or weights loaded.
-    if recipe.model.name_or_path:
-        config = load_config(recipe.model.name_or_path, recipe.model.revision)
-        check_config(config, recipe.model.name_or_path)
-    else:
-        config = random_config(recipe.model.architecture, vocab_size=recipe.model.vocab_size)
-    half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else getattr(torch, recipe.model.dtype)
-    check_backend(recipe.gist.backend, config, arguments.device, half)
+    _check_model(recipe, arguments)
     resolved = save_recipe(recipe)
     if finished(run, resolved):
         return None
@@ -92,10 +87,38 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
     write_atomically(run / RECIPE, resolved)
     write_atomically(run / VERSIONS, json.dumps(versions(), indent=2) + "\n")
     base, tokenizer = make_base(recipe, source, arguments)
-    encoder = Encoder(tokenizer, recipe.format, recipe.limits)
+    stream = _stream(recipe, source, Encoder(tokenizer, recipe.format, recipe.limits), arguments)
+    set_seed(recipe.seed)
+    model, collator, size = _packed_model(recipe, base, tokenizer)
+    if arguments.world_size > 1:
+        batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+        stream = Dealt(stream, size, ranks=arguments.world_size, batch=batch, accumulation=accumulation)
+    trainer = GistTrainer(model, arguments, stream, collator, run)
+    result = trainer.go_on(checkpoint)
+    notes = {"format": dataclasses.asdict(recipe.format), "limits": dataclasses.asdict(recipe.limits), "data": str(recipe.data)}
+    trainer.save_trained(run, notes)
+    if not arguments.should_save:
+        return None
+    _write_result(run, result)
+    return result
+
+
+def _check_model(recipe: Recipe, arguments: TrainingArguments) -> None:
+    """UserError if the base or the attention kernel that a recipe names cannot be used, as far as its config says."""
+    if recipe.model.name_or_path:
+        config = load_config(recipe.model.name_or_path, recipe.model.revision)
+        check_config(config, recipe.model.name_or_path)
+    else:
+        config = random_config(recipe.model.architecture, vocab_size=recipe.model.vocab_size)
+    half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else getattr(torch, recipe.model.dtype)
+    check_backend(recipe.gist.backend, config, arguments.device, half)
+
+
+def _stream(recipe: Recipe, source: Source, encoder: Encoder, arguments: TrainingArguments) -> EpisodeStream:
+    """The episodes that a run draws: as many as its steps take, or an epoch of the source."""
     data = recipe.data
     step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    stream = EpisodeStream(
+    return EpisodeStream(
         source,
         encoder,
         seed=recipe.seed,
@@ -104,35 +127,32 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
         min_shots=data.shots if data.min_shots is None else data.min_shots,
         queries=data.queries,
     )
-    set_seed(recipe.seed)
+
+
+def _packed_model(
+    recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PackedModel, Collator, Callable[[EncodedEpisode], int]]:
+    """What is trained, how its batches are packed, and how many rows an episode takes in one."""
     if recipe.method == "full_attention":
         model = FullAttention(base, tokenizer, recipe.gist.backend)
-        collator, size = Collator(pack_full, recipe.full_attention.supervise_demonstrations), full_tokens
-    else:
-        model, packing = make_hypernetwork(recipe, base, tokenizer), packing_of(recipe)
-        _ = model.identity  # taken while all ranks are here: under ZeRO-3 none has the weights alone
-        collator, size = Collator(pack_gist, packing), partial(gist_tokens, packing=packing)
-    if arguments.world_size > 1:
-        batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-        stream = Dealt(stream, size, ranks=arguments.world_size, batch=batch, accumulation=accumulation)
-    trainer = GistTrainer(model, arguments, stream, collator, run)
-    result = trainer.go_on(checkpoint)
-    notes = {"format": dataclasses.asdict(recipe.format), "limits": dataclasses.asdict(recipe.limits), "data": str(data)}
-    trainer.save_trained(run, notes)
-    if not arguments.should_save:
-        return None
+        return model, Collator(pack_full, recipe.full_attention.supervise_demonstrations), full_tokens
+    model, packing = make_hypernetwork(recipe, base, tokenizer), packing_of(recipe)
+    _ = model.identity  # taken while all ranks are here: under ZeRO-3 none has the weights alone
+    return model, Collator(pack_gist, packing), partial(gist_tokens, packing=packing)
+
+
+def _write_result(run: Path, result: TrainOutput) -> None:
+    """Write result.json, whose presence says that everything else is there, and say what the limits left out."""
     left_out = {
         name: sum(line.get(name, 0) for line in whole_json_lines(run / METRICS))
         for name in ("demonstrations", "dropped_demonstrations", "skipped_queries")
     }
-    # Written last: its presence says that everything else is there.
     write_atomically(run / RESULT, json.dumps({"steps": result.global_step, **result.metrics, **left_out}, indent=2) + "\n")
     if left_out["dropped_demonstrations"] or left_out["skipped_queries"]:
         print(
             f"{run}: {left_out['dropped_demonstrations']:,} demonstrations did not fit into limits.context_tokens beside "
             f"{left_out['demonstrations']:,} that did; {left_out['skipped_queries']:,} queries did not fit"
         )
-    return result
 
 
 def packing_of(recipe: Recipe) -> Packing:

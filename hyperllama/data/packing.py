@@ -176,18 +176,7 @@ def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> Gis
     gists = packing.drawn_gists(episodes)
     # Neighbours of one length run as one attention call.
     contexts = sorted(episodes, key=lambda e: len(e.context))
-    sinks = len(contexts) if packing.sink else 0
-    pieces, segments, own, owners = [(PLACEHOLDER,)] * sinks, [SINK] * sinks, [], list(range(sinks))
-    for i, episode in enumerate(contexts):
-        chunks, sink = packing.chunking.chunks(episode.context, [end for _, end in episode.answers]), i if sinks else None
-        made = chunk_segments(packing.chunking, chunks, gists, len(segments), whole=packing.whole, sink=sink)
-        reads = [len(segments) + place for place, segment in enumerate(made) if segment.gists]
-        if sinks:
-            reads.insert(0, i)
-        own.append(tuple(reads))
-        owners += [i] * len(made)
-        segments += made
-        pieces += [(*chunk, *[PLACEHOLDER] * gists) for chunk in chunks]
+    pieces, segments, owners, own = _compress_region(contexts, packing, gists)
     readers = [(prompt, answer, i) for i, episode in enumerate(contexts) for prompt, answer in episode.queries]
     if packing.reconstruct:  # a prompt that is no token of the model's: the marker
         readers += [(None, episode.context, i) for i, episode in enumerate(contexts)]
@@ -201,11 +190,26 @@ def pack_gist(episodes: Sequence[EncodedEpisode], packing: Packing | int) -> Gis
         _batch(pieces, segments, rows, targets, contexts),
         answers=sum(len(answer) for (_, answer, _), _ in asked),
         marker_rows=torch.tensor([predicting[0] for _, predicting in again]) if again else None,
-        sinks=sinks,
+        sinks=len(contexts) if packing.sink else 0,
         contexts=compressed,
         owners=tuple(owners),
         teacher=_teacher(contexts, [reader for reader, _ in asked]) if packing.teach else None,
     )
+
+
+def _compress_region(contexts: Sequence[EncodedEpisode], packing: Packing, gists: int):
+    """Pieces, segments and their owners of what is compressed, sinks first; and the segments to be read of each context."""
+    sinks = len(contexts) if packing.sink else 0
+    pieces, segments, own, owners = [(PLACEHOLDER,)] * sinks, [SINK] * sinks, [], list(range(sinks))
+    for i, episode in enumerate(contexts):
+        chunks, sink = packing.chunking.chunks(episode.context, [end for _, end in episode.answers]), i if sinks else None
+        made = chunk_segments(packing.chunking, chunks, gists, len(segments), whole=packing.whole, sink=sink)
+        reads = [len(segments) + place for place, segment in enumerate(made) if segment.gists]
+        own.append((i, *reads) if sinks else tuple(reads))
+        owners += [i] * len(made)
+        segments += made
+        pieces += [(*chunk, *[PLACEHOLDER] * gists) for chunk in chunks]
+    return pieces, segments, owners, own
 
 
 def _append(pieces: list, segments: list[Segment], owners: list[int], readers, reads: Sequence[tuple[int, ...]]) -> list[range]:

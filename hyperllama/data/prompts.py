@@ -113,10 +113,9 @@ def _compiled(template: Template) -> tuple[Any, Any, frozenset[str]]:
     return made[0], made[1], frozenset(needs if template.answer_choices is None else needs - {"answer_choices"})
 
 
-@cache
-def _environments() -> tuple[Any, Any]:
-    """Jinja's sandbox with promptsource's additions, for prompts, where printed values are cut, and for answer choices."""
-    from jinja2 import BaseLoader, StrictUndefined, Undefined, pass_context
+def _sandbox() -> tuple[type, type]:
+    """Jinja's sandbox with bounds on what templates may compute, and what stands for a missing value in it."""
+    from jinja2 import StrictUndefined, Undefined
     from jinja2.exceptions import SecurityError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -152,6 +151,16 @@ def _environments() -> tuple[Any, Any]:
             if operator == "*" and not numbers and longest * times > LIST_LENGTH:
                 raise OverflowError("a product that is too large")
             return super().call_binop(context, operator, left, right)
+
+    return Sandbox, Missing
+
+
+@cache
+def _environments() -> tuple[Any, Any]:
+    """The sandbox with promptsource's additions, for prompts, where printed values are cut, and for answer choices."""
+    from jinja2 import BaseLoader, pass_context
+
+    Sandbox, Missing = _sandbox()
 
     # With a context these are run at rendering, never at compilation, where Jinja evaluates what is constant.
     @pass_context

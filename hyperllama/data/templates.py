@@ -101,42 +101,55 @@ def render_tasks(
     library = _library(settings.templates)
     demonstrations = {labelled.name: labelled for labelled in shown}
     tasks: list[Task] = []
-    counts: Counter[str] = Counter()
-    skipped: dict[str, str] = {}
-    names: set[str] = set()
+    report = _Rendering(settings, instances)
     for labelled in sets:
-        key = _key(labelled.name, settings, library)
+        tasks += report.of_set(labelled, demonstrations.get(labelled.name), library)
+    for name in settings.names:
+        if name not in report.names:
+            raise UserError(f"data.templates.names: no set has a template {name!r}{_nearest(name, sorted(report.names))}")
+    if not tasks:
+        raise UserError("data.templates: none of the named templates asks for the original task; set original_task_only=false")
+    return tasks, RenderReport(report.counts["rendered"], report.counts["dropped"], report.skipped)
+
+
+@dataclass
+class _Rendering:
+    """Sets as they are rendered, and what was left out on the way."""
+
+    settings: TemplateSettings
+    instances: int | None
+    counts: Counter[str] = field(default_factory=Counter)
+    skipped: dict[str, str] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+
+    def of_set(self, labelled: LabelledSet, own: LabelledSet | None, library: Mapping[str, Any]) -> list[Task]:
+        """The tasks of one set; its demonstrations are rows of `own`, if there is one."""
+        settings, key = self.settings, _key(labelled.name, self.settings, library)
         found = _templates(settings.templates, library, key)
-        names |= {template.name for template in found}
+        self.names |= {template.name for template in found}
         asked = [t for t in found if not settings.names or t.name in settings.names]
         chosen = [t for t in asked if t.original_task or not settings.original_task_only]
-        own, before = demonstrations.get(labelled.name), len(tasks)
         fields = next((row for _, row in _rows(labelled, settings, None)), {})
+        tasks = []
         for template in chosen:
             name = f"{labelled.name}/{template.name}"
-            missing = missing_fields(template, fields)
-            if missing:
-                skipped[name] = f"needs {', '.join(missing)}, which the set does not have"
+            if missing := missing_fields(template, fields):
+                self.skipped[name] = f"needs {', '.join(missing)}, which the set does not have"
                 continue
-            examples = tuple(_rendered(template, labelled, settings, instances, counts))
+            examples = tuple(_rendered(template, labelled, settings, self.instances, self.counts))
             if not examples:
-                skipped[name] = "renders no row of the set to both an input and an output"
+                self.skipped[name] = "renders no row of the set to both an input and an output"
                 continue
-            shots = tuple(_rendered(template, own, settings, instances, counts)) if own else ()
+            shots = tuple(_rendered(template, own, settings, self.instances, self.counts)) if own else ()
             tasks.append(Task(name, "", shots, examples, labelled.name, (labelled.name, key)))
-        if len(tasks) == before and (chosen or not settings.names):
-            reasons = [f"{name!r} {skipped[name]}" for name in skipped if name.startswith(f"{labelled.name}/")]
+        if not tasks and (chosen or not settings.names):
+            reasons = [f"{name!r} {why}" for name, why in self.skipped.items() if name.startswith(f"{labelled.name}/")]
             why = reasons[0] if reasons else "all turn the task around"
             raise UserError(
                 f"data.templates: none of the {len(found)} templates of {key} applies to the set {labelled.name} ({why}); see "
                 "data.templates.rename and original_task_only, or leave the set out of data.templates.sets"
             )
-    for name in settings.names:
-        if name not in names:
-            raise UserError(f"data.templates.names: no set has a template {name!r}{_nearest(name, sorted(names))}")
-    if not tasks:
-        raise UserError("data.templates: none of the named templates asks for the original task; set original_task_only=false")
-    return tasks, RenderReport(counts["rendered"], counts["dropped"], skipped)
+        return tasks
 
 
 def _rendered(

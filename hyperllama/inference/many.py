@@ -142,39 +142,16 @@ def compress_into(
     if not 0 <= rank < ranks or batch_tokens < 1:
         raise UserError(f"rank {rank} of {ranks} ranks with batch_tokens={batch_tokens}: count ranks from 0, and tokens from 1")
     total = f" of {len(range(rank, len(tasks), ranks))}" if isinstance(tasks, Sized) else ""
-    summary, told = Summary(), time.perf_counter()
-    start = told
-
-    def tell(silence: float = PROGRESS_SECONDS) -> None:
-        nonlocal told
-        now = time.perf_counter()
-        if now - told >= silence:
-            told, summary.seconds = now, now - start
-            progress(f"{store.folder}: {summary.done}{total} tasks: {summary}")
-
-    def missing() -> Iterator[Context]:
-        fingerprint, taken = hypernetwork.fingerprint(), set()
-        for task in islice(tasks, rank, None, ranks):
-            tell()
-            try:
-                context, manifest = _fitting(shown_of(task, shots=shots, instruction=instruction), hypernetwork, encoder, run)
-            except UserError as error:
-                summary.failed.append(str(error))
-                continue
-            except Exception as error:  # a file of another form can fail anywhere, and the others are not to blame
-                where = task.name if isinstance(task, Task) else task
-                summary.failed.append(f"{where}: cannot be read as a task ({type(error).__name__}: {in_one_line(error)})")
-                continue
-            hashes = {"context_sha256": context_sha256(context), "hypernetwork_sha256": fingerprint}
-            manifest = dataclasses.replace(manifest, **hashes)
-            path = store.path_of(manifest)
-            if path in taken or store.remember(manifest, rank=rank):
-                summary.there += 1
-                continue
-            taken.add(path)  # the store does not know of it until its pass is written
-            yield context, manifest
-
-    for batch in passes(missing(), hypernetwork.num_gists, batch_tokens):
+    summary = Summary()
+    tell = _Teller(lambda: progress(f"{store.folder}: {summary.done}{total} tasks: {summary}"), summary)
+    fitting = _new_contexts(
+        islice(tasks, rank, None, ranks),
+        lambda task: _fitting(shown_of(task, shots=shots, instruction=instruction), hypernetwork, encoder, run),
+        lambda manifest: store.path_of(manifest) if not store.remember(manifest, rank=rank) else None,
+        hypernetwork.fingerprint(),
+        tell,
+    )
+    for batch in passes(fitting, hypernetwork.num_gists, batch_tokens):
         contexts, manifests = zip(*batch)
         store.add_all(hypernetwork.compress(contexts, manifests), rank=rank)
         summary.made += len(batch)
@@ -182,6 +159,50 @@ def compress_into(
         tell()
     tell(silence=0)
     return summary
+
+
+class _Teller:
+    """Calls `say` every few seconds, and keeps a summary's seconds."""
+
+    def __init__(self, say: Callable[[], object], summary: Summary):
+        self.say, self.summary = say, summary
+        self.start = self.told = time.perf_counter()
+
+    def __call__(self, silence: float = PROGRESS_SECONDS) -> None:
+        now = time.perf_counter()
+        if now - self.told >= silence:
+            self.told, self.summary.seconds = now, now - self.start
+            self.say()
+
+
+def _new_contexts(
+    tasks: Iterable[Task | str | Path],
+    fitting: Callable[[Task | str | Path], Context],
+    missing: Callable[[Manifest], Path | None],
+    fingerprint: str,
+    tell: _Teller,
+) -> Iterator[Context]:
+    """Contexts of tasks, by `fitting`, that a store lacks: `missing` says where their prefix will be; the rest is counted."""
+    summary, taken = tell.summary, set()
+    for task in tasks:
+        tell()
+        try:
+            context, manifest = fitting(task)
+        except UserError as error:
+            summary.failed.append(str(error))
+            continue
+        except Exception as error:  # a file of another form can fail anywhere, and the others are not to blame
+            where = task.name if isinstance(task, Task) else task
+            summary.failed.append(f"{where}: cannot be read as a task ({type(error).__name__}: {in_one_line(error)})")
+            continue
+        hashes = {"context_sha256": context_sha256(context), "hypernetwork_sha256": fingerprint}
+        manifest = dataclasses.replace(manifest, **hashes)
+        path = missing(manifest)
+        if path is None or path in taken:
+            summary.there += 1
+            continue
+        taken.add(path)  # the store does not know of it until its pass is written
+        yield context, manifest
 
 
 def _fitting(shown: Shown, hypernetwork: Hypernetwork, encoder: Encoder, run: str | Path) -> Context:
