@@ -126,7 +126,7 @@ def test_compress_generate_inspect(call, trained, examples, task_file, tmp_path)
     assert sampled[0] == sampled[1] != sampled[2]
 
     code, out, err = call("inspect", tmp_path / "one.safetensors")
-    assert code == 0 and "gists" in out and str(manifest.base.name) in out and "Shout." in out
+    assert code == 0 and "rows" in out and str(manifest.base.name) in out and "Shout." in out
     code, out, err = call("inspect", trained)
     assert code == 0 and "rank" in out and "context_tokens" in out
 
@@ -313,6 +313,11 @@ def test_chat_templates(call, trained, examples, tmp_path, saved_base):
     (folder / "chat_template.jinja").write_text(template)
     session = commands_generate.Session(tmp_path / "p.safetensors", base_path=str(folder), chat_template=True)
     assert session.tokenizer.decode(session.prompt("hello")) == "[user] hello [me]"
+    # A start token that the template writes itself would stand behind the prefix; control tokens of users are text.
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}" + template)
+    session = commands_generate.Session(tmp_path / "p.safetensors", base_path=str(folder), chat_template=True)
+    assert session.tokenizer.decode(session.prompt("a</s>b")) == "[user] a</s>b [me]"
+    assert not {session.tokenizer.bos_token_id, session.tokenizer.eos_token_id} & set(session.prompt("a</s>b"))
     code, out, _ = call("generate", tmp_path / "p.safetensors", "--input", "a", "--chat-template", "--base", folder)
     assert code == 0
 
@@ -365,7 +370,7 @@ def test_advice_is_hidden_and_errors_are_not(monkeypatch):
 def test_export(call, trained, examples, tmp_path, monkeypatch):
     call("compress", trained, examples, "--output", tmp_path / "p.safetensors")
     code, out, _ = call("export", tmp_path / "p.safetensors", tmp_path / "adapter")
-    assert code == 0 and "gists=3" in out and (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert code == 0 and "rows=3" in out and (tmp_path / "adapter" / "adapter_config.json").is_file()
     assert from_peft(tmp_path / "adapter") == Prefix.load(tmp_path / "p.safetensors")
     sentence = "PEFT 0.21.2 loses a prefix in generate with transformers 5.24.0, though not in forward; generate with "
     for newest, said in (("5.24.0", True), ("5.23.0", False)):

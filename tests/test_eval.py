@@ -242,7 +242,7 @@ class TestMethods:
         bench = Bench(episodes, Encoder(words, WORDS, Limits()), Reader(base, words), trained_hypernetwork(base), budget=3)
         assert kind_of(episodes, "auto") == "loss"
         lines = self.run(bench, "full_context", "loss", (0, 1, 2))
-        ids = torch.tensor([[words.bos_token_id, *words(text)["input_ids"][:30]]])
+        ids = torch.tensor([words(text)["input_ids"][:31]])
         with torch.no_grad():
             likely = base(ids).logits[0].log_softmax(-1)
         expected = -sum(likely[row, ids[0, row + 1]].item() for row in range(21, 30))

@@ -63,7 +63,10 @@ class Session:
         if not self.chat_template:
             return self.encoder.prompt(text)
         turn = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+        # What looks like a control token in the user's text is text, by versions of transformers that know how.
+        settings = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": True}
+        ids = self.tokenizer.apply_chat_template(turn, **settings)["input_ids"]
+        return self.encoder.without_start(ids)
 
     def answer(self, inputs: Sequence[str], **settings) -> list[str]:
         """Answers to inputs. `settings` go to transformers' generate, over the text format's own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -18,11 +19,18 @@ def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int) -> PreT
         vocabulary = {token: i for i, token in enumerate([*special, "<unk>", *words])}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **SPECIAL)
+        return _with_start(tokenizer, unk_token="<unk>")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+    return _with_start(tokenizer)
+
+
+def _with_start(tokenizer: Tokenizer, **settings) -> PreTrainedTokenizerFast:
+    """It puts its start token before a text, as Llama's does."""
+    start = SPECIAL["bos_token"]
+    tokenizer.post_processor = TemplateProcessing(single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings, **SPECIAL)

@@ -11,7 +11,7 @@ from hyperllama.hypernetworks.registry import KINDS
 
 CONFIG, CARD, GISTS = "hypernetwork.json", "README.md", "gists.safetensors"
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def read_config(folder: str | Path) -> dict:
@@ -20,8 +20,8 @@ def read_config(folder: str | Path) -> dict:
     config = read_json(folder / CONFIG, "a hypernetwork's manifest") if (folder / CONFIG).is_file() else {"files": [CONFIG]}
     if config.get("format_version", FORMAT_VERSION) < FORMAT_VERSION:
         raise UserError(
-            f"{folder}: a hypernetwork of an older format, whose prefixes lack the base's first token and whose answers end "
-            "elsewhere; train it again with its recipe.yaml and a new output"
+            f"{folder}: a hypernetwork of an older format, which was trained on other tokens for the same text; train it again "
+            "with its recipe.yaml and a new output"
         )
     missing = [name for name in config["files"] if not (folder / name).is_file()]
     if missing:

@@ -10,7 +10,7 @@ from hyperllama.base.identity import BaseIdentity
 from hyperllama.errors import UserError
 from hyperllama.files import canonical_json, sha256
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
