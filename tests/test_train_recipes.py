@@ -83,7 +83,7 @@ def test_hardware_and_global_batch_are_what_is_said(path):
     assert gpus * each * times == batch
     assert (gpus > 1) == bool(recipe.get("deepspeed")), "one GPU has nothing to share out"
     assert recipe["output"] == f"runs/{path.stem}"
-    (row,) = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if f"`{path.stem}`" in line]
+    (row,) = [line for line in (ROOT / "docs/train.md").read_text(encoding="utf-8").splitlines() if f"`{path.stem}`" in line]
     assert f"{gpus} x {memory} GB" in row and recipe.get("deepspeed", "one process") in row
 
 
