@@ -61,11 +61,11 @@ def gist_attention(
 
     q (1, H, T, D); k and v (1, N, T, D) with H a multiple of N (grouped-query heads); returns (1, H, T, D) in the dtype
     of `v`. `scale` multiplies the scores, 1 / sqrt(D) unless given. `inv_freq` (D_rotary / 2,) are the rotary inverse
-    frequencies with which `k` was rotated: with them, keys that a reader sees at another distance than where they stand
-    are moved (`layout.read_shifts`); without, every key is used as it is. `backend` is a name in `BACKENDS`, or "auto":
+    frequencies with which `k` was rotated. With them, a key that a reader sees at another distance is moved there
+    (`layout.read_shifts`); without, every key is used as it is. `backend` is a name in `BACKENDS`, or "auto":
     the fused kernel that runs here (see `choose`). Nobody reads the output of the first `unread` rows, which may be zeros.
 
-    The matrix that everyone gets wrong: a reader of 2 gists with 3 rows of its own is causal from the bottom right.
+    The causal mask is aligned at the bottom right, which is easy to get wrong: here a reader of 2 gists with 3 rows of its own.
 
         gist gist own own own
          1    1    1   0   0

@@ -51,8 +51,8 @@ class Segment:
             raise ValueError(f"a segment reads each segment once, not {self.reads}")
 
 
-# Short readers of the same gists share an attention call, up to so many rows: they compute scores between each other for
-# nothing, which costs less than another call and another copy of what they read.
+# Short readers of the same gists share an attention call, up to this many rows. Scores between them are computed in vain, but
+# that costs less than another call with another copy of the gists.
 MERGED_ROWS = 64
 
 
@@ -254,7 +254,7 @@ class GistLayout:
         return moved
 
     def once(self, make: Callable[[GistLayout], Made]) -> Made:
-        """What `make` makes of this layout, made at the first call and kept with it: what a kernel needs in every layer."""
+        """The result of `make(layout)`, computed at the first call and kept: for what a kernel needs in every layer."""
         made = self.__dict__.setdefault("_made", {})
         if make not in made:
             made[make] = make(self)

@@ -1,4 +1,4 @@
-"""What readers read: the keys and values of gist rows, gathered for each reader and moved to where it sees them."""
+"""Gathering the keys and values of gist rows for each reader, with keys moved to where the reader sees them."""
 
 from __future__ import annotations
 

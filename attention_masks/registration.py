@@ -85,7 +85,7 @@ def gist_attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query (B, H, T, D), key and value (B, N, T, D) -> (B, T, H, D), no weights.
 
-    `gist_unread`: nobody reads this layer's output for so many first rows. `gist_queries` is given queries to keep.
+    Nobody reads this layer's output for the first `gist_unread` rows. `gist_queries` collects queries.
     """
     if gist_layout is None:
         ordinary = AttentionInterface()["sdpa"]

@@ -1,9 +1,9 @@
 """The variable-length rendering: fused kernels on a CUDA GPU, without padding and without masked work.
 
 A kernel takes packed queries (T_q, H, D), keys and values (T_k, N, D), where each segment's queries and keys begin and end,
-and the longest of each: it is causal within a segment, aligned bottom-right. Segments that read nothing come first in what we
-pack, and use their keys where they stand, in one call; for the others what they read is gathered before their own rows, in
-another.
+and the longest of each: it is causal within a segment, aligned bottom-right. There are two calls. The first is for segments
+that read nothing, which we pack first: they use their keys where they stand. The second is for the others, whose gists are
+gathered before their own rows.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def alignment_fault(kernel: Kernel, device: torch.device, dtype: torch.dtype, he
     ends_q, ends_k = (torch.tensor([0, n, n + m], dtype=torch.int32, device=device) for n, m in (queries, keys))
     try:
         found = kernel(q, k, v, ends_q, ends_k, max(queries), max(keys), head_dim**-0.5)
-    except Exception as error:  # whatever a kernel raises on a machine that it was not built for
+    except Exception as error:  # a kernel may raise anything on a machine for which it was not built
         return f"it fails on this GPU ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
     for q_i, k_i, v_i, o_i in zip(q.split(queries), k.split(keys), v.split(keys), found.split(queries), strict=True):
         mask = torch.ones(len(q_i), len(k_i), dtype=torch.bool, device=device).tril(len(k_i) - len(q_i))

@@ -100,7 +100,7 @@ def queries_of(bench: Bench, episode: Episode, kind: Kind) -> list[Query]:
 
 
 def before_queries(bench: Bench, i: int) -> dict[str, Any]:
-    """What stands before the queries of an episode where all of it is read, as text: a line of episodes.jsonl.
+    """The whole context of an episode, as text: a line of episodes.jsonl.
 
     Instruction, the demonstrations that fit, and how many were dropped; of a window of plain text its context.
     """

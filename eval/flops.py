@@ -5,11 +5,11 @@ head. Norms, biases, activations, rotation, softmax and embedding lookups are le
 Attention is counted over the full rectangle of queries by keys, as that counter counts it and as dense kernels compute it;
 causal kernels skip up to half of it. All figures are for one sequence without padding; a batch costs their sum.
 
-What they are for: HINT (Ivison et al. 2023, arXiv 2212.10315) compares n inputs of i tokens under an instruction of t tokens.
-At N FLOPs a token, writing the instruction before each input costs N * n * (t + i), encoding it once N * (t + n * i). That is
-no merit of a compressed prefix alone: a prompt whose keys and values are cached is also encoded once, and costs the same
-order. What remains between the two is the size of the state that a task leaves (`ModelCost.state_bytes`) and the attention
-that each query and each new token pays for reading it (`past`).
+An example: HINT (Ivison et al. 2023, arXiv 2212.10315) compares n inputs of i tokens under an instruction of t tokens. At N
+FLOPs a token, writing the instruction before each input costs N * n * (t + i), and encoding it once N * (t + n * i). A
+compressed prefix is not alone in that: a prompt whose keys and values are cached is encoded once too. The two differ in the
+size of the state that a task leaves (`ModelCost.state_bytes`), and in the attention that each query and each new token pays for
+reading it (`past`).
 """
 
 from __future__ import annotations

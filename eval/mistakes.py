@@ -10,12 +10,12 @@ MOST = 10
 
 
 def telling(full: Sequence[dict], other: Sequence[dict], kind: str) -> dict[str, Any]:
-    """At most ten `rows`, queries that `full` answers right and `other` wrong (result lines of both), and `what` they are.
+    """At most ten `rows`: queries that `full` answers right and `other` wrong (both are result lines). `what` describes them.
 
-    The largest loss comes first: of text in ROUGE-L; of choices in nats by which the chosen one is likelier than the right one;
-    of losses, where nothing is right or wrong, in nats a token. Text of which nothing is right word for word, and then wrong,
-    is taken by its loss alone. Every task comes once before one comes twice. A row has the texts of the lines whole, and for
-    losses nats a token in place of answers.
+    The largest loss comes first. It is counted in ROUGE-L for text, in nats by which the chosen answer is likelier than the
+    right one for choices, and in nats a token for losses, where nothing is right or wrong. Text for which no query is right in
+    `full` and wrong in `other`, word for word, is compared by ROUGE-L alone. Every task comes once before one comes twice. A
+    row has the lines' texts whole, and for losses nats a token in place of answers.
     """
     there = {(line["episode"], line["query"]): line for line in other}
     pairs = [(line, there[line["episode"], line["query"]]) for line in full]

@@ -1,7 +1,7 @@
-"""What training a recipe costs, before anything is paid for: memory by part and by setting of DeepSpeed, FLOPs, hours.
+"""A plan of what training a recipe costs: memory by part and by setting of DeepSpeed, FLOPs, hours.
 
-All from the config of the base, on the meta device: no weights, no GPU. Communication takes no time here, and the data
-loader keeps up; `utilisation` stands for both.
+It is made from the base's config, on the meta device, without weights or a GPU. It assumes that communication takes no time and
+that the data loader keeps up; `utilisation` stands for both.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _table(rows: Sequence[Row], hardware: Hardware) -> list[str]:
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return [
         f"memory of one GPU in GB (10^9 bytes); {FREE:.0%} are to stay free, so {_gb(hardware.usable)} GB may be filled.",
-        "The peak is the sum with the larger of logits and a layer's backward pass, which are not there at once.",
+        "The peak counts the larger of logits and a layer's backward pass, which are never there together.",
         "Host is the memory of a node that offloading takes.",
         "",
         *(
@@ -210,7 +210,7 @@ def _notes(recipe: Recipe, hardware: Hardware, counts: Parameters) -> list[str]:
     if recipe.model.quantize:
         lines.append("ZeRO-3 is left out: it is not known to cut weights of 4 bits")
     if not training.get("bf16") and not training.get("fp16") and recipe.model.dtype == "float32":
-        lines.append("float32 runs far below a GPU's bf16 peak: set training.bf16=true, or count on many times the hours below")
+        lines.append("float32 is far slower than bf16 on a GPU: set training.bf16=true, or expect many times the hours below")
     bytes_read = (counts.linear + counts.other) * (2 if recipe.model.dtype == "bfloat16" else 4) * hardware.gpus
     lines.append(
         f"While it loads, without ZeRO-3, each process may hold the whole base: {_gb(bytes_read)} GB of host memory a node"

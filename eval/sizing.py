@@ -173,7 +173,7 @@ def batches_of(recipe: Recipe, episodes: Sequence[EncodedEpisode], size: int) ->
 
 
 def whole(recipe: Recipe, name: str, default: int) -> int:
-    """A whole number of `training`, at least 1; TrainingArguments would only say so once weights are loaded."""
+    """A whole number of `training`, at least 1. TrainingArguments would complain only after weights are loaded."""
     value = recipe.training.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"training.{name}: a whole number, at least 1, not {value!r}")

@@ -76,7 +76,7 @@ def _figures(interval: Interval) -> dict[str, float]:
 
 
 def _costs(lines: Sequence[dict]) -> dict[str, Any]:
-    """Means per task of what a state is and took, and per query of what answering takes, amortised over queries per task."""
+    """Mean costs of a method: size and cost of a state per task, and FLOPs per query, with the state shared over queries."""
     if "state_bytes" not in lines[0]:
         return {}
     states = list({line["episode"]: line for line in lines}.values())

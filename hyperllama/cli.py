@@ -17,7 +17,7 @@ from hyperllama.noise import quiet
 
 
 class Verb(TyperCommand):
-    """A command that takes no option, and no key of a recipe, twice where one is meant: the first value would be dropped."""
+    """A command that refuses an option or a recipe's key that is given twice, since the first value would be dropped."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         """As typer parses; UserError names what is given twice."""
@@ -43,9 +43,9 @@ app = typer.Typer(
 
 # Options that several verbs have.
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Dotted keys of the recipe.")]
-MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Instead of the text format's answer_tokens.")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens; else the format's answer_tokens.")]
 Temperature = Annotated[float | None, typer.Option(min=0.0, help="Sample at this temperature; greedy without.")]
-TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")]
+TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens up to this probability.")]
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Write inputs by the tokenizer's chat template.")]
 Base = Annotated[str | None, typer.Option(help="Where the base model is, if it has moved.")]
 
@@ -77,13 +77,13 @@ def compress(
         list[Path], typer.Argument(help='JSON lines of {"input", "output"}, or an S-NI task file; one task each.')
     ],
     output: Annotated[str | None, typer.Option("--output", "-o", help="A prefix file, or a folder for several.")] = None,
-    store: Annotated[Path | None, typer.Option(help="A store for many: goes on where it stopped, and can be listed.")] = None,
+    store: Annotated[Path | None, typer.Option(help="A folder for many prefixes; skips those that are there.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Measure each prefix on held-back examples.")] = False,
     instruction: Annotated[str | None, typer.Option(help="Instruction of the task, instead of the file's.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Show only the first K examples.")] = None,
     gists: Annotated[int | None, typer.Option(min=1, help="Of an elastic hypernetwork: how many gists.")] = None,
     budget: Annotated[
-        float | None, typer.Option(min=0, help="Or the fewest that cost so many nats a token, on held-back examples.")
+        float | None, typer.Option(min=0, help="Or the fewest that cost at most this many nats a token on held-back examples.")
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="With --store: at most so many tokens a pass.")] = 16384,
     base: Base = None,
@@ -237,7 +237,7 @@ def evaluate(
     recipe: Annotated[Path, typer.Argument(help="An evaluation recipe, such as recipes/quickstart/evaluate.yaml.")],
     overrides: Overrides = None,
 ) -> None:
-    """Hold a hypernetwork's prefixes against everything they should be held against; run it again to go on."""
+    """Compare a hypernetwork's prefixes with full attention, baselines and controls; run it again to go on."""
     _quiet_libraries()
     from eval.run import evaluate
     from eval.summary import quantity
@@ -268,7 +268,7 @@ def check(
         float | None, typer.Option(help="With --gpus: the share of the GPU's peak that is reached; 0.4 by default.")
     ] = None,
 ) -> None:
-    """Say what a recipe's data is, and what training costs, before anything is paid for: no GPU, no weights."""
+    """Report on a recipe's data, and with --gpus on the cost of training, without a GPU and without weights."""
     _quiet_libraries()
     from eval.check import check as report
     from eval.sizing import Hardware
@@ -295,7 +295,7 @@ def fetch(
 
 @app.command(cls=Verb)
 def env(head_dim: Annotated[int, typer.Option(min=1, help="Dimensions of an attention head.")] = 128) -> None:
-    """Say what is installed, which devices are seen, and which attention kernels run here, and why others do not."""
+    """List versions, devices and attention kernels, and say why a kernel does not run here."""
     from hyperllama.base.environment import describe
 
     typer.echo(describe(head_dim))

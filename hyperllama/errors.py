@@ -1,4 +1,4 @@
-"""What a user can do something about, said in one sentence."""
+"""The error for bad input: one sentence about something that a user can change."""
 
 
 class UserError(ValueError):
@@ -6,5 +6,5 @@ class UserError(ValueError):
 
 
 def in_one_line(error: BaseException) -> str:
-    """What another library's error says, or its cause where it has one, short enough for a sentence of ours."""
+    """The message of another library's error, or of its cause if it has one, shortened to fit into a sentence."""
     return " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__

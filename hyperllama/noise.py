@@ -1,6 +1,6 @@
-"""What a user reads is ours: libraries keep their advice to themselves, and still show their errors.
+"""Libraries print errors and no advice, so that what a user reads comes from us.
 
-Called at the start of a verb, before anything heavy is imported, and by what else a user starts; never by `import hyperllama`.
+Verbs and the quickstart call it first, before they import anything heavy; `import hyperllama` never does.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import os
 import sys
 import warnings
 
-# Documented by transformers, huggingface_hub, datasets and tqdm, which read them when they are imported. What a user has set
-# stays: TRANSFORMERS_VERBOSITY=warning brings the advice back, an empty TQDM_DISABLE the bars.
+# transformers, huggingface_hub, datasets and tqdm document these variables and read them when they are imported. A user's own
+# settings stay: TRANSFORMERS_VERBOSITY=warning brings advice back, and an empty TQDM_DISABLE brings back progress bars.
 SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_VERBOSITY": "error",

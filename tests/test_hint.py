@@ -214,7 +214,7 @@ def test_what_reads_keys_and_values_only_refuses_more(tmp_path):
     ):
         with pytest.raises(UserError, match="keys and values only, but this task module has adapters"):
             refused()
-    with pytest.raises(UserError, match="non-linearity is no form"):
+    with pytest.raises(UserError, match="PEFT has no adapters beside MLPs"):
         to_peft(prefix, tmp_path / "peft")
     assert not list(tmp_path.iterdir())
     (rows,) = made("prefix").compress([[5, 6, 7]])

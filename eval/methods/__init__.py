@@ -1,4 +1,4 @@
-"""Methods: what stands before a query. A new one is a function in a file, and the file's name in `FILES`.
+"""Methods of an evaluation: each puts something else before a query. A new one is a function in a file, named in `FILES`.
 
 Every method leaves a `State`: the prefix that queries of an episode read, and what it took to make. Full attention is a
 prefix that keeps every token, so all methods are read by the same code; a method for text may also answer by itself.

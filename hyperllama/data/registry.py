@@ -15,7 +15,7 @@ from hyperllama.data.windows import WindowSettings
 
 @dataclass(frozen=True)
 class SourceKind:
-    """What recipes know of a source.
+    """A source as recipes know it.
 
     `home` is "module:function", which makes the `Source` of one part of a recipe's data. `settings` is a dataclass of settings
     that only this source has, with `problems() -> list[str]`; they stand in a recipe under the source's name. A source that is

@@ -1,7 +1,7 @@
 """Training data by index: episode i is a function of the seed and i alone.
 
-So the position of the stream is one number, resuming skips without replaying, and ranks and workers share it without
-overlap by taking different indices.
+So a position in the stream is one number. A resumed run skips to it without replaying, and ranks and workers share the stream
+by taking different indices.
 """
 
 from __future__ import annotations

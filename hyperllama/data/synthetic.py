@@ -51,7 +51,7 @@ class SyntheticLanguage:
     split: Literal["train", "test"] = "train"
 
     def problems(self) -> list[str]:
-        """What is impossible about the sizes, a sentence each."""
+        """What is wrong with the sizes, a sentence each."""
         found = []
         if not 1 <= self.task_categories <= min(self.categories, self.symbols):
             found.append("task_categories must be at least 1 and at most categories and symbols")

@@ -15,7 +15,7 @@ from hyperllama.data.episode import Episode, Provenance, TextWindow
 from hyperllama.data.hub_datasets import load_split, require_columns
 from hyperllama.errors import UserError
 
-# More characters than a token has on average in any text that a tokenizer was made for: a window is cut from a longer span.
+# More characters than a token has on average in any text, so that a span of text is longer than the window cut from it.
 CHARACTERS_PER_TOKEN = 12
 
 

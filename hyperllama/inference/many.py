@@ -1,8 +1,8 @@
-"""From tasks to prefixes: what of a task is shown to a hypernetwork and what its manifest says, and many tasks into a store.
+"""From tasks to prefixes: which part of a task is compressed, what its manifest says, and many tasks into a store.
 
-Many tasks are compressed in packed passes. Tasks are read one after the other; a window of them is sorted by length and cut
-into passes by tokens, and the prefixes of a pass are written before the next begins, so neither tasks nor prefixes add up in
-memory. What the store has is not compressed again: a run that was stopped goes on when it is started again, with any
+Many tasks are compressed in packed passes. Tasks are read one after the other. A window of them is sorted by length and cut
+into passes by tokens, and the prefixes of a pass are written before the next pass begins, so memory does not grow with the
+number of tasks. A prefix that the store has is not made again, so a stopped run goes on when it is started again, with any
 number of ranks.
 """
 
@@ -34,7 +34,7 @@ Context = tuple[list[int], Manifest]
 
 @dataclass(frozen=True)
 class Shown:
-    """What of a task is compressed, as text. `where`, a file or the task's name, begins the sentence of an error."""
+    """The part of a task that is compressed, as text. Errors begin with `where`, a file or the task's name."""
 
     where: str
     task: str
@@ -70,10 +70,10 @@ class Shown:
 
 
 def shown_of(task: Task | str | Path, *, shots: int | None = None, instruction: str | None = None) -> Shown:
-    """What of a task, or of a file that `read_task` reads, is compressed: no model and no tokenizer is needed to say so.
+    """The part of a task, or of a file that `read_task` reads, that is compressed. Needs no model and no tokenizer.
 
     A task's own demonstrations are shown, of one that has none its examples; `shots` keeps the first K. `instruction`
-    replaces that of the task. Raises UserError, naming the file, if it cannot be read or leaves nothing to compress.
+    replaces that of the task. Raises UserError, naming the file, if it cannot be read or has nothing to compress.
     """
     where = task.name if isinstance(task, Task) else str(task)
     task = task if isinstance(task, Task) else read_task(task)

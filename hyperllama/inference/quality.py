@@ -84,9 +84,9 @@ def fewest_gists(
     *,
     budget: float,
 ) -> int:
-    """The fewest gists, of 1, 2, 4, ... up to all, with which held-back answers cost at most `budget` nats a token more.
+    """The fewest gists with which held-back answers cost at most `budget` nats a token more than with all gists.
 
-    More than with all gists, that is; measured by `leave_one_out`, so UserError for fewer than two demonstrations.
+    Of 1, 2, 4, ... up to all; measured by `leave_one_out`, so UserError for fewer than two demonstrations.
     """
     *fewer, most = nested_gists(hypernetwork.num_gists)
     shown = (hypernetwork, reader, encoder, instruction, demonstrations)

@@ -1,4 +1,4 @@
-"""The likelihood of continuations behind prefixes, packed: queries of one task share its prefix, choices share their prompt.
+"""The likelihood of continuations behind prefixes, in packed passes that share what can be shared.
 
 A prefix stands in the packed row once, as placeholder rows whose keys and values are replaced at every layer; its adapters, if
 it has any, act on the rows that read it. A prompt with several continuations is a segment that they all read, so that it is

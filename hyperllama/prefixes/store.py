@@ -1,7 +1,7 @@
-"""A folder of prefixes, and an index that is believed only together with the files.
+"""A folder of prefix files, with an index that makes listing fast and can be rebuilt from the files.
 
-The files are what is true. A file's name follows from task, base, context and hypernetwork, whose hash ends it: processes that
-write at the same time agree on names without talking, and whether a prefix is there is asked of its file, read whole under its
+The files count, the index does not. A file's name follows from task, base, context and hypernetwork, and ends in a hash of
+them, so that processes agree on names without talking. To find out whether a prefix is there, its file is read whole, with its
 checksum. `index/rank*.jsonl` repeats the files' headers, a line a prefix, so that thousands are listed from a few small files.
 Each process appends to its own, once the prefix stands on the disk: a crash leaves a prefix without a line, never a line for
 half a prefix. Lines are compared with headers when prefixes are loaded or checked, and repaired from them. Nothing is locked.

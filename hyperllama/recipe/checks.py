@@ -1,4 +1,4 @@
-"""Which values of a recipe cannot work, as far as that can be known without loading data or weights."""
+"""Checks of a recipe's values, as far as they can be made without loading data or weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hyperllama.training.deepspeed import DEEPSPEED, deepspeed_file
 
 
 def recipe_problems(recipe: Any, *, data: bool = True) -> list[str]:
-    """Everything about a recipe, of any kind, that cannot work: "key: what is wrong; what to do", a sentence each.
+    """All problems of a recipe of any kind, each as "key: what is wrong; what to do".
 
-    Without `data`, its files need not be there.
+    Without `data`, the files that the recipe names need not be there.
     """
     check = _Checks()
     check(bool(recipe.output), "output: give the folder for this run")

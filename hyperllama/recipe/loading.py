@@ -1,4 +1,4 @@
-"""Recipes in files: read, checked and written. No torch, no weights: a wrong recipe is told about at once and in full."""
+"""Reading, checking and writing recipe files. No torch and no weights: all mistakes are reported at once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SCHEMAS = {
     "table": TableRecipe,
 }
 VERBS = {Recipe: "train", EvaluationRecipe: "evaluate", TuneRecipe: "tune", StudyRecipe: "study", TableRecipe: "study"}
-OPEN = ("training", "model.architecture", "generation", "rows", "evaluations")  # keys below these are not ours to know
+OPEN = ("training", "model.architecture", "generation", "rows", "evaluations")  # keys below these are not in our schema
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, schema: type = Recipe, data: bool = True) -> Any:
@@ -106,7 +106,7 @@ def differences(old: str, new: str) -> list[str]:
 
 
 def _merge(config, addition, schema: type, where: str, problems: list[str]):
-    """Merge all at once, or where a value is wrong leaf by leaf, so that each problem is found and not only the first."""
+    """Merge all keys at once; if a value is wrong, merge key by key, so that every problem is found."""
     known = []
     for key, value in _leaves(OmegaConf.to_container(addition), schema, ""):
         unknown = [f"{where}: {problem}" for problem in _unknown(key, value, schema)]

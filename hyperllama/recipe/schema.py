@@ -211,9 +211,9 @@ class StartRecipe:
     kind: "hypernetwork" (the prefix that the run `hypernetwork` makes of a task's examples), "demonstrations" (the keys and
     values of their first `gists` tokens) or "pooled_demonstrations" (means of neighbours), "vocabulary" (the activations of
     `words`, or of tokens drawn from the examples), "random" (with the statistics of real keys and values), or "prefix" (the
-    file `prefix`, or TASK.safetensors in that folder). `gists` is read where no hypernetwork decides it. With `sink` what is
-    neither a hypernetwork's nor a file begins with one row more, the base's own of its first token; it is not tuned. `hidden`
-    puts an MLP of that width between what is trained and the prefix, and folds it away in the end.
+    file `prefix`, or TASK.safetensors in that folder). `gists` counts where no hypernetwork decides it. With `sink` a start
+    begins with one row more, the base's own of its first token, which is not tuned; prefixes of a hypernetwork or a file
+    stay as they are. `hidden` puts an MLP of that width before the prefix while it is trained, and folds it away in the end.
     """
 
     kind: Literal["hypernetwork", "demonstrations", "pooled_demonstrations", "vocabulary", "random", "prefix"] = "hypernetwork"

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there, and that another number of processes can go on from.
+"""Checkpoints that are never half written, and from which another number of processes can go on.
 
-A checkpoint is written into `checkpoints/.writing`, synced, and renamed into its place; older ones go after that. What it holds
-is the Trainer's, with trainable weights only: the frozen base is not in it, under DeepSpeed neither.
+A checkpoint is written into `checkpoints/.writing`, synced and renamed into its place; then older ones are removed. It has the
+Trainer's files, with trainable weights only: the frozen base is left out, under DeepSpeed too.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def read_shape(checkpoint: str | Path) -> dict[str, int]:
 def settings_to_go_on(settings: dict, checkpoint: str | Path | None, processes: int) -> dict:
     """A recipe's `training` for going on from a checkpoint: with another number of processes, as many episodes a step.
 
-    What fewer processes have less of at once, each accumulates. UserError where that does not come out even.
+    Fewer processes accumulate more steps each. UserError if the numbers do not divide.
     """
     if checkpoint is None or (shape := read_shape(checkpoint))["processes"] == processes:
         return settings

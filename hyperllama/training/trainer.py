@@ -1,4 +1,4 @@
-"""Training on transformers' Trainer: what is ours is the loss in tokens, what a checkpoint holds, and the log."""
+"""Training on transformers' Trainer, with our own loss by tokens, checkpoints and log."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class GistTrainer(Trainer):
 
     The loss is the sum over an optimiser step's target tokens, on all ranks and accumulation steps, divided by their count.
     Checkpoints hold what `save_pretrained` writes, so trainable weights only, beside the Trainer's optimiser, scheduler,
-    random states and step; the step is the data position. They are whole or not there (`training.checkpoints`). Logs go to
-    metrics.jsonl in `run`, and a plot at the end. A loss that is not finite ends it, the batch's episodes on file.
+    random states and step; the step is the data position. A checkpoint is never half written (`training.checkpoints`). Logs
+    go to metrics.jsonl in `run`, with a plot at the end. A loss that is not finite stops training and names its episodes.
     """
 
     def __init__(self, model: nn.Module, args: TrainingArguments, dataset: Dataset, collator, run: str | Path):

@@ -1,4 +1,4 @@
-"""Tuning prefixes of several tasks in one run: what a step sees, and when each task has been trained enough."""
+"""Tuning the prefixes of several tasks in one run: the examples of each step, learning curves, and when to stop."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Curves(TrainerCallback):
         self.writes = True  # the first process; all measure, so that all stop at the same step
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Keep the lines up to the step that is resumed from, and know again what was best among them."""
+        """Drop the lines after the step that is resumed from, and find the best measurement of each task in the rest."""
         self.writes, resumed = state.is_world_process_zero, state.global_step > 0
         kept = [line for line in whole_json_lines(self.path) if line["step"] <= state.global_step] if resumed else []
         if self.writes:

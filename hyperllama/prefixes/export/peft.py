@@ -103,7 +103,7 @@ def _lora_kinds(prefix: Prefix) -> list[str]:
     """The projections that a task module which is LoRA stands beside; none for a prefix. UserError for what PEFT cannot say."""
     kinds = list(prefix.adapters.pairs) if prefix.adapters is not None else []
     if set(kinds) - set(LORA):
-        raise UserError("an adapter beside an MLP with a non-linearity is no form of PEFT's; generate modules without adapters")
+        raise UserError("PEFT has no adapters beside MLPs; set hint.adapter_size to 0")
     if kinds and prefix.rows:
         raise UserError("PEFT has LoRA or keys and values, not both in one adapter; set gist.tokens to 0 and fusion to false")
     if not kinds and not prefix.rows:
