@@ -35,19 +35,29 @@ def sdpa_attention(
                 torch.cat([_fold([x[i] for i in members], run.reads), x_run], 2) for x, x_run in zip(read, (k_run, v_run))
             )
         causal = not run.reads and len(run.parts) == 1
-        output = scaled_dot_product_attention(
-            q_run,
-            k_run,
-            v_run,
-            attn_mask=None if causal or run.tokens == 1 else _mask(run, q.device),
-            is_causal=causal and run.tokens > 1,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        mask = None if causal or run.tokens == 1 else _mask(run, q.device)
+        settings = {"attn_mask": mask, "is_causal": causal and run.tokens > 1, "scale": scale}
+        output = grouped_attention(q_run, k_run, v_run, **settings)
         for i, part in zip(members, output.transpose(1, 2).split([runs[i].count for i in members])):
             outputs[i] = part.flatten(0, 1)  # (count * tokens, H, D)
     pieces = [outputs[i] if i in outputs else q.new_zeros(n, q.shape[1], q.shape[3]) for i, n in enumerate(rows)]
     return torch.cat(pieces)[None].transpose(1, 2)
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, **settings) -> Tensor:
+    """PyTorch's attention of query heads that share keys and values: q (B, H, T, D), k and v (B, N, S, D).
+
+    On a GPU no fused kernel takes shared heads together with a mask, and the one that is left holds all scores in memory. So
+    there keys and values are repeated for every query head.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and attn_mask is not None and _on_gpu(q):
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=q.shape[1] != k.shape[1], **settings)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _by_shape(layout: GistLayout, unread: int) -> list[list[int]]:

@@ -235,7 +235,7 @@ def make_bench(recipe: EvaluationRecipe, episodes: Sequence[Episode]) -> Bench:
         shared["gists"] = recipe.gists or hypernetwork.num_gists
         shared["budget"] = recipe.budget or max(1, shared["gists"] + (hypernetwork.sink is not None))
     else:
-        base, tokenizer = load_base(name, dtype=recipe.dtype), load_tokenizer(name)
+        base, tokenizer = load_base(name, dtype=recipe.dtype or "float32"), load_tokenizer(name)
     text_format = recipe.format or (encoder.format if encoder else TextFormat())
     encoder = Encoder(tokenizer, text_format, recipe.limits or (encoder.limits if encoder else Limits()))
     multi_task = None
@@ -245,7 +245,7 @@ def make_bench(recipe: EvaluationRecipe, episodes: Sequence[Episode]) -> Bench:
             raise UserError(
                 f"multi_task: {recipe.multi_task} has another tokenizer than the base; both must read the same tokens"
             )
-        multi_task = Reader(load_base(recipe.multi_task, dtype=recipe.dtype), other)
+        multi_task = Reader(load_base(recipe.multi_task, dtype=recipe.dtype or str(base.dtype).removeprefix("torch.")), other)
     return Bench(encoder=encoder, reader=Reader(base, tokenizer), hypernetwork=hypernetwork, multi_task=multi_task, **shared)
 
 

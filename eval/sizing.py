@@ -142,6 +142,8 @@ def memory(recipe: Recipe, cost: ModelCost, counts: Parameters, batches: Sequenc
     for zero in SETTINGS:
         if zero.stage == 3 and recipe.model.quantize:
             continue
+        if not zero.stage and counts.full and recipe.model.dtype != "float32":
+            continue  # a recipe that is refused: nothing would keep float32 weights
         precise = precision(
             dtype=recipe.model.dtype,
             quantize=recipe.model.quantize,

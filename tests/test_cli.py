@@ -17,6 +17,7 @@ from conftest import trained_hypernetwork
 from attention_masks import BACKENDS
 from hyperllama import cli, noise
 from hyperllama.base.loading import load_base, load_tokenizer
+from hyperllama.cli.app import Verb
 from hyperllama.commands import generate as commands_generate
 from hyperllama.data.text import Limits, TextFormat
 from hyperllama.prefixes.export import peft as prefixes_export_peft
@@ -259,7 +260,7 @@ def test_what_is_meant_once_is_not_taken_twice(call, arguments, what):
 
 
 def test_every_verb_refuses_repetition():
-    assert all(command.cls is cli.Verb for command in cli.app.registered_commands)
+    assert all(command.cls is Verb for command in cli.app.registered_commands)
 
 
 def test_compose(call, trained, examples, tmp_path):

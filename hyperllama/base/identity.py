@@ -58,6 +58,22 @@ def spread_sample(x: Tensor, count: int) -> Tensor:
     return (x if x.dim() else x[None])[places]
 
 
+def bit_sums(x: Tensor, block: int = 2**22) -> tuple[int, int]:
+    """Two sums of the bits of a tensor's entries, plain and weighed by place: a change of any one bit changes both.
+
+    So many entries at a time are copied. Nothing is moved off the device but the sums.
+    """
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits = x.detach().reshape(-1).view(whole)
+    plain = weighed = torch.zeros((), dtype=torch.int64, device=x.device)
+    for start in range(0, len(bits), block):
+        part = bits[start : start + block].long()
+        # Odd weights, so that no bit is lost where sums go round at 64 bits.
+        weights = 2 * torch.arange(start, start + len(part), device=x.device) + 1
+        plain, weighed = plain + part.sum(), weighed + (part * weights).sum()
+    return int(plain), int(weighed)
+
+
 def identify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None) -> BaseIdentity:
     """Fingerprint a base model.
 

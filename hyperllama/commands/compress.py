@@ -30,6 +30,7 @@ def compress(
     instruction: str | None = None,
     shots: int | None = None,
     base_path: str | None = None,
+    dtype: str | None = None,
     report: bool = False,
     gists: int | None = None,
     budget: float | None = None,
@@ -46,7 +47,7 @@ def compress(
     taken = {Path(one.where).resolve() for one in shown} & {path.resolve() for path in paths}
     if taken:
         raise UserError(f"{output}: is a file of examples itself, which the prefix would overwrite; choose another output")
-    hypernetwork, encoder = load_hypernetwork(run, base_path)
+    hypernetwork, encoder = load_hypernetwork(run, base_path, dtype=dtype)
     if not hypernetwork.elastic and (gists is not None or budget is not None):
         raise UserError(
             f"{run}: was trained for all of its {hypernetwork.num_gists} gists only; leave --gists and --budget out, or train "
@@ -78,6 +79,7 @@ def compress_to_store(
     instruction: str | None = None,
     shots: int | None = None,
     base_path: str | None = None,
+    dtype: str | None = None,
     batch_tokens: int = 16384,
 ) -> Summary:
     """Compress many files, or folders of them, into a store; what is there already is not compressed again.
@@ -87,7 +89,7 @@ def compress_to_store(
     tasks = task_files(files)
     read_config(fetch(run))  # a store is not made for a run that is none
     place = PrefixStore(store)
-    hypernetwork, encoder = load_hypernetwork(run, base_path)
+    hypernetwork, encoder = load_hypernetwork(run, base_path, dtype=dtype)
     ranks = {"rank": int(os.environ.get("RANK", 0)), "ranks": processes()}
     settings = {"run": run, "shots": shots, "instruction": instruction, "progress": partial(print, file=sys.stderr), **ranks}
     return compress_into(place, hypernetwork, encoder, tasks, batch_tokens=batch_tokens, **settings)

@@ -40,10 +40,18 @@ class Session:
     """One prefix and its base, loaded, to answer inputs with.
 
     `chat_template` writes an input as a user's turn by the tokenizer's own template, for bases that were trained on
-    conversations; otherwise by the text format in the prefix's manifest.
+    conversations; otherwise by the text format in the prefix's manifest. The base is loaded in `dtype`, that of the prefix
+    unless given.
     """
 
-    def __init__(self, prefix_path: str | Path, *, base_path: str | None = None, chat_template: bool = False):
+    def __init__(
+        self,
+        prefix_path: str | Path,
+        *,
+        base_path: str | None = None,
+        chat_template: bool = False,
+        dtype: str | None = None,
+    ):
         self.prefix = Prefix.load(fetch(prefix_path, prefix=True))
         if self.prefix.manifest is None:
             raise UserError(
@@ -54,7 +62,9 @@ class Session:
         self.tokenizer, self.chat_template = load_tokenizer(name), chat_template
         if chat_template and not self.tokenizer.chat_template:
             raise UserError(f"{name}: its tokenizer has no chat template; leave --chat-template out")
-        self.reader = Reader(load_base(name, quantize=self.prefix.manifest.base.quantize), self.tokenizer)
+        settings = {"dtype": dtype or str(self.prefix.dtype).removeprefix("torch.")}
+        base = load_base(name, quantize=self.prefix.manifest.base.quantize, **settings)
+        self.reader = Reader(base, self.tokenizer)
         self.prefix.check(self.reader.identity, str(prefix_path))
         self.encoder = Encoder(self.tokenizer, TextFormat(**self.prefix.manifest.text_format), Limits())
 
@@ -87,10 +97,17 @@ class Session:
 
 
 def generate(
-    prefix_path: str | Path, inputs: Sequence[str], *, base_path: str | None = None, chat_template: bool = False, **settings
+    prefix_path: str | Path,
+    inputs: Sequence[str],
+    *,
+    base_path: str | None = None,
+    chat_template: bool = False,
+    dtype: str | None = None,
+    **settings,
 ) -> list[str]:
     """Answer inputs behind one prefix; see `Session`."""
-    return Session(prefix_path, base_path=base_path, chat_template=chat_template).answer(inputs, **settings)
+    session = Session(prefix_path, base_path=base_path, chat_template=chat_template, dtype=dtype)
+    return session.answer(inputs, **settings)
 
 
 def read_inputs(path: str | Path) -> list[Example]:

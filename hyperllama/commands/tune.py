@@ -112,7 +112,7 @@ def prepare(recipe: TuneRecipe) -> Setting:
         hypernetwork, encoder = load_hypernetwork(start.hypernetwork, recipe.model, dtype=recipe.dtype)
         base, tokenizer = hypernetwork.base, encoder.tokenizer
     else:
-        base, tokenizer = load_base(recipe.model, dtype=recipe.dtype), load_tokenizer(recipe.model)
+        base, tokenizer = load_base(recipe.model, dtype=recipe.dtype or "float32"), load_tokenizer(recipe.model)
     text_format = recipe.format or (encoder.format if encoder else TextFormat())
     encoder = Encoder(tokenizer, text_format, recipe.limits or (encoder.limits if encoder else Limits()))
     return Setting(episodes, tasks, Reader(base, tokenizer), encoder, hypernetwork, recipe.seed)

@@ -15,12 +15,18 @@ from hyperllama.hypernetworks.hub import fetch
 from hyperllama.hypernetworks.registry import KINDS
 
 
-def load_hypernetwork(run: str | Path, base_path: str | None = None, *, dtype: str = "float32") -> tuple[Hypernetwork, Encoder]:
-    """A trained hypernetwork with its base, and the encoder of its text format; `base_path` where the base has moved."""
+def load_hypernetwork(
+    run: str | Path, base_path: str | None = None, *, dtype: str | None = None
+) -> tuple[Hypernetwork, Encoder]:
+    """A trained hypernetwork with its base, and the encoder of its text format; `base_path` where the base has moved.
+
+    The base is loaded in `dtype`, in that of the run unless given. UserError for a folder that is no hypernetwork's.
+    """
     run = fetch(run)
     config = read_config(run)
     name = base_path or config["base"]["name"]
-    base, tokenizer = load_base(name, dtype=dtype, quantize=config["base"].get("quantize")), load_tokenizer(name)
+    settings = {"dtype": dtype or config["dtype"], "quantize": config["base"].get("quantize")}
+    base, tokenizer = load_base(name, **settings), load_tokenizer(name)
     notes = config["notes"]
     encoder = Encoder(tokenizer, TextFormat(**notes.get("format", {})), Limits(**notes.get("limits", {})))
     return load_hypernetwork_onto(run, base, tokenizer=tokenizer), encoder

@@ -125,10 +125,10 @@ class PoolingHypernetwork(Hypernetwork):
             places = in_shares(keys.shape[1], gists, self.recency).to(keys.device)
             centres = torch.arange(gists, device=keys.device)[None] + 0.5
         away = (places - centres[..., None]).square() * 2  # (N or 1, gists, T)
-        scores = self.queries[layer, :, :gists] @ keys.transpose(1, 2) * keys.shape[2] ** -0.5
-        weights = (scores - away * self.log_sharpness[layer, :, :gists, None].exp()).softmax(-1)
+        scores = self.queries[layer, :, :gists].float() @ keys.transpose(1, 2) * keys.shape[2] ** -0.5
+        weights = (scores - away * self.log_sharpness[layer, :, :gists, None].float().exp()).softmax(-1)
         pooled = [weights @ x for x in (keys, values)]
-        return tuple(x + x @ self.maps[side, layer] for side, x in enumerate(pooled))
+        return tuple(x + x @ self.maps[side, layer].float() for side, x in enumerate(pooled))
 
     def compress_flops(self, cost: Any, tokens: int) -> int:
         segments, lora = self.cut(range(tokens))[1], (self.lora.rank, self.lora.targets) if self.lora else ()

@@ -35,6 +35,11 @@ class KindSettings:
         return False
 
     @property
+    def trains_weights(self) -> bool:
+        """Whether all weights of a model are trained, in its own dtype: those of the base, or of a copy of it."""
+        return self.trains_base
+
+    @property
     def keeps_context(self) -> bool:
         """Whether readers see a row for each token of the context as well, before its gists."""
         return False
@@ -91,6 +96,10 @@ class FullSettings(KindSettings):
     kind = "full"
     home = "hyperllama.hypernetworks.full_copy:FullHypernetwork"
     summary = "gist tokens behind the context, read by a trained copy of the base"
+
+    @property
+    def trains_weights(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from hyperllama.base.adapters import Stack, adapted
 from hyperllama.base.decoder import cache_argument
@@ -57,11 +57,12 @@ class Reader:
     ) -> list[list[int]]:
         """Continue each prompt behind its own prefix; different tasks and lengths may share a batch.
 
-        `prompts` are token ids; `prefixes` one for each, or None to read without; `settings` go to transformers' `generate`
-        verbatim, apart from `num_return_sequences`: an answer a prompt. A batch has at most `batch_size` rows, and with
-        `batch_tokens` no more prefix rows and prompt tokens, padding included, unless one row has. A row ends at its end
-        token, or with the text `stop`; its new tokens are returned, `stop` included. Raises UserError for a prefix of another
-        base, or where the model's positions end.
+        `prompts` are token ids; `prefixes` one for each, or None to read without. Greedy, whatever the checkpoint's generation
+        config says: `settings` go to transformers' `generate` verbatim and nothing else does, apart from
+        `num_return_sequences`, since an answer is wanted a prompt. A batch has at most `batch_size` rows, and with
+        `batch_tokens` no more prefix rows and prompt tokens, padding included, unless one row has. A row ends at an end token,
+        or with the text `stop`; its new tokens are returned, `stop` included. Raises UserError for a prefix of another base,
+        or where the model's positions end.
         """
         if settings.get("num_return_sequences", 1) != 1:
             raise ValueError("a reader gives one answer a prompt: repeat the prompt instead of num_return_sequences")
@@ -94,7 +95,7 @@ class Reader:
             states, gists = Prefix.stack(rows, device=device, dtype=self.model.dtype)
             cache = cache_argument(self.model, states)
             mask = torch.cat([gists[:: len(rows) // len(prefixes)].to(mask.dtype), mask], dim=1)
-        settings = {"do_sample": False, "pad_token_id": pad, "eos_token_id": tokenizer.eos_token_id, **settings}
+        settings = {"pad_token_id": pad, "eos_token_id": end_tokens(self.model, tokenizer), **settings}
         if stop:
             settings["stopping_criteria"] = [*settings.get("stopping_criteria", ()), StopsAt(stop, tokenizer, longest)]
         longest_answer = settings.setdefault("max_new_tokens", 64)
@@ -103,11 +104,29 @@ class Reader:
                 f"prefix, prompt and {longest_answer} new tokens take {mask.shape[1] + longest_answer} positions, "
                 f"but the model has {self.model.config.max_position_embeddings}; shorten the input or lower --max-new-tokens"
             )
-        with one_product_head(self.model), adapted(self.model, stack):
+        with one_product_head(self.model), adapted(self.model, stack), own_settings(self.model):
             output = self.model.generate(ids, attention_mask=mask, **cache, **settings)[:, longest:].tolist()
         ends = settings["eos_token_id"]  # one, several or none; what follows is padding
         answers = [_until(row, set(ends) if isinstance(ends, list) else {ends}) for row in output]
         return [_through(row, stop, tokenizer) for row in answers] if stop else answers
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """All tokens that end an answer: the tokenizer's and those of the checkpoint's generation config; None for none."""
+    found = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = [tokenizer.eos_token_id, *(found if isinstance(found, list) else [found])]
+    return sorted({int(end) for end in ends if end is not None}) or None
+
+
+@contextmanager
+def own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """A context in which `generate` takes no default from the checkpoint, such as sampling or a repetition penalty."""
+    was = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = was
 
 
 class StopsAt(StoppingCriteria):

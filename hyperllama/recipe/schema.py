@@ -172,7 +172,8 @@ class EvaluationRecipe:
     """One evaluation: methods side by side on the same examples.
 
     `hypernetwork` is the folder of a run, whose base is read from there, or from `model` if it has moved; without one, `model`
-    alone is evaluated. `multi_task` is the run of a full-attention model, `prefixes` a folder of prefix files named by task.
+    alone is evaluated. The base is loaded in `dtype`, that of the run unless given. `multi_task` is the run of a full-attention
+    model, `prefixes` a folder of prefix files named by task.
     `gists` asks an elastic hypernetwork for fewer than it has. `budget` is the number of key-value rows of the methods that
     have one, those of a prefix (gists and sink) unless given: for contexts cut in chunks, give it. `methods` are names of
     `eval.methods.METHODS`; empty for all that apply. `metric`: "text" generates and scores ROUGE-L and exact match,
@@ -187,7 +188,7 @@ class EvaluationRecipe:
     seed: int = 0
     hypernetwork: str | None = None
     model: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     multi_task: str | None = None
     prefixes: str | None = None
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -229,18 +230,19 @@ class StartRecipe:
 class TuneRecipe:
     """Prefix tuning of one task or several at once, a prefix each, of a frozen model.
 
-    The base is `model`, or the one of `start.hypernetwork`. Tasks are the evaluation episodes of `data`, at most `episodes`:
-    a task is tuned on its data.shots demonstrations and reported on its data.queries queries. Of the demonstrations a share
-    `validation` decides when to stop: after `patience` measurements, `measure_every` steps apart, without improvement of any
-    task; null never stops early. A step sees `examples_per_task` examples of each of `tasks_per_step` tasks (0: all), on each
-    rank. `training` is transformers' TrainingArguments, verbatim; `deepspeed` as in a `Recipe`.
+    The base is `model`, or the one of `start.hypernetwork`, in `dtype`, that of the run unless given. Tasks are the
+    evaluation episodes of `data`, at most `episodes`: a task is tuned on its data.shots demonstrations and reported on its
+    data.queries queries. Of the demonstrations a share `validation` decides when to stop: after `patience` measurements,
+    `measure_every` steps apart, without improvement of any task; null never stops early. A step sees `examples_per_task`
+    examples of each of `tasks_per_step` tasks (0: all), on each rank. `training` is transformers' TrainingArguments,
+    verbatim; `deepspeed` as in a `Recipe`.
     """
 
     method: Literal["tune"] = "tune"
     output: str | None = None
     seed: int = 0
     model: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     start: StartRecipe = field(default_factory=StartRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     episodes: int = 20

@@ -37,6 +37,6 @@ class Fusion(nn.Module):
             x = part(layer, "input norm")(encoded.to(base.dtype))
             added: list[Tensor | None] = [None, None]
             if self.rank:
-                added = [linear(linear(x.float(), a[i].T), b[i].T) for a, b in zip(self.A, self.B, strict=True)]
+                added = [linear(linear(x.to(a.dtype), a[i].T), b[i].T) for a, b in zip(self.A, self.B, strict=True)]
             states.append(keys_and_values(layer, x, added, base.config))
         return states

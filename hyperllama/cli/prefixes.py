@@ -1,0 +1,232 @@
+"""Verbs that make prefixes, and verbs that use them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hyperllama.cli.app import (
+    Base,
+    ChatTemplate,
+    Dtype,
+    MaxNewTokens,
+    Temperature,
+    TopP,
+    Verb,
+    app,
+    print_table,
+    quiet_libraries,
+)
+from hyperllama.errors import UserError
+
+
+@app.command(cls=Verb)
+def compress(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished hypernetwork run.")],
+    examples: Annotated[
+        list[Path], typer.Argument(help='JSON lines of {"input", "output"}, or an S-NI task file; one task each.')
+    ],
+    output: Annotated[str | None, typer.Option("--output", "-o", help="A prefix file, or a folder for several.")] = None,
+    store: Annotated[Path | None, typer.Option(help="A folder for many prefixes; skips those that are there.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Measure each prefix on held-back examples.")] = False,
+    instruction: Annotated[str | None, typer.Option(help="Instruction of the task, instead of the file's.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Show only the first K examples.")] = None,
+    gists: Annotated[int | None, typer.Option(min=1, help="Of an elastic hypernetwork: how many gists.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0, help="Or the fewest that cost at most this many nats a token on held-back examples.")
+    ] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="With --store: at most so many tokens a pass.")] = 16384,
+    base: Base = None,
+    dtype: Dtype = None,
+) -> None:
+    """Turn the examples of a task into a prefix file."""
+    fewer = gists is not None or budget is not None
+    if (output is None) == (store is None) or (store is not None and (report or fewer)) or None not in (gists, budget):
+        raise UserError("compress: give either --output or --store; --report, and either --gists or --budget, go with --output")
+    from hyperllama.commands.compress import compress as compress_files
+    from hyperllama.commands.compress import compress_to_store
+
+    quiet_libraries()
+    settings = {"instruction": instruction, "shots": shots, "base_path": base, "dtype": dtype}
+    if store is not None:
+        summary = compress_to_store(run, examples, store, batch_tokens=batch_tokens, **settings)
+        typer.echo(f"{store}: {summary}")
+        if summary.failed:
+            raise UserError("\n".join(summary.failed))
+        return
+    made = compress_files(run, examples, output, report=report, gists=gists, budget=budget, **settings)
+    for path, prefix in made:
+        manifest = prefix.manifest
+        dropped = f" ({manifest.dropped_examples} more did not fit)" if manifest.dropped_examples else ""
+        typer.echo(
+            f"{path}: {manifest.examples} examples{dropped}, {manifest.context_tokens} tokens "
+            f"-> {prefix.rows} rows, {path.stat().st_size:,} bytes"
+        )
+        if report:
+            from hyperllama.inference.quality import verdict
+
+            print_table(manifest.metrics, "  ")
+            if warning := verdict(manifest.metrics):
+                typer.echo(f"{path}: {warning}", err=True)
+
+
+@app.command(cls=Verb)
+def generate(
+    prefix: Annotated[Path, typer.Argument(help="A prefix file made by hyperllama compress.")],
+    input: Annotated[list[str] | None, typer.Option(help="An input to answer; give it again for one more.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help='JSON lines of {"input"}, or an S-NI task file.')] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON lines here instead of printing.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first so many inputs.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    num_beams: Annotated[int, typer.Option(min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    chat_template: ChatTemplate = False,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    base: Base = None,
+    dtype: Dtype = None,
+) -> None:
+    """Answer new inputs with a frozen model that reads a prefix."""
+    if (not input) == (inputs is None):
+        raise UserError("generate: give either --input TEXT, once or several times, or --inputs FILE")
+    from transformers import set_seed
+
+    from hyperllama.commands.generate import generate as answer
+    from hyperllama.commands.generate import read_inputs
+    from hyperllama.data.episode import Example
+    from hyperllama.files import write_atomically
+
+    quiet_libraries()
+
+    examples = [Example(text, "") for text in input or ()] if inputs is None else read_inputs(inputs)
+    examples = examples[:limit]
+    settings = {"num_beams": num_beams, "batch_size": batch_size, **sampling(max_new_tokens, temperature, top_p)}
+    set_seed(seed)
+    texts = [example.input for example in examples]
+    answers = answer(prefix, texts, base_path=base, chat_template=chat_template, dtype=dtype, **settings)
+    if inputs is None and output is None:
+        lines = answers
+    else:
+        lines = []
+        for example, answer in zip(examples, answers, strict=True):
+            known = {"references": list(example.references)} if example.references else {}
+            lines.append(json.dumps({"input": example.input, "output": answer, **known}, ensure_ascii=False))
+    if output is None:
+        typer.echo("\n".join(lines))
+    else:
+        write_atomically(output, "\n".join(lines) + "\n")
+        typer.echo(f"{output}: {len(lines)} answers", err=True)
+
+
+@app.command(cls=Verb)
+def chat(
+    prefix: Annotated[Path, typer.Argument(help="A prefix file made by hyperllama compress.")],
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    chat_template: ChatTemplate = False,
+    base: Base = None,
+    dtype: Dtype = None,
+) -> None:
+    """Answer inputs one by one as they are typed, each behind the prefix alone; an empty line ends it."""
+    from hyperllama.commands.generate import Session
+
+    quiet_libraries()
+    session = Session(prefix, base_path=base, chat_template=chat_template, dtype=dtype)
+    settings = sampling(max_new_tokens, temperature, top_p)
+    if sys.stdin.isatty():
+        typer.echo(f"{prefix}: {session.prefix}; an empty line ends it", err=True)
+    while True:
+        if sys.stdin.isatty():
+            typer.echo("> ", nl=False)
+        text = sys.stdin.readline().rstrip("\n")
+        if not text:
+            return
+        session.stream(text, **settings)
+
+
+@app.command("list", cls=Verb)
+def list_store(
+    store: Annotated[Path, typer.Argument(help="A store made by hyperllama compress --store.")],
+    check: Annotated[bool, typer.Option("--check", help="Read every prefix whole: a flipped bit is noticed too.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Rebuild the index from the files.")] = False,
+) -> None:
+    """List the prefixes of a store; say where its index and its files disagree, or mend that."""
+    quiet_libraries()
+    from hyperllama.prefixes.store import PrefixStore
+
+    place = PrefixStore(store, create=False)
+    problems = place.repair() if repair else place.check() if check else place.compare()
+    for entry in place:
+        typer.echo(f"{entry.task}  {entry.rows} rows, {entry.bytes:,} bytes, {entry.base.name}  {entry.file}")
+    typer.echo(f"{store}: {len(place)} prefixes", err=True)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+@app.command(cls=Verb)
+def compose(
+    prefixes: Annotated[list[Path], typer.Argument(help="Prefix files of one base, in the order of reading.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new prefix file.")],
+    gists: Annotated[int | None, typer.Option(min=1, help="Keep the first so many rows of each.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Store 8 bits a number, and say what that loses.")] = False,
+) -> None:
+    """Put prefixes one after the other, cut them, or make their file smaller."""
+    from hyperllama.commands.compress import compose as join
+
+    quiet_libraries()
+    made, lost = join(prefixes, output, gists=gists, quantize="int8" if int8 else None)
+    error = "".join(f", {side} off by {100 * part:.2f} %" for side, part in lost.items())
+    typer.echo(f"{output}: {made.rows} rows, {output.stat().st_size:,} bytes{error}")
+
+
+@app.command(cls=Verb)
+def export(
+    prefix: Annotated[Path, typer.Argument(help="A prefix file.")],
+    folder: Annotated[Path, typer.Argument(help="Where the adapter goes.")],
+    cartridge: Annotated[bool, typer.Option("--cartridge", help="PEFT's CARTRIDGE instead of PREFIX_TUNING.")] = False,
+) -> None:
+    """Write a prefix as an adapter that stock PEFT loads, and everything that reads PEFT."""
+    quiet_libraries()
+    from hyperllama.prefixes.export.peft import lost_in_generate, to_peft
+    from hyperllama.prefixes.prefix import Prefix
+
+    loaded = Prefix.load(prefix)
+    typer.echo(f"{to_peft(loaded, folder, kind='cartridge' if cartridge else 'prefix_tuning')}: {loaded}")
+    if lost := loaded.rows and lost_in_generate():
+        typer.echo(lost, err=True)
+
+
+@app.command(cls=Verb)
+def push(
+    path: Annotated[Path, typer.Argument(help="The folder of a hypernetwork's run, or a prefix file.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Share a hypernetwork or a prefix on the hub, with its card; verbs then take owner/name for a path."""
+    quiet_libraries()
+    from hyperllama.hypernetworks.hub import push as upload
+
+    typer.echo(upload(path, repository, private=private))
+
+
+@app.command(cls=Verb)
+def inspect(path: Annotated[Path, typer.Argument(help="A prefix file, or the folder of a run.")]) -> None:
+    """Say what a prefix or a run is, what made it, and for which base."""
+    from hyperllama.commands.inspect import inspect as look
+
+    quiet_libraries()
+    print_table(look(path))
+
+
+def sampling(max_new_tokens: int | None, temperature: float | None, top_p: float | None) -> dict:
+    """Settings of transformers' generate: greedy unless temperature or top_p says otherwise."""
+    settings: dict = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    if temperature or top_p is not None:
+        settings |= {"do_sample": True, "temperature": temperature or 1.0, "top_p": 1.0 if top_p is None else top_p}
+    return settings
