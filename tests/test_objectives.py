@@ -8,11 +8,11 @@ from conftest import VOCABULARY, tiny_architecture, tiny_base, trained_hypernetw
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import set_seed
 
+from hyperllama.base.decoder import PLAIN_HEADS, has_plain_head
 from hyperllama.base.loading import random_base
 from hyperllama.data.packing import pack_full, pack_gist
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.objectives import losses as objectives_losses
-from hyperllama.objectives import packed_model as objectives_packed_model
 from hyperllama.training.full_attention import FullAttention
 from hyperllama.tuning.prefix_tuner import PrefixTuner
 from hyperllama.tuning.starts import random_start
@@ -126,12 +126,12 @@ def test_every_target_is_in_one_chunk(monkeypatch, rows):
 def test_logits_that_are_more_than_the_heads_are_left_to_the_model(monkeypatch):
     set_seed(0)
     base = random_base(tiny_architecture("granite", logits_scaling=8.0), vocab_size=VOCABULARY)
-    assert not objectives_packed_model.has_plain_head(base)
+    assert not has_plain_head(base)
     (loss, _, _), (again, _, rows) = both(monkeypatch, *hypernetwork(base))
     assert again.sum == loss.sum and rows == loss.count
     ids = torch.randint(3, VOCABULARY, (1, 8))
-    for kind in objectives_packed_model.PLAIN_HEADS:  # and those of the others are the head's
+    for kind in PLAIN_HEADS:  # and those of the others are the head's
         base = tiny_base(kind)
-        assert objectives_packed_model.has_plain_head(base)
+        assert has_plain_head(base)
         hidden = base.get_decoder()(input_ids=ids).last_hidden_state
         assert torch.equal(base(input_ids=ids).logits, base.get_output_embeddings()(hidden))

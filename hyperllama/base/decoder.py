@@ -94,6 +94,16 @@ def keys_and_values(layer: nn.Module, rows: Tensor, added: Sequence[Tensor | Non
 KEYS_AND_VALUES = ("input norm", "key projection", "value projection")
 
 
+# Models whose logits are what their head returns and nothing else: no scale, no soft cap.
+PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether a model's logits are known to be a product with its head's weights; all others are asked for their logits."""
+    head = model.get_output_embeddings()
+    return model.config.model_type in PLAIN_HEADS and type(head) is nn.Linear and head.bias is None
+
+
 def embedding_scale(model: PreTrainedModel) -> float:
     """What a model's embedding layer multiplies its weights by: the square root of the hidden size in Gemma, else 1."""
     return float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))

@@ -8,14 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hyperllama.base.decoder import packed_arguments
+from hyperllama.base.decoder import has_plain_head, packed_arguments
 from hyperllama.base.distributed import gather_with
 from hyperllama.data.packing import GistBatch
 from hyperllama.objectives.losses import HeadCrossEntropy, TokenLoss, counted
 from hyperllama.objectives.mix import ANSWERS, Mix, summed
-
-# Models whose logits are what their head returns and nothing else: no scale, no soft cap.
-PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class PackedModel(nn.Module):
@@ -83,9 +80,3 @@ class PackedModel(nn.Module):
     def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
         """As `activation_checkpointing_enable`, by its older name."""
         self.base.gradient_checkpointing_enable(*args, **kwargs)
-
-
-def has_plain_head(base: PreTrainedModel) -> bool:
-    """Whether a model's logits are known to be a product with its head's weights; all others are asked for their logits."""
-    head = base.get_output_embeddings()
-    return base.config.model_type in PLAIN_HEADS and type(head) is nn.Linear and head.bias is None
