@@ -60,7 +60,7 @@ def main() -> None:
     arguments = options.parse_args()
     hypernetwork = (benchmark_hypernetwork() if arguments.large else small_hypernetwork()).eval()
     tokenizer = train_tokenizer(WORDS, kind="words", vocab_size=0)
-    text_format = TextFormat(query="{input}", answer=" {output}", separator="")
+    text_format = TextFormat(query=" {input}", answer=" {output}", separator="")
     scratch = tempfile.TemporaryDirectory()
 
     def store(tasks: list[Task], batch_tokens: int) -> None:

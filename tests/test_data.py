@@ -171,6 +171,8 @@ class TestTextFormat:
             ({"query": "Q"}, "format.query: must use {input} and no other field, not 'Q'"),
             ({"answer": "{input}"}, "format.answer: must use {output}"),
             ({"instruction": "{instruction} {x}"}, "format.instruction: must use {instruction}"),
+            ({"query": "{input}", "answer": "{output}"}, "format.answer: runs into the input before it"),
+            ({"query": "{input}", "answer": " {output}", "separator": ""}, "format.query: runs into the answer before it"),
             ({"query": "{input"}, "format.query: not a template"),
         ],
     )

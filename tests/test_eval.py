@@ -43,7 +43,7 @@ from hyperllama.inference.reader import Reader
 
 ROOT = Path(__file__).parent.parent
 LANGUAGE = SyntheticLanguage(categories=12, words_per_category=4, symbols=16, task_categories=3)
-WORDS = TextFormat(query="{input}", answer="{output}", separator="", end_token=False, answer_tokens=2)
+WORDS = TextFormat(query=" {input}", answer=" {output}", separator="", end_token=False, answer_tokens=2)
 
 
 class TestMetrics:
@@ -529,7 +529,7 @@ class TestRuns:
 
     def test_a_model_alone_needs_no_hypernetwork(self, run_folder, tmp_path):
         changes = [f"output={tmp_path}/out", "hypernetwork=null", f"model={run_folder}/base", "multi_task=null", "budget=4"]
-        changes += ["format.query='{input}'", "format.answer='{output}'", "format.separator=''", "format.end_token=false"]
+        changes += ["format.query=' {input}'", "format.answer=' {output}'", "format.separator=''", "format.end_token=false"]
         summary = evaluate(run_folder / "evaluate.yaml", changes)
         assert {"full_context", "mean_pool"} <= set(summary["methods"]) and summary["ours"] is None and not summary["verdicts"]
         assert "prefix" not in summary["methods"]

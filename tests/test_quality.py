@@ -16,7 +16,7 @@ from hyperllama.inference.reader import Reader
 @pytest.fixture(scope="module")
 def setting():
     tokenizer = train_tokenizer(["one two three four five six a b"], kind="words", vocab_size=0)
-    text_format = TextFormat(query="{input}", answer="{output} .", separator="", end_token=False)
+    text_format = TextFormat(query=" {input}", answer=" {output} .", separator="", end_token=False)
     base = tiny_base()
     return trained_hypernetwork(base, tokenizer=tokenizer), Reader(base, tokenizer), Encoder(tokenizer, text_format, Limits())
 

@@ -13,7 +13,7 @@ from hyperllama.recipe.schema import StudyRecipe
 
 LANGUAGE = "{source: synthetic, shots: 4, queries: 2, synthetic: {categories: 10, task_categories: 4, symbols: 8}}"
 FORMAT = """
-format: {query: "{input}", answer: "{output}", separator: "", end_token: false, answer_tokens: 1}
+format: {query: " {input}", answer: " {output}", separator: "", end_token: false, answer_tokens: 1}
 limits: {context_tokens: 32, query_tokens: 8}
 """
 SIZES = "{model_type: llama, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"

@@ -49,6 +49,16 @@ class TextFormat:
                 continue
             if used != {wanted}:
                 found.append(f"format.{name}: must use {{{wanted}}} and no other field, not {getattr(self, name)!r}")
+        return found or self._joined()
+
+    def _joined(self) -> list[str]:
+        """Which fields run into each other, so that the end of one and the beginning of the next would be one word."""
+        (head, tail), (before, after) = around_field(self.query), around_field(self.answer)
+        found = []
+        if not tail and not before:
+            found.append("format.answer: runs into the input before it; let it begin with a space or a line break")
+        if not after and not self.separator and not head:
+            found.append("format.query: runs into the answer before it; let it begin with a space, or give a separator")
         return found
 
 
