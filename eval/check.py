@@ -88,7 +88,7 @@ def _data_report(
     lines += state_lines(recipe, encoded) if isinstance(recipe, Recipe) else []
     lines += ["", *_leaks(recipe, source, against)]
     lines += ["", *_mask(recipe, encoded)]
-    lines += ["", "one episode as text, | between what is tokenised by itself:", "", *_text(encoder, encoded)]
+    lines += ["", "one episode as text, | where answers begin and end:", "", *_text(encoder, encoded)]
     return lines, encoded, len(encoder.tokenizer), len(source) or None
 
 

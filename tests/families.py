@@ -45,11 +45,13 @@ def tiny_model(family: str, seed: int = 0):
             config = AutoConfig.for_model(family, **{k: v for k, v in settings.items() if _takes(default, k)})
             if getattr(config, "num_hidden_layers", None) != LAYERS or config.hidden_size != SIZES["hidden_size"]:
                 return None
+            with torch.device("meta"):  # some stay large whatever they are told, and take long to make
+                if sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) > LARGEST:
+                    return None
             set_seed(seed)
-            model = AutoModelForCausalLM.from_config(config)
+            return _moved(AutoModelForCausalLM.from_config(config))
         except Exception:  # whatever a config says to settings that are not its own
             continue
-        return _moved(model) if sum(p.numel() for p in model.parameters()) <= LARGEST else None
     return None
 
 

@@ -259,7 +259,7 @@ method: full_attention
 output: {tmp_path}/base
 model: {{architecture: {json.dumps(architecture)}, tokenizer: words}}
 data: {{source: synthetic, shots: 4, queries: 1, synthetic: {{repeats: 0.3, lists: 0.3, warmup_episodes: 8}}}}
-format: {{query: "{{input}}", answer: "{{output}}", separator: "", end_token: false, answer_tokens: 1}}
+format: {{query: " {{input}}", answer: " {{output}}", separator: "", end_token: false, answer_tokens: 1}}
 limits: {{context_tokens: 64, query_tokens: 64}}
 full_attention: {{supervise_demonstrations: true}}
 training: {{use_cpu: true, disable_tqdm: true, max_steps: 3, per_device_train_batch_size: 4, logging_steps: 1, save_steps: 2}}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from eval.methods.bench import Bench, State, instruction_fits, method
 from eval.methods.full_attention import full_context
 from hyperllama.base.decoder import inverse_frequencies
-from hyperllama.data.text import Encoder, Limits
+from hyperllama.data.text import Limits
 from hyperllama.prefixes.rows import last_rows, mean_pooled
 
 
@@ -18,7 +18,7 @@ def fewer_demonstrations(bench: Bench, indices: Sequence[int]) -> list[State]:
 
     Of plain text, its last tokens.
     """
-    tight = Encoder(bench.encoder.tokenizer, bench.encoder.format, Limits(context_tokens=bench.budget))
+    tight = bench.encoder.within(Limits(context_tokens=bench.budget))
     contexts, counts = [], []
     for i in indices:
         episode = bench.episodes[i]

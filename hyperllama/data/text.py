@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -136,6 +137,12 @@ class Encoder:
         self._separator = [template(text_format.separator)] if text_format.separator else []
         # Examples are drawn again and again: most prompts and answers have been tokenised before.
         self._known: dict[tuple[str, str], list[int]] = {}
+
+    def within(self, limits: Limits) -> Encoder:
+        """The same under other limits."""
+        other = copy.copy(self)
+        other.limits = limits
+        return other
 
     def _start_tokens(self) -> list[int]:
         wanted, bos = self.format.start_token, self.tokenizer.bos_token_id
