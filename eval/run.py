@@ -28,9 +28,9 @@ from hyperllama.data.episode import Episode, Source
 from hyperllama.data.leaks import find_leaks
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.errors import UserError
-from hyperllama.files import whole_json_lines, write_atomically
+from hyperllama.files import append, whole_json_lines, write_atomically
 from hyperllama.hypernetworks import loading as hypernetworks_loading
-from hyperllama.hypernetworks.config import read_config
+from hyperllama.hypernetworks.config import check_gists, read_config
 from hyperllama.inference.reader import Reader
 from hyperllama.recipe.loading import differences, load_recipe, save_recipe
 from hyperllama.recipe.schema import EvaluationRecipe
@@ -66,7 +66,7 @@ def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str
     for name in filter(None, names):
         check_config(load_config(name), name)
     if recipe.hypernetwork:
-        read_config(recipe.hypernetwork)
+        check_gists(recipe.hypernetwork, read_config(recipe.hypernetwork), recipe.gists)
     source = make_source(recipe.data)
     episodes = episodes_of(recipe, source)
     kind = kind_of(episodes, recipe.metric)
@@ -193,10 +193,7 @@ class Run:
         """Append results in one go."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path, text, sync=True)
 
 
 def _complete(lines: Sequence[dict]) -> list[dict]:

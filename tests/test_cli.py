@@ -263,8 +263,20 @@ def test_every_verb_refuses_repetition():
     assert all(command.cls is Verb for command in cli.app.registered_commands)
 
 
-def test_compose(call, trained, examples, tmp_path):
-    call("compress", trained, examples, "--output", tmp_path / "a.safetensors")
+@pytest.fixture(scope="module")
+def elastic(trained, tmp_path_factory):
+    run = tmp_path_factory.mktemp("elastic") / "run"
+    shutil.copytree(trained, run)
+    config = json.loads((run / "hypernetwork.json").read_text())
+    (run / "hypernetwork.json").write_text(json.dumps({**config, "elastic": True}))
+    return run
+
+
+def test_compose(call, trained, elastic, examples, tmp_path):
+    call("compress", trained, examples, "--output", tmp_path / "whole.safetensors")
+    code, _, err = call("compose", tmp_path / "whole.safetensors", "--gists", 2, "--output", tmp_path / "b.safetensors")
+    assert code == 2 and "whole.safetensors: the first 2 of 3 gists were not trained to do without the others" in err
+    call("compress", elastic, examples, "--output", tmp_path / "a.safetensors")
     a = tmp_path / "a.safetensors"
     code, out, _ = call("compose", a, a, "--output", tmp_path / "b.safetensors")
     assert code == 0 and "6 rows" in out and Prefix.load(tmp_path / "b.safetensors").rows == 6
@@ -414,12 +426,8 @@ def test_a_store_by_the_command_line(call, trained, examples, task_file, tmp_pat
     assert code == 2 and "give either --output or --store" in err
 
 
-def test_an_elastic_hypernetwork_is_asked_for_fewer_gists(call, trained, examples, tmp_path):
-    run = tmp_path / "elastic"
-    shutil.copytree(trained, run)
-    config = json.loads((run / "hypernetwork.json").read_text())
-    (run / "hypernetwork.json").write_text(json.dumps({**config, "elastic": True}))
-    path = tmp_path / "p.safetensors"
+def test_an_elastic_hypernetwork_is_asked_for_fewer_gists(call, trained, elastic, examples, tmp_path):
+    run, path = elastic, tmp_path / "p.safetensors"
     for asked, gists in ((["--gists", 2], 2), (["--budget", 100, "--report"], 1), ([], 3)):
         assert call("compress", run, examples, "--output", path, *asked)[0] == 0
         assert Prefix.load(path).rows == gists

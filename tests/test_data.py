@@ -84,7 +84,7 @@ def test_bad_json_lines_are_named_with_their_line(tmp_path, content, message):
 
 def test_binary_and_missing_files_are_named(tmp_path):
     (tmp_path / "e.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot be read as text"):
+    with pytest.raises(UserError, match="e.jsonl: text in UTF-16; expected JSON lines of .*; save it as UTF-8"):
         read_task(tmp_path / "e.jsonl")
     with pytest.raises(UserError, match=r"x.jsonl: no such file; expected examples as JSON lines"):
         read_task(tmp_path / "x.jsonl")

@@ -275,11 +275,13 @@ def test_what_makes_no_sense_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             HintHypernetwork(tiny_base(), **settings)
-    with pytest.raises(UserError, match="generates 3 prefix rows, not 2"):
+    with pytest.raises(UserError, match="was trained for all of its 3 gists only, not for 2"):
         made().compress([[5, 6]], gists=2)
     made("all").save_pretrained(tmp_path)
     larger = HintHypernetwork(tiny_base(), gists=3, hint=HintSettings(adapter_size=5, fusion_rank=2, mlp_size=16, heads=2))
-    with pytest.raises(UserError, match="other sizes"):
+    with pytest.raises(
+        UserError, match="is \\(11, 32\\), not \\(8, 32\\); these are weights of another base or other settings"
+    ):
         larger.load_weights(tmp_path)
 
 

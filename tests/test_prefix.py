@@ -1,8 +1,10 @@
 """The prefix and its file: whole, of the right base, or refused in one sentence."""
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 
 from attention_masks import GistLayout, Segment
 from hyperllama.base.identity import BaseIdentity, identify
+from hyperllama.data.text import TextFormat
 from hyperllama.errors import UserError
+from hyperllama.hypernetworks.registry import KINDS
 from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.prefix import Prefix
 
@@ -221,11 +225,65 @@ class TestAlgebra:
 
     def test_truncate(self):
         prefix = random_prefix(gists=4)
+        prefix.manifest = replace(prefix.manifest, elastic=True, metrics={"loss_prefix": 1.0})
         assert prefix.truncate(2).rows == 2 and torch.equal(prefix.truncate(2).keys[0], prefix.keys[0][:, :2])
-        assert prefix.truncate(4) == prefix
+        assert prefix.truncate(4) == prefix and prefix.truncate(2).manifest.metrics == {}
         for wrong in (0, 5):
-            with pytest.raises(ValueError, match="can be cut to 1 .. 4 of them"):
+            with pytest.raises(UserError, match="can be cut to 1 .. 4 of them"):
                 prefix.truncate(wrong)
+        prefix.manifest = replace(prefix.manifest, sink=1)
+        assert prefix.truncate(2).rows == 3
+        with pytest.raises(UserError, match="a prefix of 3 gists can be cut to 1 .. 3"):
+            prefix.truncate(4)
+
+    @pytest.mark.parametrize("kind, elastic, cut", [("lora", True, True), ("lora", False, False), ("pooling", True, False)])
+    def test_only_what_was_trained_to_be_cut_is_cut(self, kind, elastic, cut):
+        made = KINDS[kind].hypernetwork()(tiny_base(), gists=4, elastic=elastic)
+        (prefix,) = made.compress([[5, 6, 7, 8, 9, 10]])
+        assert prefix.truncate(4) is prefix
+        if cut:
+            assert prefix.truncate(1).rows == 1
+        else:
+            with pytest.raises(UserError, match="were not trained to do without the others"):
+                prefix.truncate(1)
+        if not elastic:
+            with pytest.raises(UserError, match="was trained for all of its 4 gists only, not for 2"):
+                made.compress([[5, 6, 7, 8]], gists=2)
+        joined = Prefix.concat(prefix, prefix)
+        with pytest.raises(UserError, match="were not trained"):
+            joined.truncate(2)
+
+    def test_text_formats_that_differ_are_not_joined(self):
+        first, second = (random_prefix(), random_prefix())
+        for prefix, separator, tokens in ((first, "\n\n", 16), (second, "\n", 32)):
+            text_format = asdict(TextFormat(separator=separator, answer_tokens=tokens))
+            prefix.manifest = replace(prefix.manifest, text_format=text_format, rotary={"inv_freq": [1.0]})
+        with pytest.raises(UserError, match=r"format.separator is '\\n\\n' for .* and '\\n' for"):
+            Prefix.concat(first, second)
+        second.manifest = replace(second.manifest, text_format={**second.manifest.text_format, "separator": "\n\n"})
+        assert Prefix.concat(first, second).manifest.text_format["answer_tokens"] == 32
+        first.check_format(TextFormat(answer_tokens=3))
+        with pytest.raises(UserError, match="was made for queries with format.query='Input"):
+            first.check_format(TextFormat(query="Q: {input}"))
+
+    def test_what_no_model_can_read_is_not_written(self, tmp_path):
+        prefix = random_prefix(gists=4)
+        prefix.manifest = replace(prefix.manifest, positions=4)
+        with pytest.raises(UserError, match="of 4 rows leaves none of the 4 positions of its base for a query"):
+            prefix.save(tmp_path / "p.safetensors")
+        prefix.manifest = replace(prefix.manifest, positions=7, rotary={"inv_freq": [1.0]})
+        with pytest.raises(UserError, match="of 8 rows leaves none of the 7 positions"):
+            Prefix.concat(prefix, prefix)
+        prefix.values[1][0, 0, 0] = math.nan
+        with pytest.raises(UserError, match="numbers that are not finite"):
+            prefix.save(tmp_path / "p.safetensors")
+        assert not list(tmp_path.iterdir())
+
+    def test_eight_bits_forget_what_was_measured_in_more(self, tmp_path):
+        prefix = random_prefix()
+        prefix.manifest = replace(prefix.manifest, metrics={"loss_prefix": 1.0})
+        prefix.save(tmp_path / "p.safetensors", quantize="int8")
+        assert set(Prefix.load(tmp_path / "p.safetensors").manifest.metrics) == {"int8_error_keys", "int8_error_values"}
 
     @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(gists=st.integers(1, 9), seed=st.integers(0, 99), spread=st.sampled_from([1e-3, 1.0, 1e3]))

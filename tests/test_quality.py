@@ -18,7 +18,11 @@ def setting():
     tokenizer = train_tokenizer(["one two three four five six a b"], kind="words", vocab_size=0)
     text_format = TextFormat(query=" {input}", answer=" {output} .", separator="", end_token=False)
     base = tiny_base()
-    return trained_hypernetwork(base, tokenizer=tokenizer), Reader(base, tokenizer), Encoder(tokenizer, text_format, Limits())
+    return (
+        trained_hypernetwork(base, tokenizer=tokenizer, elastic=True),
+        Reader(base, tokenizer),
+        Encoder(tokenizer, text_format, Limits()),
+    )
 
 
 DEMONSTRATIONS = [Example(word, "ab"[i % 2]) for i, word in enumerate(["one", "two", "three", "four", "five", "six"])]

@@ -78,7 +78,7 @@ def test_every_recipe_is_whole(path, tmp_path, monkeypatch):
             own = [change.removeprefix("gist.kind=") for change in changes if change.startswith("gist.kind=")]
             (kind,) = own or [OmegaConf.load(ROOT / recipe.train).gist.kind]
             for start in (change.removeprefix("start_from=") for change in changes if change.startswith("start_from=")):
-                write_file(Path(start) / "hypernetwork.json", json.dumps({"kind": kind}))
+                write_file(Path(start) / "hypernetwork.json", json.dumps({**POOLING, "kind": kind}))
             load_recipe(recipe.train, changes, data=False)
         for changes in recipe.evaluations.values():
             load_recipe(recipe.evaluate, [*changes, "hypernetwork=null"], schema=EvaluationRecipe, data=False)
@@ -86,8 +86,12 @@ def test_every_recipe_is_whole(path, tmp_path, monkeypatch):
         training_arguments({**recipe.training, "use_cpu": True}, run=tmp_path / "run", seed=recipe.seed)
 
 
+POOLING = {"kind": "pooling", "files": [], "gists": 4, "elastic": False, "dtype": "float32"}
+POOLING |= {"base": {"name": "b", "weights": "w", "config": "c"}, "format_version": 4}
+
+
 def test_a_start_of_another_kind_is_told_before_anything_loads(tmp_path):
-    write_file(tmp_path / "old" / "hypernetwork.json", json.dumps({"kind": "pooling"}))
+    write_file(tmp_path / "old" / "hypernetwork.json", json.dumps(POOLING))
     found = problems(tmp_path, GOOD, [f"start_from={tmp_path}/old"])
     assert f"start_from: {tmp_path}/old is of kind pooling, not lora; set gist.kind=pooling, or start anew" in found[0]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from attention_masks import GistLayout, Segment, register, rotate, why_not
 from hyperllama.base.decoder import cache_argument, head_dim, inverse_frequencies, packed_arguments
@@ -136,6 +136,19 @@ def _rotates_as_we_do(model: PreTrainedModel, rotary: nn.Module) -> bool:
         return False
     moved = rotate(near, torch.tensor([7, 7], device=device), rotary.inv_freq)
     return near.shape == far.shape and torch.allclose(moved, far, atol=1e-4)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """UserError if a tokenizer has tokens, beside one for padding, that the model has no embedding for."""
+    rows = model.get_input_embeddings().num_embeddings
+    known = tokenizer.get_vocab() if tokenizer is not None else {}
+    beyond = sorted((i, token) for token, i in known.items() if i >= rows and i != tokenizer.pad_token_id)
+    if beyond:
+        name = model.config.name_or_path or type(model).__name__
+        raise UserError(
+            f"{name}: has {rows:,} embeddings, none for tokens of its tokenizer such as {beyond[0][1]!r} ({beyond[0][0]}); "
+            "take the tokenizer that it was trained with, or resize its embeddings"
+        )
 
 
 def check_backend(backend: str, config, device: torch.device, dtype: torch.dtype) -> None:

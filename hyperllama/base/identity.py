@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +15,10 @@ from transformers import (
 )
 
 from hyperllama.base.distributed import gathered
+from hyperllama.errors import UserError
 from hyperllama.files import canonical_json, sha256
+
+ROUNDED = "_hyperllama_rounded"  # of a model: the fingerprint of its weights in its dtype, and as in its checkpoint's
 
 FINGERPRINTED_CONFIG = (
     "model_type",
@@ -32,7 +38,8 @@ FINGERPRINTED_CONFIG = (
 class BaseIdentity:
     """How a base model is known again: its name for people, and SHA-256 fingerprints for files.
 
-    A quantised base has fingerprints of its own; `quantize` says how to load it.
+    `weights` is of a sample, `full` of all weights where that was asked for. A quantised base has fingerprints of its own;
+    `quantize` says how to load it. A `name` that begins with a dot, a slash or a tilde is a path, any other the hub's.
     """
 
     name: str
@@ -40,6 +47,23 @@ class BaseIdentity:
     config: str
     tokenizer: str | None = None
     quantize: str | None = None
+    full: str | None = None
+
+    def is_model(self, other: BaseIdentity) -> bool:
+        """Whether both are the same model, by all fingerprints that both have; tokenizers are not compared."""
+        same = (self.weights, self.config) == (other.weights, other.config)
+        return same and (self.full is None or other.full is None or self.full == other.full)
+
+    def refuse_other(self, other: BaseIdentity, made_for: str) -> None:
+        """UserError that names both if `other` is another model; `made_for` begins it, such as "a prefix was made for"."""
+        if not self.is_model(other):
+            sampled_same = self.weights == other.weights
+            own, its = (self.full, other.full) if sampled_same and self.full and other.full else (self.weights, other.weights)
+            mine, others = ("by its config",) * 2 if own == its else (own[:8], its[:8])
+            raise UserError(
+                f"{made_for} {self.name} ({mine}), not for {other.name} ({others}); give its own base, or make it "
+                "again for this one"
+            )
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -74,27 +98,72 @@ def bit_sums(x: Tensor, block: int = 2**22) -> tuple[int, int]:
     return int(plain), int(weighed)
 
 
-def identify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None) -> BaseIdentity:
+def identify(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    name: str | None = None,
+    *,
+    full: bool = False,
+) -> BaseIdentity:
     """Fingerprint a base model.
 
     weights: name, shape and 256 evenly spaced entries of every parameter, rounded to bf16, so that one model loaded in two
-    dtypes is the same model, and 7 billion weights take a second. Every kind of tuning moves entries of that sample. Under
-    ZeRO-3 all ranks must call it: a parameter at a time is gathered. Of a base in 4 bits only embeddings, norms and head count:
-    the bytes of its linear layers are stored differently from device to device.
+    dtypes is the same model, and 7 billion weights take a second. Training moves nearly all weights, and so entries of that
+    sample; a change of a few weights elsewhere is not seen. `full` adds a fingerprint of all of them, which sees any change of
+    a weight in bf16 and takes a second for a billion on a CPU. Under ZeRO-3 all ranks must call it: a parameter at a time is
+    gathered. Of a base in 4 bits only embeddings, norms and head count: the bytes of its linear layers are stored differently
+    from device to device.
     """
-    digest = []
-    for parameter_name, parameter in sorted(model.named_parameters()):
+    weights = sampled(model)
+    raw, canonical = getattr(model, ROUNDED, (None, None))
+    if raw is not None and raw == sampled(model, model.dtype):
+        weights = canonical  # loaded in float16, whose numbers round to bf16 in another way than those of the checkpoint
+    config = {key: _number(getattr(model.config, key, None)) for key in FINGERPRINTED_CONFIG}
+    rotary = {key: _real(value) for key, value in model.config.rope_parameters.items()}
+    return BaseIdentity(
+        name=written(name or model.config.name_or_path or type(model).__name__),
+        weights=weights,
+        config=sha256(canonical_json({**config, "rope_parameters": rotary})),
+        tokenizer=None if tokenizer is None else sha256(canonical_json(tokenizer.get_vocab())),
+        quantize="nf4" if getattr(model, "is_loaded_in_4bit", False) else None,
+        full=sampled(model, count=None) if full else None,
+    )
+
+
+def sampled(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16, *, count: int | None = 256) -> str:
+    """SHA-256 of `count` entries of every parameter, or of all of them, in a dtype; see `identify`."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
         if not parameter.is_floating_point():
             continue
         with gathered([parameter]):
-            sample = spread_sample(parameter.detach(), 256)
-            digest.append(f"{parameter_name}{tuple(parameter.shape)}".encode())
-            digest.append(sample.to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
-    config = {key: getattr(model.config, key, None) for key in FINGERPRINTED_CONFIG}
-    return BaseIdentity(
-        name=name or model.config.name_or_path or type(model).__name__,
-        weights=sha256(*digest),
-        config=sha256(canonical_json({**config, "rope_parameters": model.config.rope_parameters})),
-        tokenizer=None if tokenizer is None else sha256(canonical_json(tokenizer.get_vocab())),
-        quantize="nf4" if getattr(model, "is_loaded_in_4bit", False) else None,
-    )
+            entries = parameter.detach() if count is None else spread_sample(parameter.detach(), count)
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            digest.update(entries.to(dtype).contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def written(name: str | Path) -> str:
+    """A model's or a run's name as it is kept in files: a path that is here begins with a dot or a slash, others do not.
+
+    So `models/x` stays a folder, also where there is none of that name: the hub's `models/x` may be a stranger's.
+    """
+    name = str(name)
+    return f"./{name}" if not is_path(name) and Path(name).exists() else name
+
+
+def is_path(name: str | Path) -> bool:
+    """Whether a name cannot be one of the hub's, which are `name` or `owner/name`."""
+    return str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
+
+
+def _number(value: Any) -> Any:
+    """A whole number without a point: config files write 576 and 576.0 alike."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _real(value: Any) -> Any:
+    """Numbers of rotary settings, where 100000 and 100000.0 are one, with a point."""
+    if isinstance(value, list | tuple):
+        return [_real(part) for part in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -22,6 +22,7 @@ from transformers import (
 
 from attention_masks import register
 from hyperllama.base.checks import check_config, prepare
+from hyperllama.base.identity import ROUNDED, is_path, sampled
 from hyperllama.errors import UserError, in_one_line
 
 # Configs of well-known models, without weights: OWNER--NAME/config.json.
@@ -52,7 +53,10 @@ def load_base(
     check_config(config, name_or_path)
     register()
     try:
-        settings = {"config": config, "dtype": getattr(torch, dtype), **_quantized(quantize, dtype, device)}
+        # What float16 makes of a checkpoint's numbers is another model to a fingerprint: that is taken before.
+        rounds = dtype == "float16" and not quantize
+        source = ("float32" if is_gguf(name_or_path) else "auto") if rounds else getattr(torch, dtype)
+        settings = {"config": config, "dtype": source, **_quantized(quantize, dtype, device)}
         settings |= base_arguments(name_or_path, weights=True)
         model, found = AutoModelForCausalLM.from_pretrained(revision=revision, output_loading_info=True, **settings)
     except UNREADABLE as error:
@@ -61,6 +65,9 @@ def load_base(
         count = len(missing)
         raise UserError(f"{name_or_path}: {count} of its weights are not in its files, {missing[0]} first; copy it again")
     model.config.name_or_path = name_or_path  # of a GGUF file transformers keeps the folder
+    if rounds and model.dtype != torch.float16:
+        canonical, model = sampled(model), model.to(torch.float16)
+        setattr(model, ROUNDED, (sampled(model, torch.float16), canonical))
     model = prepare(model, name_or_path)
     return model if quantize else model.to(device)
 
@@ -137,7 +144,7 @@ def load_config(name_or_path: str, revision: str | None = None):
         )
     elif path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{name_or_path}: not a model folder, it has no config.json; give one saved by save_pretrained")
-    elif not path.is_dir() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+    elif not path.is_dir() and meant_here(name_or_path):
         raise UserError(f"{name_or_path}: no such model folder; train or download the base model first, or correct the path")
     try:
         return AutoConfig.from_pretrained(revision=revision, **base_arguments(name_or_path))
@@ -149,15 +156,28 @@ def load_config(name_or_path: str, revision: str | None = None):
         ) from error
 
 
+def meant_here(name: str | Path) -> bool:
+    """Whether a name is that of a local file or folder, though there may be none: a path, or one in a folder that is here."""
+    return is_path(name) or ("/" in str(name) and Path(name).parent.is_dir())
+
+
+def base_of(made: str | Path, recorded: str, base_path: str | None) -> str:
+    """Where the base of a run or prefix `made` is: `base_path`, or where it was when that was made.
+
+    UserError that says how to name it if it was a folder that is not here.
+    """
+    if base_path is None and is_path(recorded) and not Path(recorded).expanduser().exists():
+        raise UserError(f"{made}: its base was {recorded}, which is not here; say where it is with --base (in a recipe, model)")
+    return base_path or recorded
+
+
 def find_config(name_or_path: str, revision: str | None = None):
     """As `load_config`, but of a hub model without a `revision` the config that is shipped with us comes first.
 
     For what needs the sizes of a model and not its weights, so that it needs no network.
     """
     shipped = SHIPPED_CONFIGS / name_or_path.replace("/", "--")
-    is_hub_name = (
-        name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).exists()
-    )
+    is_hub_name = name_or_path.count("/") == 1 and not is_path(name_or_path) and not Path(name_or_path).exists()
     if revision is None and is_hub_name and (shipped / "config.json").is_file():
         return load_config(str(shipped))
     return load_config(name_or_path, revision=revision)

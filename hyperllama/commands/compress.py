@@ -12,7 +12,7 @@ from typing import Literal
 
 from hyperllama.base.distributed import processes
 from hyperllama.errors import UserError
-from hyperllama.hypernetworks.config import read_config
+from hyperllama.hypernetworks.config import check_gists, read_config
 from hyperllama.hypernetworks.hub import fetch
 from hyperllama.hypernetworks.loading import load_hypernetwork
 from hyperllama.inference.many import Summary, compress_into, shown_of, task_files
@@ -47,12 +47,8 @@ def compress(
     taken = {Path(one.where).resolve() for one in shown} & {path.resolve() for path in paths}
     if taken:
         raise UserError(f"{output}: is a file of examples itself, which the prefix would overwrite; choose another output")
+    check_gists(run, read_config(fetch(run)), gists if budget is None else 1)
     hypernetwork, encoder = load_hypernetwork(run, base_path, dtype=dtype)
-    if not hypernetwork.elastic and (gists is not None or budget is not None):
-        raise UserError(
-            f"{run}: was trained for all of its {hypernetwork.num_gists} gists only; leave --gists and --budget out, or train "
-            "with gist.elastic=true"
-        )
     contexts, manifests = zip(*(one.encode(encoder, hypernetwork.identity, run) for one in shown))
     reader = Reader(hypernetwork.base, encoder.tokenizer)
     asked = [(hypernetwork, reader, encoder, one.instruction, one.demonstrations) for one in shown]
@@ -102,11 +98,13 @@ def compose(
 
     Returns the prefix, and what `quantize` loses (see `Prefix.save`).
     """
-    parts = [Prefix.load(path) for path in paths]
-    try:
-        parts = parts if gists is None else [part.truncate(gists) for part in parts]
-    except ValueError as error:
-        raise UserError(f"--gists: {error}") from error
+    parts = []
+    for path in paths:
+        part = Prefix.load(path)
+        try:
+            parts.append(part if gists is None else part.truncate(gists))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     joined = reduce(Prefix.concat, parts)
     return joined, joined.save(output, quantize=quantize)
 

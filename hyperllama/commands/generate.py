@@ -8,7 +8,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from hyperllama.base.checks import check_config
-from hyperllama.base.loading import load_base, load_config, load_tokenizer
+from hyperllama.base.identity import identify
+from hyperllama.base.loading import base_of, load_base, load_config, load_tokenizer
 from hyperllama.data.episode import Example
 from hyperllama.data.sni import read_task
 from hyperllama.data.text import Encoder, Limits, TextFormat
@@ -41,7 +42,7 @@ class Session:
 
     `chat_template` writes an input as a user's turn by the tokenizer's own template, for bases that were trained on
     conversations; otherwise by the text format in the prefix's manifest. The base is loaded in `dtype`, that of the prefix
-    unless given.
+    unless given. `check_base` compares all of its weights with those that the prefix was made for, not a sample.
     """
 
     def __init__(
@@ -51,13 +52,17 @@ class Session:
         base_path: str | None = None,
         chat_template: bool = False,
         dtype: str | None = None,
+        check_base: bool = False,
     ):
         self.prefix = Prefix.load(fetch(prefix_path, prefix=True))
         if self.prefix.manifest is None:
             raise UserError(
                 f"{prefix_path}: has no manifest, so its base and text format are unknown; use hyperllama.Reader in Python"
             )
-        name = base_path or self.prefix.manifest.base.name
+        made_for = self.prefix.manifest.base
+        name = base_of(prefix_path, made_for.name, base_path)
+        if check_base and made_for.full is None:
+            raise UserError(f"{prefix_path}: has no fingerprint of all weights; compress it with --check-base, or leave it out")
         check_config(load_config(name), name)
         self.tokenizer, self.chat_template = load_tokenizer(name), chat_template
         if chat_template and not self.tokenizer.chat_template:
@@ -65,7 +70,8 @@ class Session:
         settings = {"dtype": dtype or str(self.prefix.dtype).removeprefix("torch.")}
         base = load_base(name, quantize=self.prefix.manifest.base.quantize, **settings)
         self.reader = Reader(base, self.tokenizer)
-        self.prefix.check(self.reader.identity, str(prefix_path))
+        identity = identify(base, self.tokenizer, full=True) if check_base else self.reader.identity
+        self.prefix.check(identity, str(prefix_path))
         self.encoder = Encoder(self.tokenizer, TextFormat(**self.prefix.manifest.text_format), Limits())
 
     def prompt(self, text: str) -> list[int]:

@@ -137,7 +137,7 @@ def _packed_model(
         model = FullAttention(base, tokenizer, recipe.gist.backend)
         return model, Collator(pack_full, recipe.full_attention.supervise_demonstrations), full_tokens
     model, packing = make_hypernetwork(recipe, base, tokenizer), packing_of(recipe)
-    _ = model.identity  # taken while all ranks are here: under ZeRO-3 none has the weights alone
+    model.know_all_of_base()  # while all ranks are here: under ZeRO-3 none has the weights alone
     return model, Collator(pack_gist, packing), partial(gist_tokens, packing=packing)
 
 
@@ -172,8 +172,8 @@ def make_hypernetwork(recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrain
     made = KINDS[gist.kind].hypernetwork()(base, **settings, backend=gist.backend, tokenizer=tokenizer)
     if recipe.start_from:
         before = BaseIdentity(**read_config(recipe.start_from)["base"])
-        if not made.trains_base and before.weights != made.identity.weights:
-            raise UserError(f"start_from: {recipe.start_from} was trained for {before.name}, not for {made.identity.name}")
+        if not made.trains_base:
+            before.refuse_other(made.identity, f"start_from: {recipe.start_from} was trained for")
         made.load_weights(recipe.start_from)
     return made
 

@@ -16,6 +16,7 @@ from transformers import set_seed
 from hyperllama.base.decoder import rotary_settings
 from hyperllama.base.distributed import processes
 from hyperllama.base.environment import versions
+from hyperllama.base.identity import written
 from hyperllama.base.loading import load_base, load_tokenizer
 from hyperllama.commands.train import RECIPE, RESULT, VERSIONS, finished
 from hyperllama.data.episode import Episode
@@ -168,7 +169,7 @@ def make_starts(start: StartRecipe, setting: Setting) -> dict[str, Prefix]:
         manifest = Manifest(
             base=reader.identity,
             rotary=rotary_settings(model),
-            hypernetwork=start.hypernetwork,
+            hypernetwork=start.hypernetwork and written(start.hypernetwork),
             task=episode.task,
             instruction=episode.instruction or None,
             examples=len(episode.demonstrations),

@@ -16,7 +16,7 @@ from hyperllama.data.episode import Example, Task, TaskSource
 from hyperllama.data.hub_datasets import load_split, require_columns
 from hyperllama.data.json_lines import example_from, read_examples
 from hyperllama.errors import UserError
-from hyperllama.files import read_json
+from hyperllama.files import read_json, read_text
 
 LANGUAGES = ("Input_language", "Output_language", "Instruction_language")
 
@@ -53,7 +53,7 @@ def read_sni(root: str, *, split: str, splits: str, instances: int, **settings) 
         )
     if not listing.is_file():
         raise UserError(f"data.split: {listing} is not there; choose a list below {Path(root) / splits}")
-    names = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in read_text(listing, "names of tasks").splitlines() if line.strip()]
     files = {path: _task_file(path) for path in (folder / f"{name}.json" for name in names) if path.is_file()}
     english = {path: value for path, value in files.items() if _is_english(value)}
     if not english:

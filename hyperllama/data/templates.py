@@ -17,7 +17,7 @@ from hyperllama.data.episode import Example, Task, TaskSource, Weights
 from hyperllama.data.labelled import LabelledSet, labelled_sets
 from hyperllama.data.prompts import Template, missing_fields, render
 from hyperllama.errors import UserError, in_one_line
-from hyperllama.files import read_json_lines
+from hyperllama.files import read_json_lines, read_text
 
 # Where the names of sets differ from the folders of promptsource; folders are found by their own names too.
 KEYS = {
@@ -259,8 +259,8 @@ def _read_yaml(file: Path) -> Iterable[tuple[str, dict[str, Any]]]:
         Loader.add_constructor(tag, lambda loader, node: loader.construct_mapping(node, deep=True))
     try:
         # Loader is a SafeLoader: it builds plain values only.
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(read_text(file, "templates of promptsource"), Loader)
+    except yaml.YAMLError as error:
         raise UserError(f"{file}: cannot be read as YAML ({in_one_line(error)})") from error
     templates = content.get("templates") if isinstance(content, dict) else None
     if not isinstance(templates, dict) or not all(isinstance(value, dict) for value in templates.values()):

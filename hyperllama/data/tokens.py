@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hyperllama.errors import UserError
+from hyperllama.files import half_character
 
 if TYPE_CHECKING:  # recipes are read without torch
     from transformers import PreTrainedTokenizerBase
@@ -65,11 +66,20 @@ class TextTokens:
                 ids.append(special)
                 spans.append((place, place + len(text)))
             else:
-                found = self._tokenizer.encode(text, add_special_tokens=False)
+                found = self._found_in(text)
                 ids += found.ids
                 spans += [(place + a, place + b) for a, b in found.offsets] if place else found.offsets
             place += len(text)
         return ids, spans
+
+    def _found_in(self, text: str):
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError:
+            half = half_character(text)
+            if half is None:
+                raise
+            raise UserError(f"{text[:60]!r}: has {half}, half of a character, which no tokenizer can read; remove it") from None
 
     def _stretches(self, pieces: Sequence[Piece]) -> list[tuple[str, int | None]]:
         """The text of pieces, cut where templates have special tokens: text and None, or a special token and its id.

@@ -14,6 +14,7 @@ from hyperllama.data.copies import copied_tokens
 from hyperllama.data.episode import Episode, Provenance, TextWindow
 from hyperllama.data.hub_datasets import load_split, require_columns
 from hyperllama.errors import UserError
+from hyperllama.files import read_text
 
 # More characters than a token has on average in any text, so that a span of text is longer than the window cut from it.
 CHARACTERS_PER_TOKEN = 12
@@ -159,13 +160,7 @@ def read_text_files(root: str) -> list[tuple[str, str]]:
     paths = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not paths or not all(p.is_file() for p in paths):
         raise UserError(f"data.root: {root} is neither a text file nor a folder with .txt files")
-    documents = []
-    for p in paths:
-        try:
-            documents.append((str(p.relative_to(path)) if path.is_dir() else p.name, p.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{p}: cannot be read as UTF-8 text ({error}); convert it, or leave it out") from error
-    return documents
+    return [(str(p.relative_to(path)) if path.is_dir() else p.name, read_text(p, "plain text")) for p in paths]
 
 
 def load_text_column(name: str, *, config: str | None, split: str, column: str, rows: int) -> list[tuple[str, str]]:

@@ -28,8 +28,8 @@ from hyperllama.base.identity import BaseIdentity, bit_sums, identify
 from hyperllama.base.mlp_blocks import BLOCK_ROWS
 from hyperllama.data.chunking import SINGLE, Chunking
 from hyperllama.data.packing import PLACEHOLDER, SINK, GistBatch, chunk_segments, chunks_read
-from hyperllama.errors import UserError
-from hyperllama.files import canonical_json, sha256, write_atomically
+from hyperllama.errors import UserError, in_one_line
+from hyperllama.files import canonical_json, from_fields, sha256, write_atomically
 from hyperllama.hypernetworks.config import CARD, CONFIG, FORMAT_VERSION, _card, read_config
 from hyperllama.objectives.losses import TokenLoss
 from hyperllama.objectives.mix import ANSWERS, Mix
@@ -53,6 +53,7 @@ class Hypernetwork(PackedModel, ABC):
     kind: ClassVar[str]
     own_settings: ClassVar[tuple[str, ...]] = ()  # beside those that all have
     fewest_gists: ClassVar[int] = 1
+    nested: ClassVar[bool] = True  # whether gists see none of those after them, so that the first of an elastic one stand alone
     # Whether training changes the base too, so that prefixes belong to what it becomes; whether readers see a context's own
     # rows as well, before its gists.
     trains_base = False
@@ -73,10 +74,13 @@ class Hypernetwork(PackedModel, ABC):
         super().__init__(base, tokenizer, backend)
         if gists < self.fewest_gists:
             raise UserError(f"gist.tokens: a hypernetwork needs at least one gist token, not {gists}")
+        if gists >= base.config.max_position_embeddings:
+            positions = base.config.max_position_embeddings
+            raise UserError(f"gist.tokens: {gists} rows leave none of the base's {positions} positions for a query; take fewer")
         if mix.taught and self.head_loss is None:
             raise UserError(f"objectives.{mix.taught[0]}: the head of a {base.config.model_type} model is not a plain product")
         self.num_gists, self.chunking, self.elastic, self.mix = gists, chunking, elastic, mix
-        self.sink, self._sink_states = sink, None
+        self.sink, self._sink_states, self.knows_all = sink, None, False
         # What a context is said again after: trained with the rest, and of no use afterwards.
         self.marker = nn.Parameter(likely_words(base, 1)[0]) if mix.says_again else None
         self._hashed: tuple[tuple, str] | None = None  # sums of the bits of the weights that had this hash
@@ -129,7 +133,22 @@ class Hypernetwork(PackedModel, ABC):
     @cached_property
     def identity(self) -> BaseIdentity:
         """The fingerprints of the model that reads; it is frozen, so they are taken once."""
-        return identify(self.base, self.tokenizer)
+        return identify(self.base, self.tokenizer, full=self.knows_all)
+
+    def know_all_of_base(self) -> None:
+        """Take a fingerprint of all of the base's weights too; under ZeRO-3 all ranks must call it."""
+        if not self.trains_base:
+            self.knows_all = True
+            for taken in ("identity", "_frozen"):
+                vars(self).pop(taken, None)
+            _ = self.identity
+
+    def check_base(self, trained_for: BaseIdentity, where: str) -> None:
+        """UserError unless all weights of the base are those of `trained_for`, the identity that a run has recorded."""
+        if trained_for.full is None or self.trains_base or self.base.dtype == torch.float16:
+            raise UserError(f"{where}: has no fingerprint of all weights for {self.base.dtype}; leave --check-base out")
+        self.know_all_of_base()
+        trained_for.refuse_other(self.identity, f"{where} was trained for")
 
     def forward(self, batch: GistBatch) -> TokenLoss:
         """Compress, and read what comes out: two passes, because they are not computed with the same weights."""
@@ -194,6 +213,8 @@ class Hypernetwork(PackedModel, ABC):
         gists = self.num_gists if gists is None else gists
         if not min(self.fewest_gists, self.num_gists) <= gists <= self.num_gists:
             raise UserError(f"this hypernetwork makes prefixes of 1 to {self.num_gists} gists, not of {gists}")
+        if gists < self.num_gists and not self.elastic:
+            raise UserError(f"this hypernetwork was trained for all of its {self.num_gists} gists only, not for {gists}")
         # Chunks that read each other read a sink too, and so it stands before them.
         sinks = len(contexts) if self.sink is not None and self.chunking.graph == "recurrent" else 0
         pieces, segments, readers = [(PLACEHOLDER,)] * sinks, [SINK] * sinks, []
@@ -255,12 +276,15 @@ class Hypernetwork(PackedModel, ABC):
             context_tokens=len(context),
             context_sha256=context_sha256(context),
             sink=self.sink,
+            elastic=self.elastic and self.nested and self.chunking.graph == "single",
+            positions=self.base.config.max_position_embeddings,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             made_with={"hyperllama": __version__, "torch": torch.__version__},
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 of the trained weights, as float32 numbers, and of the token that prefixes begin with.
+        """SHA-256 of all that decides what is made of a context: the trained weights, as float32 numbers, settings, and the
+        precision of the base.
 
         It is taken anew when a bit of them has changed since the last call, which sums of their bits tell. One parameter at a
         time is copied.
@@ -268,7 +292,7 @@ class Hypernetwork(PackedModel, ABC):
         weights = sorted(self.trainable().items())
         sums = tuple((name, *bit_sums(parameter)) for name, parameter in weights)
         if self._hashed is None or self._hashed[0] != sums:
-            digest = hashlib.sha256(f"sink {self.sink}".encode())
+            digest = hashlib.sha256(canonical_json([self.kind, self.settings(), str(self.base.dtype)]).encode())
             for name, parameter in weights:
                 digest.update(name.encode())
                 digest.update(parameter.detach().float().cpu().numpy().tobytes())
@@ -312,19 +336,24 @@ class Hypernetwork(PackedModel, ABC):
 
         `mix` is what it is trained for from here on. Folders of all kinds: `load_hypernetwork_onto`.
         """
+        folder = Path(folder)
         config = read_config(folder)
         if config["kind"] != cls.kind:
             raise UserError(f"{folder}: a hypernetwork of kind {config['kind']}, not {cls.kind}")
         settings = {key: config[key] for key in ("gists", "elastic", "sink", *cls.own_settings) if key in config}
         chunking = Chunking(**config.get("chunking", {}))
-        made_for = BaseIdentity(**config["base"])
-        hypernetwork = cls(base, **settings, chunking=chunking, mix=mix, backend=backend, tokenizer=tokenizer)
-        here = hypernetwork.identity
-        if (made_for.weights, made_for.config) != (here.weights, here.config):
+        made_for = from_fields(BaseIdentity, config["base"], str(folder / CONFIG))
+        try:
+            hypernetwork = cls(base, **settings, chunking=chunking, mix=mix, backend=backend, tokenizer=tokenizer)
+        except UserError as error:
+            raise UserError(f"{folder / CONFIG}: {error}") from error
+        except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+            raise UserError(f"{folder / CONFIG}: settings that no {cls.kind} has ({in_one_line(error)})") from error
+        try:
+            made_for.refuse_other(hypernetwork.identity, f"{folder} was trained for")
+        except UserError:
             hypernetwork.remove()
-            raise UserError(
-                f"{folder} was trained for {made_for.name} ({made_for.weights[:8]}), not for {here.name} ({here.weights[:8]})"
-            )
+            raise
         hypernetwork.load_weights(folder)
         return hypernetwork.eval()
 

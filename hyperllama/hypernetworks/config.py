@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from hyperllama.data.chunking import Chunking
+from hyperllama.data.chunking import SINGLE, Chunking
+from hyperllama.data.text import Limits, TextFormat
 from hyperllama.errors import UserError
-from hyperllama.files import read_json
+from hyperllama.files import from_fields, read_json
 from hyperllama.hypernetworks.registry import KINDS
 
 CONFIG, CARD, GISTS = "hypernetwork.json", "README.md", "gists.safetensors"
@@ -14,30 +17,72 @@ CONFIG, CARD, GISTS = "hypernetwork.json", "README.md", "gists.safetensors"
 FORMAT_VERSION = 4
 
 
+@dataclass(frozen=True)
+class _Files:
+    files: list
+
+
+@dataclass(frozen=True)
+class _Config(_Files):
+    """What every kind's manifest says."""
+
+    kind: str
+    gists: int
+    elastic: bool
+    base: dict
+    dtype: Literal["float32", "bfloat16", "float16"]
+    sink: int | None = None
+    chunking: Chunking = SINGLE
+    notes: dict = field(default_factory=dict)
+
+
 def read_config(folder: str | Path) -> dict:
     """The manifest of a saved hypernetwork; UserError if the folder is not one, or a file of it is missing."""
+    from hyperllama.base.identity import BaseIdentity  # loads torch, which a recipe without start_from is read without
+
     folder = Path(folder)
-    config = read_json(folder / CONFIG, "a hypernetwork's manifest") if (folder / CONFIG).is_file() else {"files": [CONFIG]}
-    if config.get("format_version", FORMAT_VERSION) < FORMAT_VERSION:
-        raise UserError(
-            f"{folder}: a hypernetwork of an older format, which was trained on other tokens for the same text; train it again "
-            "with its recipe.yaml and a new output"
-        )
-    missing = [name for name in config["files"] if not (folder / name).is_file()]
-    if missing:
+    found = read_json(folder / CONFIG, "a hypernetwork's manifest") if (folder / CONFIG).is_file() else {"files": [CONFIG]}
+    if isinstance(found, dict) and found.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        if found["format_version"] in range(FORMAT_VERSION):
+            raise UserError(
+                f"{folder}: a hypernetwork of an older format, which was trained on other tokens for the same text; train it "
+                "again with its recipe.yaml and a new output"
+            )
+        raise UserError(f"{folder}: a hypernetwork of a format that this HyperLlama does not know; upgrade it")
+    files = from_fields(_Files, found, str(folder / CONFIG)).files
+    if wrong := [name for name in files if not isinstance(name, str) or name != Path(name).name]:
+        raise UserError(f"{folder / CONFIG}: files has {wrong[0]!r}, which is no name of a file beside it")
+    if missing := [name for name in files if not (folder / name).is_file()]:
         raise UserError(
             f"{folder}: not a hypernetwork, it has no {', '.join(missing)}; give the folder of a finished training run"
         )
-    return config
+    config = from_fields(_Config, found, str(folder / CONFIG))
+    from_fields(BaseIdentity, config.base, f"{folder / CONFIG}: base")
+    for key, kind in (("format", TextFormat), ("limits", Limits)):
+        from_fields(kind, config.notes.get(key, {}), f"{folder / CONFIG}: notes: {key}")
+    if config.gists < 0 or config.chunking.chunk_tokens < 1:
+        raise UserError(f"{folder / CONFIG}: gists and chunk_tokens are counts, not {config.gists} and {config.chunking}")
+    return found
+
+
+def check_gists(run: str | Path, config: dict, gists: int | None) -> None:
+    """UserError if the hypernetwork of a config cannot make prefixes of so many gists; None is all of them."""
+    if gists is not None and gists < config["gists"] and not config["elastic"]:
+        raise UserError(
+            f"{run}: was trained for all of its {config['gists']} gists only, not for {gists}; leave that out, or train with "
+            "gist.elastic=true"
+        )
+    if gists is not None and gists > config["gists"]:
+        raise UserError(f"{run}: makes prefixes of 1 to {config['gists']} gists, not of {gists}")
 
 
 def _card(config: dict, parameters: int) -> str:
     base = config["base"]
     chunking = Chunking(**config["chunking"])
     cut = "" if chunking.graph == "single" else f" for each chunk of {chunking.chunk_tokens} tokens ({chunking.graph})"
+    named = "" if base["name"][0] in "./~" else f"base_model: {base['name']}\n"  # the hub knows its own names only
     return f"""---
-base_model: {base["name"]}
-library_name: hyperllama
+{named}library_name: hyperllama
 tags: [gisting, hypernetwork, soft-prefix]
 ---
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from attention_masks import GistLayout
 from hyperllama.base.decoder import behind_last_keys
 from hyperllama.base.mlp_blocks import BLOCK_ROWS
+from hyperllama.base.tensor_files import load_parameters
 from hyperllama.files import write_atomically
 from hyperllama.hypernetworks.gist_tokens import WithGistTokens
 from hyperllama.prefixes.capture import States, gist_rows
@@ -44,5 +45,6 @@ class FullHypernetwork(WithGistTokens):
         return [*super().save_weights(folder), COMPRESSOR]
 
     def load_weights(self, folder: str | Path) -> None:
-        self.compressor.get_decoder().load_state_dict(safetensors.torch.load_file(Path(folder) / COMPRESSOR))
+        own = self.compressor.get_decoder().state_dict()
+        load_parameters(Path(folder) / COMPRESSOR, own, "a whole safetensors file of a copy of the base")
         super().load_weights(folder)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attention_masks import GistLayout
-from hyperllama.errors import UserError
+from hyperllama.base.tensor_files import load_parameters
 from hyperllama.files import write_atomically
 from hyperllama.hypernetworks.base import Hypernetwork, likely_words
 from hyperllama.hypernetworks.config import GISTS
@@ -37,10 +36,5 @@ class WithGistTokens(Hypernetwork):
         return [GISTS]
 
     def load_weights(self, folder: str | Path) -> None:
-        saved = safetensors.torch.load_file(Path(folder) / GISTS)
-        if saved["gists"].shape != self.gists.shape:
-            raise UserError(f"{folder}: has {len(saved['gists'])} gists, not {len(self.gists)}; set gist.tokens to that")
-        with torch.no_grad():
-            self.gists.copy_(saved["gists"])
-            if self.marker is not None and "marker" in saved:
-                self.marker.copy_(saved["marker"])
+        own = {"gists": self.gists, **({} if self.marker is None else {"marker": self.marker})}
+        load_parameters(Path(folder) / GISTS, own, "a whole safetensors file of gist embeddings", optional=["marker"])

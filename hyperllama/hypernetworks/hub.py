@@ -7,6 +7,8 @@ import re
 import tempfile
 from pathlib import Path
 
+from hyperllama.base.identity import is_path
+from hyperllama.base.loading import meant_here
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import write_atomically
 from hyperllama.hypernetworks.config import CARD, CONFIG, read_config
@@ -49,7 +51,7 @@ def fetch(name: str | Path, *, prefix: bool = False) -> Path:
 
     Raises UserError if there is neither.
     """
-    if Path(name).exists() or not _REPOSITORY.match(str(name)) or str(name).startswith((".", "~")):
+    if Path(name).exists() or not _REPOSITORY.match(str(name)) or meant_here(name):
         return Path(name)
     from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -74,9 +76,9 @@ def prefix_card(prefix: Prefix, repository: str) -> str:
         **{name: json.dumps(value) for name, value in manifest.metrics.items()},
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    base = "" if is_path(manifest.base.name) else f"base_model: {manifest.base.name}\n"  # the hub knows its own names only
     return f"""---
-base_model: {manifest.base.name}
-library_name: hyperllama
+{base}library_name: hyperllama
 tags: [soft-prefix, prefix-tuning, gisting]
 ---
 

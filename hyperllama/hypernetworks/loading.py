@@ -6,7 +6,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hyperllama.base.loading import load_base, load_tokenizer
+from hyperllama.base.identity import BaseIdentity
+from hyperllama.base.loading import base_of, load_base, load_tokenizer
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.errors import UserError
 from hyperllama.hypernetworks.base import Hypernetwork
@@ -16,20 +17,24 @@ from hyperllama.hypernetworks.registry import KINDS
 
 
 def load_hypernetwork(
-    run: str | Path, base_path: str | None = None, *, dtype: str | None = None
+    run: str | Path, base_path: str | None = None, *, dtype: str | None = None, check_base: bool = False
 ) -> tuple[Hypernetwork, Encoder]:
     """A trained hypernetwork with its base, and the encoder of its text format; `base_path` where the base has moved.
 
-    The base is loaded in `dtype`, in that of the run unless given. UserError for a folder that is no hypernetwork's.
+    The base is loaded in `dtype`, in that of the run unless given. `check_base` compares all of its weights with those of the
+    training, not a sample. UserError for a folder that is no hypernetwork's, or another base.
     """
     run = fetch(run)
     config = read_config(run)
-    name = base_path or config["base"]["name"]
+    name = base_of(run, config["base"]["name"], base_path)
     settings = {"dtype": dtype or config["dtype"], "quantize": config["base"].get("quantize")}
     base, tokenizer = load_base(name, **settings), load_tokenizer(name)
     notes = config["notes"]
     encoder = Encoder(tokenizer, TextFormat(**notes.get("format", {})), Limits(**notes.get("limits", {})))
-    return load_hypernetwork_onto(run, base, tokenizer=tokenizer), encoder
+    hypernetwork = load_hypernetwork_onto(run, base, tokenizer=tokenizer)
+    if check_base:
+        hypernetwork.check_base(BaseIdentity(**config["base"]), str(run))
+    return hypernetwork, encoder
 
 
 def load_hypernetwork_onto(

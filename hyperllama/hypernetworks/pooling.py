@@ -18,6 +18,7 @@ from attention_masks import GistLayout, Segment, rotate
 from attention_masks.registration import KeptQueries
 from hyperllama.base.decoder import head_dim, inverse_frequencies, kv_heads
 from hyperllama.base.mlp_blocks import BLOCK_ROWS
+from hyperllama.base.tensor_files import load_parameters
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
 from hyperllama.hypernetworks.attended import attention_received, most_attended
@@ -46,6 +47,7 @@ class PoolingHypernetwork(Hypernetwork):
     """
 
     kind = "pooling"
+    nested = False  # with fewer rows each stands for a larger share of the context
     own_settings = ("recency", "sharpness", "attended", "rank", "alpha", "dropout", "targets")
 
     def __init__(
@@ -142,11 +144,7 @@ class PoolingHypernetwork(Hypernetwork):
         return [POOLING, *([ADAPTER_CONFIG, ADAPTER_WEIGHTS] if self.lora else [])]
 
     def load_weights(self, folder: str | Path) -> None:
-        saved = safetensors.torch.load_file(Path(folder) / POOLING)
-        with torch.no_grad():
-            for name, parameter in self._own().items():
-                if name in saved:
-                    parameter.copy_(saved[name])
+        load_parameters(Path(folder) / POOLING, self._own(), "a whole safetensors file of pooling", optional=["marker"])
         if self.lora:
             self.lora.load(folder)
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hyperllama.base.decoder import layers_of, part, require
 from hyperllama.base.distributed import sharded
+from hyperllama.base.tensor_files import load_parameters
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
 from hyperllama.hypernetworks.last_layer import LastLayerSkip
@@ -152,20 +153,11 @@ class RowLora(nn.Module):
 
     def load(self, folder: str | Path) -> None:
         """Read weights that `save` wrote; UserError if they belong to other layers or another rank."""
-        path = Path(folder) / ADAPTER_WEIGHTS
-        try:
-            tensors = safetensors.torch.load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error}); save or copy the hypernetwork again") from error
         own = {}
         for name in self.names:
             own[f"base_model.model.{name}.lora_A.weight"] = self.A[_key(name)].weight
             own[f"base_model.model.{name}.lora_B.weight"] = self.B[_key(name)].weight
-        if {n: tuple(t.shape) for n, t in tensors.items()} != {n: tuple(t.shape) for n, t in own.items()}:
-            raise UserError(f"{path}: its LoRA matrices are not those of this base model and adapter_config.json")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[name])
+        load_parameters(Path(folder) / ADAPTER_WEIGHTS, own, "a whole safetensors file of LoRA")
 
 
 def _key(name: str) -> str:

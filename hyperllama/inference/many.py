@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from attention_masks import GistLayout
-from hyperllama.base.identity import BaseIdentity
+from hyperllama.base.identity import BaseIdentity, written
 from hyperllama.data.episode import Example, Task
 from hyperllama.data.sni import read_task
 from hyperllama.data.text import Encoder
@@ -60,7 +60,7 @@ class Shown:
             )
         return context, Manifest(
             base=base,
-            hypernetwork=str(run),
+            hypernetwork=written(run),
             task=self.task,
             instruction=self.instruction or None,
             examples=len(answers),

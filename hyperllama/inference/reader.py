@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from hyperllama.base.adapters import Stack, adapted
+from hyperllama.base.checks import check_vocabulary
 from hyperllama.base.decoder import cache_argument
 from hyperllama.base.identity import identify
 from hyperllama.errors import UserError
@@ -21,6 +22,7 @@ class Reader:
     """A base model and its tokenizer, ready to read prompts behind prefixes that were made for it."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        check_vocabulary(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.identity = identify(model, tokenizer)
 
@@ -82,7 +84,8 @@ class Reader:
 
     def _generate(self, prompts, prefixes, stop: str, settings) -> list[list[int]]:
         tokenizer, device = self.tokenizer, self.model.device
-        pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        rows = self.model.get_input_embeddings().num_embeddings  # a padding token may have been added without an embedding
+        pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None and i < rows)
         if not all(len(prompt) for prompt in prompts):
             raise UserError("a prompt is empty after tokenisation: give an input, or a query template with text of its own")
         ids, mask = _padded(prompts, pad, device)

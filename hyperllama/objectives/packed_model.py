@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hyperllama.base.checks import check_vocabulary
 from hyperllama.base.decoder import has_plain_head, packed_arguments
 from hyperllama.base.distributed import gather_with
 from hyperllama.data.packing import GistBatch
@@ -20,6 +21,7 @@ class PackedModel(nn.Module):
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, backend: str):
         super().__init__()
+        check_vocabulary(base, tokenizer)
         self.base, self.tokenizer, self.backend = base, tokenizer, backend
         self.head_loss = HeadCrossEntropy() if has_plain_head(base) else None
         if self.head_loss is not None:

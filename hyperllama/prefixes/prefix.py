@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import DynamicCache
 
 from attention_masks import rotate
 from hyperllama.base.adapters import BESIDE, Adapters
 from hyperllama.base.identity import BaseIdentity
+from hyperllama.base.tensor_files import read_tensors
+from hyperllama.data.text import TextFormat
 from hyperllama.errors import UserError
 from hyperllama.files import sha256, write_atomically
 from hyperllama.prefixes.manifest import Manifest, _both
 
 SCALES = {"keys": "keys_scale", "values": "values_scale"}
+
+MOST_LAYERS = 10_000  # of a decoder; a file that says more would be cut into as many tensors
 
 ADAPTERS = tuple(f"{name}_{side}" for name in BESIDE for side in ("down", "up"))
 
@@ -104,19 +106,51 @@ class Prefix:
                 f"{what} keys and values only, but this task module has adapters; read it with generate or evaluate"
             )
 
+    def problem(self) -> str | None:
+        """Why no model should read this, in a few words that follow "a prefix"; None if one may."""
+        if not self.rows and self.adapters is None:
+            return "without rows says nothing"
+        if not self.dtype.is_floating_point:
+            return f"of {self.dtype} has no numbers that a model reads"
+        tensors = (*self.keys, *self.values, *(self.adapters.tensors if self.adapters else ()))
+        if not all(bool(t.isfinite().all()) for t in tensors):
+            return "with numbers that are not finite would give nothing but such numbers"
+        positions = self.manifest.positions if self.manifest else None
+        if positions is not None and self.rows >= positions:
+            return f"of {self.rows} rows leaves none of the {positions} positions of its base for a query"
+        frequencies = self.manifest.rotary.get("inv_freq", ()) if self.manifest else ()
+        if 2 * len(frequencies) > self.head_dim:
+            return f"of {self.head_dim} dimensions a head has no {len(frequencies)} rotary frequencies"
+        return None
+
     def truncate(self, gists: int) -> Prefix:
-        """The first `gists` rows, for prefixes that were trained to stand alone at any length. ValueError beyond 1 .. G."""
+        """The first `gists` gists, behind the sink if there is one. What was measured with all of them leaves the manifest.
+
+        Raises UserError beyond 1 .. G, or if the prefix has a manifest that does not say that an elastic hypernetwork made it:
+        the first rows of others were never meant to do without the rest.
+        """
         self.refuse_modules("truncating is for prefixes of")
-        if not 1 <= gists <= self.rows:
-            raise ValueError(f"a prefix of {self.rows} gists can be cut to 1 .. {self.rows} of them, not {gists}")
-        return Prefix([k[:, :gists] for k in self.keys], [v[:, :gists] for v in self.values], self.manifest)
+        sinks = int(self.manifest is not None and self.manifest.sink is not None)
+        most = self.rows - sinks
+        if not 1 <= gists <= most:
+            raise UserError(f"a prefix of {most} gists can be cut to 1 .. {most} of them, not {gists}")
+        if gists == most:
+            return self
+        if self.manifest is not None and not self.manifest.elastic:
+            raise UserError(
+                f"the first {gists} of {most} gists were not trained to do without the others; compress the examples again "
+                "with --gists, by a hypernetwork that was trained with gist.elastic=true"
+            )
+        kept = gists + sinks
+        manifest = self.manifest and self.manifest.changed()
+        return Prefix([k[:, :kept] for k in self.keys], [v[:, :kept] for v in self.values], manifest)
 
     @staticmethod
     def concat(first: Prefix, second: Prefix) -> Prefix:
         """One prefix of both: a reader sees `first`, then `second`, whose keys are moved behind it.
 
         A sink is the first row of all: that of the second is left out where the first has one. Raises UserError if they are of
-        different bases, or if the second does not say how its keys are moved.
+        different bases or text formats, if the second does not say how its keys are moved, or if no model can read both.
         """
         manifest = second.manifest
         for part in (first, second):
@@ -132,7 +166,10 @@ class Prefix:
         moved = [rotate(k[:, cut:], shifts, inv_freq) for k in second.keys]
         keys = [torch.cat([a, b.to(a)], dim=1) for a, b in zip(first.keys, moved, strict=True)]
         values = [torch.cat([a, b[:, cut:].to(a)], dim=1) for a, b in zip(first.values, second.values, strict=True)]
-        return Prefix(keys, values, _both(first.manifest, manifest))
+        joined = Prefix(keys, values, _both(first.manifest, manifest))
+        if problem := joined.problem():
+            raise UserError(f"a prefix {problem}; put fewer together")
+        return joined
 
     def to(self, device=None, dtype=None) -> Prefix:
         """The same prefix on another device or in another dtype."""
@@ -179,26 +216,31 @@ class Prefix:
         if self.manifest is None:
             return
         made_for = self.manifest.base
-        if (made_for.weights, made_for.config) != (identity.weights, identity.config):
-            raise UserError(
-                f"{where} was made for {made_for.name} ({made_for.weights[:8]}), "
-                f"not for {identity.name} ({identity.weights[:8]}); read it with its own base, or compress the examples again"
-            )
+        made_for.refuse_other(identity, f"{where} was made for")
         if made_for.tokenizer and identity.tokenizer and made_for.tokenizer != identity.tokenizer:
             raise UserError(
                 f"{where} was made with another tokenizer than that of {identity.name}; use the tokenizer of {made_for.name}"
             )
 
+    def check_format(self, text_format: TextFormat, where: str = "this prefix") -> None:
+        """UserError unless queries in `text_format` are those that this prefix was made for. One that says nothing passes."""
+        for key, value in (self.manifest.text_format if self.manifest else {}).items():
+            found = getattr(text_format, key, value)
+            if found != value and key != "answer_tokens":
+                raise UserError(f"{where} was made for queries with format.{key}={value!r}, not {found!r}; set it to that")
+
     def save(self, path: str | Path, *, quantize: Literal["int8"] | None = None) -> dict[str, float]:
         """Write one .safetensors file: keys and values (L, N, G, D), the manifest and a checksum in its header.
 
         `quantize="int8"` stores a quarter of the bytes of float32; `load` gives float32 back. Returns the relative error of
-        keys and values (root mean square), which the manifest then holds too; nothing is lost otherwise. UserError for
-        a task module with more than that. Atomic: a crash or a full disk (OSError) leaves the file that was there
-        whole.
+        keys and values (root mean square), which the manifest then holds in place of what was measured before; nothing is lost
+        otherwise. UserError for a prefix that no model can read (`problem`), or with `quantize` a task module with more than
+        keys and values. Atomic: a crash or a full disk (OSError) leaves the file that was there whole.
         """
         if quantize:
             self.refuse_modules("int8 is for files of")
+        if problem := self.problem():
+            raise UserError(f"{path}: a prefix {problem}; it is not written")
         sides = {"keys": torch.stack(self.keys).cpu(), "values": torch.stack(self.values).cpu()}
         tensors = {name: side.contiguous() for name, side in sides.items()}
         for name, pair in self.adapters.pairs.items() if self.adapters else ():
@@ -207,8 +249,8 @@ class Prefix:
         if quantize:
             tensors, lost = _quantized(tensors)
             if self.manifest is not None:
-                metrics = {**self.manifest.metrics, **{f"int8_error_{side}": error for side, error in lost.items()}}
-                self = Prefix(self.keys, self.values, replace(self.manifest, metrics=metrics))
+                metrics = {f"int8_error_{side}": error for side, error in lost.items()}
+                self = Prefix(self.keys, self.values, self.manifest.changed(metrics=metrics))
         manifest = self.manifest.to_json() if self.manifest else ""
         metadata = {"hyperllama": manifest, "sha256": _checksum(manifest, tensors)}
         write_atomically(path, safetensors.torch.save(tensors, metadata))
@@ -218,19 +260,13 @@ class Prefix:
     def load(cls, path: str | Path, identity: BaseIdentity | None = None) -> Prefix:
         """Read a file that `save` wrote, onto the CPU; with `identity`, refuse it unless it was made for that base.
 
-        Raises UserError if the file is missing, damaged in any bit, not a prefix, or made for another base.
+        Raises UserError if the file is missing, damaged in any bit, not a prefix, made for another base, or nothing that a
+        model can read (`problem`).
         """
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such prefix file; make one with hyperllama compress")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path}: not a whole prefix file ({error}); copy it again, or compress the examples again"
-            ) from error
+        tensors, metadata = read_tensors(path, "a whole prefix file")
         more = set(tensors) - {"keys", "values"}
         known = {"keys", "values"} <= set(tensors) and (more <= {*ADAPTERS} or more == set(SCALES.values()))
         if "hyperllama" not in metadata or not known:
@@ -239,17 +275,37 @@ class Prefix:
             raise UserError(f"{path}: damaged, its checksum does not match; copy it again, or compress the examples again")
         try:
             manifest = Manifest.from_json(metadata["hyperllama"]) if metadata["hyperllama"] else None
-        except UserError as error:
+            prefix = cls(*_parts(tensors, path), manifest, _adapters(tensors))
+            if problem := prefix.problem():
+                raise UserError(f"a prefix {problem}")
+        except ValueError as error:
             raise UserError(f"{path}: {error}") from error
-        for side, scale in SCALES.items():
-            if scale in tensors:
-                tensors[side] = tensors[side].float() * tensors[scale]
-        pairs = {name: (tensors[f"{name}_down"], tensors[f"{name}_up"]) for name in BESIDE if f"{name}_down" in tensors}
-        sides = (tensors[side].unbind() for side in ("keys", "values"))
-        prefix = cls(*sides, manifest, Adapters(pairs) if pairs else None)
         if identity is not None:
             prefix.check(identity, str(path))
         return prefix
+
+
+def _parts(tensors: dict[str, Tensor], path: Path) -> Iterator[tuple[Tensor, ...]]:
+    """Keys and values by layer; ValueError for shapes that nothing of ours writes, before they are made larger."""
+    shape = tensors["keys"].shape
+    if len(shape) != 4 or not 1 <= shape[0] <= MOST_LAYERS or 0 in (shape[1], shape[3]):
+        raise ValueError(f"keys of shape {tuple(shape)} are not (layers, heads, rows, dimensions)")
+    for (side, scale), axis in zip(SCALES.items(), (2, 3)):
+        if scale in tensors:
+            wanted = [1 if i == axis else n for i, n in enumerate(tensors[side].shape)]
+            if tensors[side].dtype != torch.int8 or list(tensors[scale].shape) != wanted:
+                raise ValueError(f"{scale} of shape {tuple(tensors[scale].shape)} does not fit {side}")
+            tensors[side] = tensors[side].float() * tensors[scale]
+        yield tensors[side].unbind()
+
+
+def _adapters(tensors: dict[str, Tensor]) -> Adapters | None:
+    """What of a task module is no key or value; ValueError for a matrix without its other half."""
+    names = [name for name in BESIDE if {f"{name}_down", f"{name}_up"} & set(tensors)]
+    missing = [f"{name}_{side}" for name in names for side in ("down", "up") if f"{name}_{side}" not in tensors]
+    if missing:
+        raise ValueError(f"has no {missing[0]}")
+    return Adapters({name: (tensors[f"{name}_down"], tensors[f"{name}_up"]) for name in names}) if names else None
 
 
 def _quantized(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:

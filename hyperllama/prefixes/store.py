@@ -22,7 +22,7 @@ from pathlib import Path
 
 from hyperllama.base.identity import BaseIdentity
 from hyperllama.errors import UserError
-from hyperllama.files import canonical_json, plain_name, sha256, write_atomically
+from hyperllama.files import append, canonical_json, plain_name, sha256, write_atomically
 from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.prefix import Prefix
 
@@ -244,8 +244,8 @@ class PrefixStore:
 
     def _append(self, entries: Iterable[Entry], rank: int) -> None:
         # Not synced: a line that is lost costs nothing but a repair, and syncing would take as long as the file itself does.
-        with (self.folder / INDEX / f"rank{rank}.jsonl").open("a", encoding="utf-8") as file:
-            file.write("\n" + "".join(map(_line, entries)))  # a crash may have cut the line before it short
+        # A crash may have cut the line before these short.
+        append(self.folder / INDEX / f"rank{rank}.jsonl", "\n" + "".join(map(_line, entries)))
 
 
 def _entry(path: Path, prefix: Prefix) -> Entry:
@@ -270,6 +270,5 @@ def _lines(path: Path) -> Iterator[tuple[int, Entry]]:
 
 def _is_base(found: BaseIdentity, wanted: BaseIdentity | str) -> bool:
     if isinstance(wanted, str):
-        return found.name == wanted
-    same = (found.weights, found.config) == (wanted.weights, wanted.config)
-    return same and (not found.tokenizer or not wanted.tokenizer or found.tokenizer == wanted.tokenizer)
+        return found.name.removeprefix("./") == wanted.removeprefix("./")
+    return found.is_model(wanted) and (not found.tokenizer or not wanted.tokenizer or found.tokenizer == wanted.tokenizer)

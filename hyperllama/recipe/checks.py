@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from hyperllama.data.registry import SOURCES
+from hyperllama.errors import UserError
+from hyperllama.files import read_json
+from hyperllama.hypernetworks.config import read_config
 from hyperllama.hypernetworks.registry import KINDS, kind_of
 from hyperllama.training.deepspeed import DEEPSPEED, deepspeed_file
 
@@ -163,7 +165,11 @@ def _hypernetwork(recipe: Any, check: _Checks) -> None:
     found = not start or (Path(start) / "hypernetwork.json").is_file()
     check(found, f"start_from: {start} is not the folder of a trained hypernetwork; train it first")
     if start and found:
-        kind = json.loads((Path(start) / "hypernetwork.json").read_text(encoding="utf-8")).get("kind", "lora")
+        try:
+            kind = read_config(start)["kind"]
+        except UserError as error:
+            check.append(f"start_from: {error}")
+            return
         check(kind == gist.kind, f"start_from: {start} is of kind {kind}, not {gist.kind}; set gist.kind={kind}, or start anew")
 
 
@@ -218,6 +224,6 @@ def _positions(model: Any) -> int | None:
     if not config.is_file():
         return None
     try:
-        return json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings")
-    except ValueError:
+        return read_json(config, "a model's config").get("max_position_embeddings")
+    except (UserError, AttributeError):
         return None

@@ -17,7 +17,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hyperllama.base.distributed import gathered, join_deepspeed
 from hyperllama.errors import UserError, in_one_line
-from hyperllama.files import whole_json_lines, write_atomically
+from hyperllama.files import append, whole_json_lines, write_atomically
 from hyperllama.objectives.losses import TokenLoss
 from hyperllama.training.checkpoints import CHECKPOINTS, Staging, make_universal, read_shape
 from hyperllama.training.deepspeed import deepspeed_file
@@ -157,8 +157,7 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs, **self.counts}) + "\n")
+            append(self.path, json.dumps({"step": state.global_step, **logs, **self.counts}) + "\n")
         self.counts.clear()
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from hyperllama.data.episode import Example
 from hyperllama.data.text import EncodedEpisode, Encoder
-from hyperllama.files import whole_json_lines, write_atomically
+from hyperllama.files import append, whole_json_lines, write_atomically
 from hyperllama.inference.reader import Reader
 from hyperllama.inference.scoring import Question
 from hyperllama.prefixes.prefix import Prefix
@@ -116,8 +116,7 @@ class Curves(TrainerCallback):
                 if self.writes:
                     prefixes[task.name].save(self._best_folder / f"{i}.safetensors")
         if self.writes:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+            append(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         return lines
 
     def results(self) -> dict[str, tuple[Prefix, dict]]:

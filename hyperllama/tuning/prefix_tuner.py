@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from attention_masks import rotate
 from hyperllama.base.decoder import inverse_frequencies, kv_heads
 from hyperllama.base.distributed import gathered
+from hyperllama.base.tensor_files import load_parameters
 from hyperllama.data.packing import GistBatch
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
@@ -126,7 +127,8 @@ class PrefixTuner(PackedModel):
 
     def load_weights(self, folder: str | Path) -> None:
         """Read a checkpoint that `save_pretrained` wrote."""
-        self.load_state_dict(safetensors.torch.load_file(Path(folder) / WEIGHTS), strict=False)
+        own = {name: p for name, p in self.named_parameters() if not name.startswith("base.")}
+        load_parameters(Path(folder) / WEIGHTS, own, "a whole safetensors file of prefixes")
 
 
 class _Reparametrisation(nn.Module):

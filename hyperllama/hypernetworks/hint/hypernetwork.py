@@ -29,6 +29,7 @@ from hyperllama.base.decoder import (
 from hyperllama.base.identity import BaseIdentity, identify
 from hyperllama.base.loading import load_weights_into
 from hyperllama.base.mlp_blocks import BLOCK_ROWS, mlps_in_blocks
+from hyperllama.base.tensor_files import load_parameters
 from hyperllama.data.packing import GistBatch
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
@@ -101,7 +102,7 @@ class HintHypernetwork(Hypernetwork):
 
     @cached_property
     def _frozen(self) -> BaseIdentity:
-        return identify(self.base, self.tokenizer)
+        return identify(self.base, self.tokenizer, full=self.knows_all)
 
     def settings(self) -> dict:
         return {**super().settings(), "hint": dataclasses.asdict(self.hint)}
@@ -170,13 +171,6 @@ class HintHypernetwork(Hypernetwork):
             states.append((rotate(keys, places, inv_freq).to(self.base.dtype), values.to(self.base.dtype)))
         return states
 
-    def cut(
-        self, context: Sequence[int] | Tensor, gists: int | None = None, first: int = 0, sink: int | None = None
-    ) -> tuple[list[tuple[int, ...]], list[Segment]]:
-        if gists not in (None, self.num_gists):
-            raise UserError(f"the modules of hint have one size: it generates {self.num_gists} prefix rows, not {gists}")
-        return super().cut(context, gists, first, sink)
-
     @torch.no_grad()
     def encode(
         self,
@@ -209,15 +203,8 @@ class HintHypernetwork(Hypernetwork):
         return [WEIGHTS, *save_model(self.base, self.tokenizer, folder)]
 
     def load_weights(self, folder: str | Path) -> None:
-        saved = safetensors.torch.load_file(Path(folder) / WEIGHTS)
         own = {name: x for name, x in self.trainable().items() if not name.startswith("base.")}
-        wrong = [name for name, x in own.items() if name != "marker" and (name not in saved or saved[name].shape != x.shape)]
-        if wrong:
-            raise UserError(f"{folder}: was trained with other sizes of gist.tokens or hint; {wrong[0]} does not fit")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                if name in saved:
-                    parameter.copy_(saved[name])
+        load_parameters(Path(folder) / WEIGHTS, own, "a whole safetensors file of HINT", optional=["marker"])
         if self.trains_base:
             self.folder = Path(folder)
             load_weights_into(self.base, folder)
