@@ -18,7 +18,7 @@ from eval.sizing import Hardware
 from hyperllama.base.checks import check_config
 from hyperllama.base.loading import find_config, load_tokenizer, random_config
 from hyperllama.commands.train import packing_of
-from hyperllama.data.episode import Source
+from hyperllama.data.episode import Source, repetition_of, said_twice
 from hyperllama.data.leaks import find_leaks
 from hyperllama.data.mixture import MixtureSource
 from hyperllama.data.p3 import P3Source
@@ -135,6 +135,8 @@ def _data(source: Source) -> list[str]:
     lines = [f"tasks           {len(names):,}: {shown}", f"examples        {f'{size:,}' if size else 'endless'}"]
     if found.datasets:
         lines.append(f"made from       {len(found.datasets):,} data sets")
+    if twice := said_twice(repetition_of(source)):
+        lines.append(f"said twice      {twice}")
     for part in source.sources if isinstance(source, MixtureSource) else [source]:
         if isinstance(part, TemplateSource):
             report = part.report

@@ -24,7 +24,7 @@ from hyperllama.base.checks import check_config
 from hyperllama.base.environment import versions
 from hyperllama.base.loading import load_base, load_config, load_tokenizer
 from hyperllama.commands import train as commands_train
-from hyperllama.data.episode import Episode, Source
+from hyperllama.data.episode import Episode, Source, repetition_of, said_twice
 from hyperllama.data.leaks import find_leaks
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.errors import UserError
@@ -68,6 +68,8 @@ def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str
     if recipe.hypernetwork:
         check_gists(recipe.hypernetwork, read_config(recipe.hypernetwork), recipe.gists)
     source = make_source(recipe.data)
+    if rank == 0 and (twice := said_twice(repetition_of(source))):
+        print(twice, file=sys.stderr)
     episodes = episodes_of(recipe, source)
     kind = kind_of(episodes, recipe.metric)
     methods = applicable(recipe, episodes, kind)

@@ -49,12 +49,10 @@ def test_numbers_that_are_equal_are_one(tmp_path):
     saved(folder)
     config = json.loads((folder / "config.json").read_text())
     found = []
-    for theta, hidden in ((10000, 32), (100000, 32), (100000.0, 32.0)):
+    for theta in (10000, 100000, 100000.0):
         config |= {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
         (folder / "config.json").write_text(json.dumps(config))
-        model = load_base(str(folder))
-        model.config.rms_norm_eps, model.config.vocab_size = 1, hidden
-        found.append(identify(model).config)
+        found.append(identify(load_base(str(folder))).config)
     assert found[1] == found[2] != found[0]
 
 

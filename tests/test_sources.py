@@ -316,7 +316,7 @@ class TestWindows:
         write(tmp_path / "x" / "deep" / "two.txt", "three")
         assert read_text_files(str(tmp_path / "x")) == [("deep/two.txt", "three"), ("one.txt", "one two")]
         (tmp_path / "x" / "bad.txt").write_bytes(b"\xff\xfe")
-        with pytest.raises(UserError, match="bad.txt: cannot be read as UTF-8"):
+        with pytest.raises(UserError, match="bad.txt: text in UTF-16; expected plain text; save it as UTF-8"):
             read_text_files(str(tmp_path / "x"))
         with pytest.raises(UserError, match="neither a text file nor a folder with .txt files"):
             read_text_files(str(tmp_path / "y"))

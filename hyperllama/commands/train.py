@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from hyperllama.base.environment import versions
 from hyperllama.base.identity import BaseIdentity
 from hyperllama.base.loading import load_base, load_config, load_tokenizer, random_base, random_config
 from hyperllama.data.dealing import Dealt
-from hyperllama.data.episode import Source
+from hyperllama.data.episode import Source, repetition_of, said_twice
 from hyperllama.data.packing import Packing, full_tokens, gist_tokens, pack_full, pack_gist
 from hyperllama.data.stream import Collator, EpisodeStream
 from hyperllama.data.text import EncodedEpisode, Encoder
@@ -83,6 +84,8 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
     if finished(run, resolved):
         return None
     source = make_source(recipe.data)
+    if arguments.should_save and (twice := said_twice(repetition_of(source))):
+        print(twice, file=sys.stderr)
     set_seed(recipe.seed)
     write_atomically(run / RECIPE, resolved)
     write_atomically(run / VERSIONS, json.dumps(versions(), indent=2) + "\n")

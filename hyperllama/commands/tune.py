@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -19,7 +20,7 @@ from hyperllama.base.environment import versions
 from hyperllama.base.identity import written
 from hyperllama.base.loading import load_base, load_tokenizer
 from hyperllama.commands.train import RECIPE, RESULT, VERSIONS, finished
-from hyperllama.data.episode import Episode
+from hyperllama.data.episode import Episode, merged, repetition_of, said_twice
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.stream import Collator
 from hyperllama.data.text import Encoder, Limits, TextFormat
@@ -104,6 +105,8 @@ def prepare(recipe: TuneRecipe) -> Setting:
     """Read the data and load the models of a recipe."""
     data, start = recipe.data, recipe.start
     source = make_source(data)
+    if twice := said_twice(repetition_of(source)):
+        print(twice, file=sys.stderr)
     drawn = source.evaluation(shots=data.shots, queries=data.queries, episodes=recipe.episodes, seed=recipe.seed)
     named = _named_apart(drawn)
     tasks = [split(episode, recipe.validation, recipe.seed) for episode in named]
@@ -132,14 +135,16 @@ def full_attention(recipe_path: str | Path, overrides: Sequence[str] = ()) -> di
 def split(episode: Episode, validation: float, seed: int) -> TuningTask:
     """A task from an episode: its demonstrations to train on, a share of them to stop by, its queries to report on.
 
-    At least one demonstration is trained on; with fewer than four nothing is held back.
+    At least one demonstration is trained on; with fewer than four nothing is held back. Equal inputs are one example.
     """
     if episode.window is not None or not episode.demonstrations:
         raise UserError(f"task {episode.task}: has no examples to tune a prefix on; raise data.shots, or choose other data")
-    shown = list(episode.demonstrations)
+    shown = list(merged(episode.demonstrations)[0])
+    known = {example.key for example in shown}
     Random(f"{seed}/{episode.task}").shuffle(shown)
     held_back = math.floor(validation * len(shown)) if len(shown) >= 4 else 0
-    return TuningTask(episode.task, tuple(shown[held_back:]), tuple(shown[:held_back]), episode.queries)
+    asked = tuple(query for query in episode.queries if query.key not in known)
+    return TuningTask(episode.task, tuple(shown[held_back:]), tuple(shown[:held_back]), asked)
 
 
 def make_starts(start: StartRecipe, setting: Setting) -> dict[str, Prefix]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from random import Random
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,53 @@ class Example:
         """Whether an answer equals a reference, apart from surrounding white space."""
         return answer.strip() in {reference.strip() for reference in self.references or (self.output,)}
 
+    @property
+    def key(self) -> str:
+        """What makes two examples one: their inputs are equal, apart from white space around them."""
+        return self.input.strip()
+
     def with_any_reference(self, rng: Random) -> Example:
         """The same example with one of its references as output."""
         return self if len(self.references) < 2 else dataclasses.replace(self, output=rng.choice(self.references))
+
+
+def merged(examples: Iterable[Example]) -> tuple[tuple[Example, ...], int, int]:
+    """Examples of which no two have the same `key`, so that none is shown when it is asked, and how many were said twice.
+
+    Those that had are one now, at the place of the first: all of their outputs count as right, that of the first is shown. The
+    numbers are those of the others, and of those of them whose outputs did not count before.
+    """
+    kept: dict[str, Example] = {}
+    repeated = conflicting = 0
+    for example in examples:
+        first = kept.setdefault(example.key, example)
+        if first is example:
+            continue
+        known, more = (one.references or (one.output,) for one in (first, example))
+        references = tuple(dict.fromkeys([*known, *more]))
+        repeated += 1
+        if len(references) > len(known):
+            conflicting += 1
+            choices = first.choices and tuple(dict.fromkeys([*first.choices, *example.choices]))
+            kept[example.key] = dataclasses.replace(first, references=references, choices=choices)
+    return tuple(kept.values()), repeated, conflicting
+
+
+def repetition_of(source: Any) -> dict[str, tuple[int, int]]:
+    """What a source has found said twice, if it looks for that; see `said_twice`."""
+    return source.repetition() if hasattr(source, "repetition") else {}
+
+
+def said_twice(counts: Mapping[str, tuple[int, int]]) -> str | None:
+    """What a user should know of examples that were said twice, by where they stand: (repeated, conflicting) each."""
+    found = {where: both for where, both in counts.items() if both[0]}
+    if not found:
+        return None
+    repeated, conflicting = (sum(both[i] for both in found.values()) for i in (0, 1))
+    worst = max(found, key=lambda where: (found[where][1], found[where][0]))
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    with_other = f", {conflicting:,} of them with other outputs, which all count as right" if conflicting else ""
+    return f"{worst}{more}: {repeated:,} examples have an input that stands there before and count as one with it{with_other}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +113,8 @@ class Episode:
 class Task:
     """A task as its file has it: `demonstrations` are meant to be shown, `examples` to be asked.
 
-    `category` groups tasks in reports; `datasets` names the data sets that it was made from.
+    `category` groups tasks in reports; `datasets` names the data sets that it was made from; `repetition` counts examples that
+    its file says twice, and those of them with other outputs (see `merged`).
     """
 
     name: str
@@ -78,6 +123,15 @@ class Task:
     examples: tuple[Example, ...]
     category: str = ""
     datasets: tuple[str, ...] = ()
+    repetition: tuple[int, int] = (0, 0)
+
+    def distinct(self) -> Task:
+        """The same with `merged` demonstrations and examples, and `repetition` of what was said twice."""
+        shown, asked = merged(self.demonstrations), merged(self.examples)
+        if not (shown[1] or asked[1]):
+            return self
+        counts = tuple(sum(three) for three in zip(self.repetition, shown[1:], asked[1:]))
+        return dataclasses.replace(self, demonstrations=shown[0], examples=asked[0], repetition=counts)
 
 
 @dataclass(frozen=True)
@@ -114,8 +168,14 @@ class Source(Protocol):
         """What the source is made of."""
 
 
+def _others(rng: Random, pool: int, drawn: Sequence[int]) -> Iterator[int]:
+    """The rest of range(pool) in random order; what was drawn is enough unless demonstrations and examples share inputs."""
+    seen = set(drawn)
+    yield from (i for i in rng.sample(range(pool), pool) if i not in seen)
+
+
 class TaskSource:
-    """Episodes from a fixed list of tasks; demonstrations and queries of an episode are distinct.
+    """Episodes from a fixed list of tasks; demonstrations and queries of an episode have different inputs.
 
     A task is drawn with equal weight, or by its number of examples (`weights="size"`; cap sizes before, as Raffel et al.
     2020, arXiv 1910.10683, section 3.5.2, mix tasks). With `own_demonstrations` a task's own demonstrations are the only ones
@@ -123,21 +183,28 @@ class TaskSource:
     """
 
     def __init__(self, tasks: Sequence[Task], *, weights: Weights = "equal", own_demonstrations: bool = False):
-        self.tasks, self.own_demonstrations = list(tasks), own_demonstrations
+        self.tasks, self.own_demonstrations = [task.distinct() for task in tasks], own_demonstrations
         self._cumulative = list(accumulate(len(task.examples) if weights == "size" else 1 for task in self.tasks))
 
     def draw(self, rng: Random, shots: int, queries: int, index: int) -> Episode:
         (task,) = rng.choices(self.tasks, cum_weights=self._cumulative)
         asked = rng.sample(range(len(task.examples)), min(queries, len(task.examples)))
+        taken = {task.examples[i].key for i in asked}
         if self.own_demonstrations:
-            shown = list(task.demonstrations[:shots])
+            shown = [example for example in task.demonstrations if example.key not in taken][:shots]
         else:
             # Indices, not copies: a task can have many thousands of examples.
-            own, taken = len(task.demonstrations), set(asked)
+            own = len(task.demonstrations)
             pool = own + len(task.examples)
             drawn = rng.sample(range(pool), min(shots + len(asked), pool))
-            kept = [i for i in drawn if i - own not in taken][:shots]
-            shown = [task.demonstrations[i] if i < own else task.examples[i - own] for i in kept]
+            shown = []
+            for i in (*drawn, *_others(rng, pool, drawn)):
+                if len(shown) == shots:
+                    break
+                example = task.demonstrations[i] if i < own else task.examples[i - own]
+                if example.key not in taken:
+                    taken.add(example.key)
+                    shown.append(example)
         return Episode(
             task.instruction,
             tuple(example.with_any_reference(rng) for example in shown),
@@ -154,12 +221,17 @@ class TaskSource:
             if not task.demonstrations:
                 drawn = set(Random(f"{seed}/{task.name}").sample(range(len(asked)), min(shots, len(asked) - 1)))
                 shown = tuple(asked[i] for i in sorted(drawn))
-                asked = tuple(example for i, example in enumerate(asked) if i not in drawn)
+            taken = {example.key for example in shown}
+            asked = tuple(example for example in asked if example.key not in taken)
             made.append(Episode(task.instruction, shown, asked[:queries], task.name, task.category))
         return made
 
     def __len__(self) -> int:
         return sum(len(task.examples) for task in self.tasks)
+
+    def repetition(self) -> dict[str, tuple[int, int]]:
+        """Of each task, how many examples were said twice, and with other outputs, as far as it has been read."""
+        return {task.name: task.repetition for task in self.tasks}
 
     def texts(self) -> list[str]:
         return [

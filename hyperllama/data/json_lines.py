@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def read_json_lines_tasks(root: str, *, instances: int, weights: Weights = "equa
     paths = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not paths or not all(p.is_file() for p in paths):
         raise UserError(f"data.root: {root} is neither a .jsonl file nor a folder with some")
-    tasks = [Task(p.stem, "", (), tuple(read_examples(p)[:instances]), datasets=(p.stem,)) for p in paths]
-    return TaskSource(tasks, weights=weights)
+    whole = [Task(p.stem, "", (), tuple(read_examples(p)), datasets=(p.stem,)).distinct() for p in paths]
+    return TaskSource([dataclasses.replace(task, examples=task.examples[:instances]) for task in whole], weights=weights)
 
 
 def from_recipe(part: Any) -> TaskSource:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,18 @@ from hyperllama.files import read_json_lines
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """`rows` have the text `fields`, and "label" (a name of `labels`, which are in the order of ids) and "label_id"."""
+    """`rows` have the text `fields`, and "label" (a name of `labels`, which are in the order of ids) and "label_id".
+
+    No two rows have the same text: of those that had the first is there. `repetition` counts the others, and those of them with
+    another label.
+    """
 
     name: str
     fields: tuple[str, ...]
     labels: tuple[str, ...]
     rows: tuple[dict[str, Any], ...]
     split: str
+    repetition: tuple[int, int] = (0, 0)
 
     def text(self, row: dict[str, Any]) -> str:
         """The fields of a row as one input: the text of an only field, else "Name: text" lines."""
@@ -88,7 +93,12 @@ def _from_rows(name: str, rows: list[dict], where: str, split: str) -> LabelledS
         for field in fields:
             if not isinstance(row.get(field), str):
                 raise UserError(f"{where}: a row has no text in field {field!r}; every row needs the same fields")
-    return LabelledSet(name, fields, tuple(ordered), tuple(kept), split)
+    first: dict[str, dict] = {}
+    others = 0
+    whole = LabelledSet(name, fields, tuple(ordered), (), split)
+    for row in kept:
+        others += first.setdefault(whole.text(row).strip(), row)["label"] != row["label"]
+    return replace(whole, rows=tuple(first.values()), repetition=(len(kept) - len(first), others))
 
 
 def labelled_sets(part: Any, names: list[str]) -> list[LabelledSet]:

@@ -8,7 +8,7 @@ from itertools import accumulate
 from operator import or_
 from random import Random
 
-from hyperllama.data.episode import Episode, Provenance, Source
+from hyperllama.data.episode import Episode, Provenance, Source, repetition_of
 from hyperllama.errors import UserError
 
 
@@ -32,6 +32,10 @@ class MixtureSource:
     def __len__(self) -> int:
         sizes = [len(source) for source in self.sources]
         return sum(sizes) if all(sizes) else 0
+
+    def repetition(self) -> dict[str, tuple[int, int]]:
+        """What was said twice in all sources that know."""
+        return {name: counts for source in self.sources for name, counts in repetition_of(source).items()}
 
     def texts(self) -> Iterable[str]:
         return (text for source in self.sources for text in source.texts())

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from hyperllama.data.episode import Example, Provenance, TaskSource, Weights
+from hyperllama.data.episode import Example, Provenance, TaskSource, Weights, merged
 from hyperllama.errors import UserError, in_one_line
 
 # How the names of configurations begin. The mixtures are the paper's, as github.com/bigscience-workshop/t-zero lists them in
@@ -108,14 +108,15 @@ def select_configs(known: Sequence[str], settings: P3Settings) -> tuple[list[str
 class P3Task:
     """A configuration as a `Task` whose rows are read when they are first asked for.
 
-    Examples are usable ones of the split, at most `instances`; `dropped` counts the others that were read. There is
+    Examples are usable ones of the split, at most `instances`; `dropped` counts the others that were read, and
+    `repetition` is as of every task. There is
     no instruction. `category` is the data set, of ANLI with the round, since T0 reports the rounds one by one.
     """
 
     instruction = ""
 
     def __init__(self, name: str, pool: _Pool, settings: P3Settings, split: str, instances: int):
-        self.name, self.dropped = name, 0
+        self.name, self.dropped, self.repetition = name, 0, (0, 0)
         self._pool, self._settings, self._split, self._instances = pool, settings, split, instances
         prefix = dataset_prefix(name)
         anli_round = _ROUND.search(name) if prefix == "anli" else None
@@ -154,7 +155,13 @@ class P3Task:
             kept += [] if example is None else [example]
             if len(kept) == self._instances:
                 break
-        return tuple(kept)
+        examples, *counts = merged(kept)
+        self.repetition = tuple(map(sum, zip(self.repetition, counts)))
+        return examples
+
+    def distinct(self) -> P3Task:
+        """Itself: what it reads is distinct."""
+        return self
 
 
 class P3Source(TaskSource):

@@ -24,15 +24,16 @@ LANGUAGES = ("Input_language", "Output_language", "Instruction_language")
 def read_task(path: str | Path, *, outputs: bool = True) -> Task:
     """One task from an S-NI task file (.json) or JSON lines of {"input": ..., "output": ...} (.jsonl).
 
-    In JSON lines every example may be shown and asked; `outputs=False` reads inputs that have no outputs. Raises UserError
-    that names file and line.
+    In JSON lines every example may be shown and asked, and inputs that are equal are one (`Task.distinct`); `outputs=False`
+    reads inputs that have no outputs, every line of them. Raises UserError that names file and line.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file; expected examples as JSON lines or an S-NI task file")
     if path.suffix == ".json":
         return read_sni_task(path)
-    return Task(path.stem, "", (), tuple(read_examples(path, outputs=outputs)))
+    examples = tuple(read_examples(path, outputs=outputs))
+    return Task(path.stem, "", (), examples).distinct() if outputs else Task(path.stem, "", (), examples)
 
 
 def read_sni_task(path: str | Path) -> Task:
@@ -55,7 +56,7 @@ def read_sni(root: str, *, split: str, splits: str, instances: int, **settings) 
         raise UserError(f"data.split: {listing} is not there; choose a list below {Path(root) / splits}")
     names = [line.strip() for line in read_text(listing, "names of tasks").splitlines() if line.strip()]
     files = {path: _task_file(path) for path in (folder / f"{name}.json" for name in names) if path.is_file()}
-    english = {path: value for path, value in files.items() if _is_english(value)}
+    english = {path: value for path, value in files.items() if _is_english(value, path)}
     if not english:
         raise UserError(f"data.root: none of the {len(names)} tasks of {listing} is in {folder} and in English")
     return _source((_task(value, path) for path, value in english.items()), split, instances, **settings)
@@ -88,6 +89,8 @@ def read_sni_hub(name: str, *, split: str, instances: int, **settings) -> TaskSo
 
 def _source(tasks: Iterable[Task], split: str, instances: int, **settings) -> TaskSource:
     def cap(task: Task) -> Task:
+        if not task.examples:
+            raise UserError(f"{task.name}: its list of Instances is empty, so nothing can be asked; leave it out")
         if len(task.examples) <= instances:
             return task
         kept = range(instances)
@@ -100,10 +103,8 @@ def _source(tasks: Iterable[Task], split: str, instances: int, **settings) -> Ta
 
 def _task_file(path: str | Path) -> dict:
     value = read_json(path, "an S-NI task file")
-    if not isinstance(value, dict) or "Instances" not in value:
+    if not isinstance(value, dict) or not {"Instances", "Positive Examples", "Definition"} & value.keys():
         raise UserError(f"{path}: not an S-NI task file, it has no Instances; expected the schema of natural-instructions")
-    if not value["Instances"]:
-        raise UserError(f"{path}: its list of Instances is empty; choose another task file")
     return value
 
 
@@ -114,19 +115,27 @@ def _task(value: dict, path: Path) -> Task:
         if not isinstance(items, list):
             raise UserError(f"{path}: {key} must be a list")
         lists[key] = tuple(example_from(item, f"{path}, {key} {i}") for i, item in enumerate(items))
-    definition = value.get("Definition", "")
     return Task(
         path.stem,
-        "\n".join(definition) if isinstance(definition, list) else definition,
+        "\n".join(_texts(value, "Definition", path)),
         lists["Positive Examples"],
         lists["Instances"],
-        category=next(iter(value.get("Categories", ())), ""),
-        datasets=tuple(value.get("Source", ())),
-    )
+        category=next(iter(_texts(value, "Categories", path)), ""),
+        datasets=_texts(value, "Source", path),
+    ).distinct()
 
 
-def _is_english(value: dict) -> bool:
-    return all(set(value.get(key, ["English"])) == {"English"} for key in LANGUAGES)
+def _texts(value: dict, key: str, where: str | Path) -> tuple[str, ...]:
+    """The texts under a key, which the collection has as a list, and some files as one text; UserError for anything else."""
+    found = value.get(key) or []
+    found = [found] if isinstance(found, str) else found
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise UserError(f"{where}: {key} must be a text or a list of texts, not {str(found)[:60]!r}")
+    return tuple(found)
+
+
+def _is_english(value: dict, where: Path) -> bool:
+    return all(set(_texts(value, key, where) or ("English",)) == {"English"} for key in LANGUAGES)
 
 
 def from_recipe(part: Any) -> TaskSource:

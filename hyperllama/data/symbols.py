@@ -108,6 +108,10 @@ class SymbolSource:
     def __len__(self) -> int:
         return sum(len(rows) for by_label in self._rows for rows in by_label)
 
+    def repetition(self) -> dict[str, tuple[int, int]]:
+        """Of each set, how many rows had the text of another and are left out, and how many of them had another label."""
+        return {labelled.name: labelled.repetition for labelled in self.sets}
+
     def texts(self) -> list[str]:
         rows = [labelled.text(row) for labelled, groups in zip(self.sets, self._rows) for rows in groups for row in rows]
         names = [s for kind in self.settings.kinds for s in symbol_pool(kind, self.pool)]

@@ -141,7 +141,8 @@ class _Rendering:
                 self.skipped[name] = "renders no row of the set to both an input and an output"
                 continue
             shots = tuple(_rendered(template, own, settings, self.instances, self.counts)) if own else ()
-            tasks.append(Task(name, "", shots, examples, labelled.name, (labelled.name, key)))
+            twice = tuple(map(sum, zip(labelled.repetition, own.repetition if own else (0, 0))))
+            tasks.append(Task(name, "", shots, examples, labelled.name, (labelled.name, key), twice))
         if not tasks and (chosen or not settings.names):
             reasons = [f"{name!r} {why}" for name, why in self.skipped.items() if name.startswith(f"{labelled.name}/")]
             why = reasons[0] if reasons else "all turn the task around"

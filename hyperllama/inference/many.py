@@ -17,7 +17,7 @@ from pathlib import Path
 
 from attention_masks import GistLayout
 from hyperllama.base.identity import BaseIdentity, written
-from hyperllama.data.episode import Example, Task
+from hyperllama.data.episode import Example, Task, said_twice
 from hyperllama.data.sni import read_task
 from hyperllama.data.text import Encoder
 from hyperllama.errors import UserError, in_one_line
@@ -40,6 +40,7 @@ class Shown:
     task: str
     instruction: str
     demonstrations: tuple[Example, ...]
+    repetition: tuple[int, int] = (0, 0)
 
     def encode(self, encoder: Encoder, base: BaseIdentity, run: str | Path) -> tuple[list[int], Manifest]:
         """Token ids of the context, and the manifest of the prefix that the hypernetwork of `run` makes of them for `base`.
@@ -76,12 +77,12 @@ def shown_of(task: Task | str | Path, *, shots: int | None = None, instruction: 
     replaces that of the task. Raises UserError, naming the file, if it cannot be read or has nothing to compress.
     """
     where = task.name if isinstance(task, Task) else str(task)
-    task = task if isinstance(task, Task) else read_task(task)
+    task = (task if isinstance(task, Task) else read_task(task)).distinct()
     text = task.instruction if instruction is None else instruction
     demonstrations = tuple((task.demonstrations or task.examples)[:shots])
     if not demonstrations and not text:
         raise UserError(f"{where}: nothing to compress, neither demonstrations nor an instruction")
-    return Shown(where, task.name, text, demonstrations)
+    return Shown(where, task.name, text, demonstrations, task.repetition)
 
 
 def task_files(paths: Sequence[str | Path]) -> list[Path]:
@@ -107,6 +108,7 @@ class Summary:
     failed: list[str] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
+    repetition: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def done(self) -> int:
@@ -144,9 +146,14 @@ def compress_into(
     total = f" of {len(range(rank, len(tasks), ranks))}" if isinstance(tasks, Sized) else ""
     summary = Summary()
     tell = _Teller(lambda: progress(f"{store.folder}: {summary.done}{total} tasks: {summary}"), summary)
+
+    def remembered(shown: Shown) -> Shown:
+        summary.repetition[shown.where] = shown.repetition
+        return shown
+
     fitting = _new_contexts(
         islice(tasks, rank, None, ranks),
-        lambda task: _fitting(shown_of(task, shots=shots, instruction=instruction), hypernetwork, encoder, run),
+        lambda task: _fitting(remembered(shown_of(task, shots=shots, instruction=instruction)), hypernetwork, encoder, run),
         lambda manifest: store.path_of(manifest) if not store.remember(manifest, rank=rank) else None,
         hypernetwork.fingerprint(),
         tell,
@@ -158,6 +165,8 @@ def compress_into(
         summary.tokens += sum(map(len, contexts))
         tell()
     tell(silence=0)
+    if twice := said_twice(summary.repetition):
+        progress(twice)
     return summary
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from hyperllama.data.episode import Example
+from hyperllama.data.episode import Example, merged
 from hyperllama.data.packing import nested_gists
 from hyperllama.data.text import Encoder
 from hyperllama.errors import UserError
@@ -35,6 +35,7 @@ def leave_one_out(
     token by which the model's answers differ from those with the full context. Where outputs are few and recur, they are taken
     as choices, and accuracy_... are shares. UserError for fewer than two demonstrations: one is held back.
     """
+    demonstrations = merged(demonstrations)[0]
     if len(demonstrations) < 2:
         raise UserError("a report holds one demonstration back and needs another to compress; give at least two examples")
     held_back = sorted(Random(0).sample(range(len(demonstrations)), min(most, len(demonstrations))))
