@@ -31,6 +31,7 @@ setup(
         "huggingface-hub",
         "gguf>=0.17",
         "jinja2>=3.1",
+        "filelock>=3.16",
         "numpy",
         "packaging",
         "pyyaml",

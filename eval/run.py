@@ -23,20 +23,20 @@ from eval.summary import summarise
 from hyperllama.base.checks import check_config
 from hyperllama.base.environment import versions
 from hyperllama.base.loading import load_base, load_config, load_tokenizer
-from hyperllama.commands import train as commands_train
 from hyperllama.data.episode import Episode, Source, repetition_of, said_twice
 from hyperllama.data.leaks import find_leaks
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.errors import UserError
-from hyperllama.files import append, whole_json_lines, write_atomically
+from hyperllama.files import append, read_text, sha256, whole_json_lines, write_atomically
 from hyperllama.hypernetworks import loading as hypernetworks_loading
 from hyperllama.hypernetworks.config import check_gists, read_config
 from hyperllama.inference.reader import Reader
 from hyperllama.recipe.loading import differences, load_recipe, save_recipe
 from hyperllama.recipe.schema import EvaluationRecipe
 from hyperllama.recipe.sources import make_source
+from hyperllama.runs import RECIPE, check_folder, check_same, digest_of, owned, remember
 
-EXAMPLES, EPISODES, SUMMARY, RECIPE = "examples", "episodes.jsonl", "summary.json", "recipe.yaml"
+EXAMPLES, EPISODES, SUMMARY = "examples", "episodes.jsonl", "summary.json"
 # May change between one start and the next: what is there stays valid.
 FREE = ("methods", "resamples", "batch_tokens", "leaks")
 GROUP_QUERIES = 2000
@@ -51,10 +51,10 @@ def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str
     unknown = sorted(set(recipe.methods) - set(METHODS))
     if unknown:
         raise UserError(f"{recipe_path}: methods: no method {', '.join(unknown)}; choose from {', '.join(METHODS)}")
-    output, rank, ranks = Path(recipe.output), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    resolved = save_recipe(recipe)
+    output, rank = Path(recipe.output), int(os.environ.get("RANK", 0))
+    check_folder(output)
     if (output / RECIPE).is_file():
-        changed = set(differences((output / RECIPE).read_text(encoding="utf-8"), resolved))
+        changed = set(differences(read_text(output / RECIPE, "the recipe of an evaluation"), save_recipe(recipe)))
         changed = {key for key in changed if key.split(".")[0] not in FREE}
         if changed:
             raise UserError(
@@ -62,8 +62,7 @@ def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str
                 "set output to a new folder, or remove this one"
             )
     refuse_older(output)
-    names = [recipe.model, recipe.multi_task]
-    for name in filter(None, names):
+    for name in filter(None, [recipe.model, recipe.multi_task]):
         check_config(load_config(name), name)
     if recipe.hypernetwork:
         check_gists(recipe.hypernetwork, read_config(recipe.hypernetwork), recipe.gists)
@@ -71,15 +70,26 @@ def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str
     if rank == 0 and (twice := said_twice(repetition_of(source))):
         print(twice, file=sys.stderr)
     episodes = episodes_of(recipe, source)
-    kind = kind_of(episodes, recipe.metric)
-    methods = applicable(recipe, episodes, kind)
+    made_from = facts_of(recipe, episodes)
+    check_same(output, made_from)
+    applicable(recipe, episodes, kind_of(episodes, recipe.metric))  # refused before models load
     leaks = refuse_leaks(recipe, source, tell=rank == 0)
-    bench = make_bench(recipe, episodes)
-    write_atomically(output / RECIPE, resolved)
+    with owned(output / f"rank{rank}", folder=False):
+        return _evaluate(recipe, episodes, leaks, made_from)
+
+
+def _evaluate(
+    recipe: EvaluationRecipe, episodes: Sequence[Episode], leaks: str, made_from: dict[str, str | None]
+) -> dict[str, Any] | None:
+    output, rank, ranks = Path(recipe.output), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    kind, bench = kind_of(episodes, recipe.metric), make_bench(recipe, episodes)
     offered = sum(len(e.queries or (1,)) for e in episodes)
     bench.episodes = episodes = readable(episodes, bench.encoder) if bench.encoder else episodes
     methods = applicable(recipe, episodes, kind)  # what is left may lack what all had, such as a second task
     asked = {i: queries_of(bench, episode, kind) for i, episode in enumerate(episodes)}
+    refuse_too_long(bench, methods, asked, kind, recipe.generation)
+    write_atomically(output / RECIPE, save_recipe(recipe))
+    remember(output, made_from)
     run = Run(output / EXAMPLES, rank, [method.name for method in methods], {i: len(q) for i, q in asked.items()})
     keep_episodes(output, [before_queries(bench, i) for i in range(len(episodes))], asked, run.lines())
     for method, indices in run.left(bench, asked, range(rank, len(episodes), ranks)):
@@ -93,6 +103,33 @@ def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str
     write_atomically(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     write_report(summary, output)
     return summary | {"report": str(output / "report.md")}
+
+
+def facts_of(recipe: EvaluationRecipe, episodes: Sequence[Episode]) -> dict[str, str | None]:
+    """Fingerprints of all that an evaluation's results depend on beside its recipe."""
+    base = recipe.model or (read_config(recipe.hypernetwork)["base"]["name"] if recipe.hypernetwork else None)
+    models = {"base": base, "hypernetwork": recipe.hypernetwork, "multi_task": recipe.multi_task, "prefixes": recipe.prefixes}
+    data = sha256(*(repr(episode) for episode in episodes))
+    return {"data": data, **{name: digest_of(path) for name, path in models.items()}}
+
+
+def refuse_too_long(
+    bench: Bench, methods: Sequence[Method], asked: dict[int, list[Query]], kind: Kind, generation: dict
+) -> None:
+    """UserError if what stands before a query, the query and its answer take more positions than the model has."""
+    if bench.reader is None:
+        return
+    positions = bench.reader.model.config.max_position_embeddings
+    whole = any(method.role == "context" for method in methods)
+    new = generation.get("max_new_tokens", bench.encoder.format.answer_tokens) if kind == "text" else 0
+    for i, queries in asked.items():
+        rows = len(bench.context(bench.episodes[i])) if whole else bench.budget or 0
+        longest = max((len(q.prompt) + (new or max(map(len, q.continuations))) for q in queries), default=0)
+        if rows + longest > positions:
+            raise UserError(
+                f"task {bench.episodes[i].task}: {rows} rows of context and {longest} tokens of a query with its answer are "
+                f"more than the model's {positions} positions; lower limits.context_tokens or format.answer_tokens"
+            )
 
 
 def episodes_of(recipe: EvaluationRecipe, source: Source) -> list[Episode]:
@@ -273,7 +310,7 @@ def check_leaks(recipe: EvaluationRecipe, source: Source) -> tuple[str, bool]:
     base = recipe.model or (read_config(recipe.hypernetwork)["base"]["name"] if recipe.hypernetwork else None)
     found, shares = [], False
     for run in dict.fromkeys(filter(None, (recipe.hypernetwork, base, recipe.multi_task))):
-        path = Path(run) / commands_train.RECIPE
+        path = Path(run) / RECIPE
         if not path.is_file():
             found.append(f"{run}: what it was trained on is not known")
             continue

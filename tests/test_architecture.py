@@ -17,6 +17,7 @@ ROOMS = [
     ["hyperllama.hypernetworks"],
     ["hyperllama.objectives", "hyperllama.prefixes"],
     ["hyperllama.base", "hyperllama.data"],
+    ["hyperllama.runs"],
     ["hyperllama.files", "hyperllama.noise"],
     ["hyperllama.errors", "hyperllama"],
     ["attention_masks"],

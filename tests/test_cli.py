@@ -62,7 +62,7 @@ def examples(tmp_path):
 
 @pytest.fixture
 def task_file(tmp_path):
-    task = {"Definition": ["Copy."], "Positive Examples": [{"input": "a", "output": "a"}] * 3}
+    task = {"Definition": ["Copy."], "Positive Examples": [{"input": x, "output": x} for x in "axy"]}
     path = tmp_path / "task7_copy.json"
     path.write_text(json.dumps({**task, "Instances": [{"input": "b", "output": ["b", "B"]}, {"input": "c", "output": ["c"]}]}))
     return path
@@ -147,8 +147,8 @@ def test_bad_examples(call, trained, tmp_path):
     one_line(call("compress", trained, broken, "-o", output), f"{broken}, line 2", "not JSON")
     one_line(call("compress", trained, tmp_path / "none.jsonl", "-o", output), "no such file")
     task = tmp_path / "task.json"
-    task.write_text(json.dumps({"Definition": ["x"], "Instances": []}))
-    one_line(call("compress", trained, task, "-o", output), task, "its list of Instances is empty")
+    task.write_text(json.dumps({"Instances": []}))
+    one_line(call("compress", trained, task, "-o", output), task, "nothing to compress, neither demonstrations nor an")
     assert not output.exists()
 
 
@@ -168,7 +168,7 @@ def test_bad_folders_and_outputs(call, trained, examples, tmp_path):
     (other / "b.jsonl").write_text(examples.read_text())
     second = other / "b.jsonl"
     one_line(call("compress", trained, examples, second, "-o", examples), "a file, but several prefixes need a folder")
-    one_line(call("compress", trained, examples, "-o", examples), "is a file of examples itself, which the prefix would")
+    one_line(call("compress", trained, examples, "-o", examples), "is read, so it cannot be written too; give another name")
     one_line(call("inspect", other), "neither a prefix file nor the folder of a run")
 
 

@@ -113,7 +113,7 @@ class TestCompressInto:
 
     def test_manifests_are_those_of_single_files(self, store, loaded, run, tmp_path):
         folder = write_files(tmp_path / "tasks", ragged_tasks(3))
-        sni = {"Definition": ["Copy."], "Positive Examples": [{"input": "a", "output": "a" * n} for n in (1, 2, 400)]}
+        sni = {"Definition": ["Copy."], "Positive Examples": [{"input": f"a{n}", "output": "a" * n} for n in (1, 2, 400)]}
         (folder / "task7.json").write_text(json.dumps({**sni, "Instances": [{"input": "b", "output": ["b"]}]}))
         options = {"shots": 3, "instruction": "Do."}
         summary, _ = self.into(store, loaded, task_files([folder]), run=run, **options)
@@ -198,7 +198,7 @@ class TestCompressInto:
             *("broken.jsonl", "empty.jsonl", "long.jsonl", "number.json", "odd.json", "none.jsonl", "nothing")
         }
         assert "none of its 1 demonstrations fits" in found[f"{folder}/long.jsonl"]
-        assert "cannot be read as a task (TypeError" in found[f"{folder}/odd.json"]
+        assert "Categories must be a text or a list of texts, not '3'" in found[f"{folder}/odd.json"]
         assert found["nothing"] == "nothing to compress, neither demonstrations nor an instruction"
         assert all("\n" not in sentence for sentence in summary.failed) and "7 failed" in str(summary)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hyperllama.data.episode import Episode, Example, Task, TaskSource
 from hyperllama.data.json_lines import read_examples, read_json_lines_tasks
 from hyperllama.data.packing import pack_full, pack_gist
-from hyperllama.data.sni import read_sni, read_sni_task, read_task
+from hyperllama.data.sni import read_inputs, read_sni, read_sni_task, read_task
 from hyperllama.data.stream import EpisodeStream
 from hyperllama.data.synthetic import SyntheticLanguage, SyntheticSource
 from hyperllama.data.text import EncodedEpisode, Encoder, Limits, TextFormat
@@ -91,7 +91,7 @@ def test_binary_and_missing_files_are_named(tmp_path):
 
 def test_inputs_need_no_outputs(tmp_path):
     path = write(tmp_path / "e.jsonl", '{"input": "a"}\n{"input": "b", "output": "c"}')
-    assert [e.references for e in read_task(path, outputs=False).examples] == [(), ("c",)]
+    assert [(e.references, rest) for _, e, rest in read_inputs(path)] == [((), {}), (("c",), {})]
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -12,7 +12,7 @@ from hyperllama.data.json_lines import read_json_lines_tasks
 from hyperllama.data.labelled import read_labelled_sets
 from hyperllama.data.mixture import MixtureSource
 from hyperllama.data.p3 import P3Settings, read_p3
-from hyperllama.data.sni import read_sni, read_task
+from hyperllama.data.sni import read_inputs, read_sni, read_task
 from hyperllama.data.symbols import SymbolSettings, SymbolSource
 from hyperllama.data.templates import TemplateSettings, TemplateSource
 from hyperllama.inference.many import shown_of
@@ -110,7 +110,7 @@ def test_what_is_compressed_and_what_is_held_back_is_distinct(tmp_path):
 
 def test_inputs_to_answer_are_not_merged(tmp_path):
     path = write(tmp_path / "t.jsonl", lines(twice()))
-    assert len(read_task(path, outputs=False).examples) == 16
+    assert len(read_inputs(path)) == 16
 
 
 def test_one_text_is_a_list_of_one(tmp_path):

@@ -482,7 +482,7 @@ class TestRuns:
         path.write_text(lines[: len(lines) // 2])  # what a crash leaves
         evaluate(run_folder / "evaluate.yaml", changes)
         assert (tmp_path / "out/episodes.jsonl").read_text() == episodes and sorted(path.read_text()) == sorted(lines)
-        other = "out holds results of other data than the recipe gives now; remove it, or set output to a new folder"
+        other = "out: what is there was made from another data; set output to a new folder, or remove this one; to go on all"
         task("a", 9)  # becomes the first episode
         with pytest.raises(UserError, match=other):
             evaluate(run_folder / "evaluate.yaml", changes)

@@ -112,7 +112,7 @@ def test_what_a_reader_refuses(setting, tokenizer):
     reader, prefixes = setting
     with pytest.raises(UserError, match="was made for"):
         Reader(tiny_base(reader.model.config.model_type, seed=9), tokenizer).generate([[5]], prefixes[:1])
-    with pytest.raises(UserError, match="a prompt is empty"):
+    with pytest.raises(UserError, match="prompt 0: is empty after tokenisation"):
         reader.generate([[]], prefixes[:1])
     with pytest.raises(UserError, match="new tokens take 605 positions, but the model has 512"):
         reader.generate([[5, 6]], prefixes[:1], max_new_tokens=600)

@@ -30,7 +30,7 @@ def recipe(tmp_path):
     train(base)
     hyper = write(
         tmp_path / "hyper.yaml",
-        f"output: {tmp_path}/hyper\nmodel: {{name_or_path: {tmp_path}/base}}\ngist: {{tokens: 4, kind: lora}}\n"
+        f"output: {tmp_path}/hyper\nmodel: {{name_or_path: {tmp_path}/base}}\ngist: {{tokens: 4, kind: lora, elastic: true}}\n"
         f"data: {LANGUAGE}\n{FORMAT}\ntraining: {{max_steps: 2, use_cpu: true}}\n",
     )
     train(hyper)

@@ -63,6 +63,8 @@ def stored_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
     """A prefix file of the episode's task: compressed earlier, tuned, or made by anything else."""
     states = []
     for i in indices:
-        loaded = Prefix.load(bench.prefixes / f"{bench.episodes[i].task}.safetensors", bench.reader.identity)
+        path = bench.prefixes / f"{bench.episodes[i].task}.safetensors"
+        loaded = Prefix.load(path, bench.reader.identity)
+        loaded.check_format(bench.encoder.format, str(path))
         states.append(State(loaded, loaded.manifest.context_tokens or 0 if loaded.manifest else 0, loaded.rows))
     return states

@@ -32,6 +32,8 @@ def main() -> None:
             raise
         if isinstance(error, UserError):
             _fail(str(error))
+        elif isinstance(error, OSError) and error.filename:
+            _fail(f"{error.filename}: {error.strerror or type(error).__name__}; see to it, then run the same command again")
         # typer's own errors about arguments carry their sentence in `message`.
         elif hasattr(error, "format_message"):
             _fail(" ".join(error.format_message().split()) + " (see hyperllama --help)")

@@ -46,6 +46,8 @@ TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from 
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Write inputs by the tokenizer's chat template.")]
 Precision = Literal["float32", "bfloat16", "float16"]
 Dtype = Annotated[Precision | None, typer.Option(help="Load the base in this precision.")]
+CheckBase = Annotated[bool, typer.Option("--check-base", help="Compare all weights of the base, not a sample of them.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there, though we did not make it.")]
 Base = Annotated[str | None, typer.Option(help="Where the base model is, if it has moved.")]
 
 

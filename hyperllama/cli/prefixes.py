@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hyperllama.cli.app import (
     Base,
     ChatTemplate,
+    CheckBase,
     Dtype,
     MaxNewTokens,
+    Overwrite,
     Temperature,
     TopP,
     Verb,
@@ -22,6 +23,9 @@ from hyperllama.cli.app import (
     quiet_libraries,
 )
 from hyperllama.errors import UserError
+
+if TYPE_CHECKING:  # help is printed without torch
+    from hyperllama.prefixes.prefix import Prefix
 
 
 @app.command(cls=Verb)
@@ -40,7 +44,9 @@ def compress(
         float | None, typer.Option(min=0, help="Or the fewest that cost at most this many nats a token on held-back examples.")
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="With --store: at most so many tokens a pass.")] = 16384,
+    overwrite: Overwrite = False,
     base: Base = None,
+    check_base: CheckBase = False,
     dtype: Dtype = None,
 ) -> None:
     """Turn the examples of a task into a prefix file."""
@@ -51,27 +57,32 @@ def compress(
     from hyperllama.commands.compress import compress_to_store
 
     quiet_libraries()
-    settings = {"instruction": instruction, "shots": shots, "base_path": base, "dtype": dtype}
+    settings = {"instruction": instruction, "shots": shots, "base_path": base, "dtype": dtype, "check_base": check_base}
     if store is not None:
         summary = compress_to_store(run, examples, store, batch_tokens=batch_tokens, **settings)
         typer.echo(f"{store}: {summary}")
         if summary.failed:
             raise UserError("\n".join(summary.failed))
         return
-    made = compress_files(run, examples, output, report=report, gists=gists, budget=budget, **settings)
+    settings |= {"report": report, "gists": gists, "budget": budget, "overwrite": overwrite}
+    made = compress_files(run, examples, output, **settings)
     for path, prefix in made:
-        manifest = prefix.manifest
-        dropped = f" ({manifest.dropped_examples} more did not fit)" if manifest.dropped_examples else ""
-        typer.echo(
-            f"{path}: {manifest.examples} examples{dropped}, {manifest.context_tokens} tokens "
-            f"-> {prefix.rows} rows, {path.stat().st_size:,} bytes"
-        )
-        if report:
-            from hyperllama.inference.quality import verdict
+        _tell_made(path, prefix, report)
 
-            print_table(manifest.metrics, "  ")
-            if warning := verdict(manifest.metrics):
-                typer.echo(f"{path}: {warning}", err=True)
+
+def _tell_made(path: Path, prefix: Prefix, report: bool) -> None:
+    manifest = prefix.manifest
+    dropped = f" ({manifest.dropped_examples} more did not fit)" if manifest.dropped_examples else ""
+    typer.echo(
+        f"{path}: {manifest.examples} examples{dropped}, {manifest.context_tokens} tokens "
+        f"-> {prefix.rows} rows, {path.stat().st_size:,} bytes"
+    )
+    if report:
+        from hyperllama.inference.quality import verdict
+
+        print_table(manifest.metrics, "  ")
+        if warning := verdict(manifest.metrics):
+            typer.echo(f"{path}: {warning}", err=True)
 
 
 @app.command(cls=Verb)
@@ -88,39 +99,33 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     chat_template: ChatTemplate = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    overwrite: Overwrite = False,
     base: Base = None,
+    check_base: CheckBase = False,
     dtype: Dtype = None,
 ) -> None:
     """Answer new inputs with a frozen model that reads a prefix."""
     if (not input) == (inputs is None):
         raise UserError("generate: give either --input TEXT, once or several times, or --inputs FILE")
-    from transformers import set_seed
-
-    from hyperllama.commands.generate import generate as answer
-    from hyperllama.commands.generate import read_inputs
-    from hyperllama.data.episode import Example
-    from hyperllama.files import write_atomically
+    from hyperllama.commands.generate import Answering, Asked, Session, facts_of, read_asked
+    from hyperllama.files import check_output
 
     quiet_libraries()
-
-    examples = [Example(text, "") for text in input or ()] if inputs is None else read_inputs(inputs)
-    examples = examples[:limit]
-    settings = {"num_beams": num_beams, "batch_size": batch_size, **sampling(max_new_tokens, temperature, top_p)}
-    set_seed(seed)
-    texts = [example.input for example in examples]
-    answers = answer(prefix, texts, base_path=base, chat_template=chat_template, dtype=dtype, **settings)
-    if inputs is None and output is None:
-        lines = answers
-    else:
-        lines = []
-        for example, answer in zip(examples, answers, strict=True):
-            known = {"references": list(example.references)} if example.references else {}
-            lines.append(json.dumps({"input": example.input, "output": answer, **known}, ensure_ascii=False))
-    if output is None:
-        typer.echo("\n".join(lines))
-    else:
-        write_atomically(output, "\n".join(lines) + "\n")
-        typer.echo(f"{output}: {len(lines)} answers", err=True)
+    settings = {"num_beams": num_beams, "batch_size": batch_size, **_sampling(temperature, top_p, max_new_tokens)}
+    asked = [Asked(f"--input {text[:60]!r}", text) for text in input or ()] if inputs is None else read_asked(inputs)
+    asked = asked[:limit]
+    if output is not None:
+        check_output(output, reads=[prefix, *([inputs] if inputs else [])], overwrite=overwrite)
+    session = Session(prefix, base_path=base, chat_template=chat_template, dtype=dtype, check_base=check_base)
+    answering = Answering(session, asked, seed=seed, **settings)
+    if output is not None:
+        before = answering.write(output, facts_of(answering, prefix))
+        went_on = f", {before} of them from before" if before else ""
+        typer.echo(f"{output}: {len(asked)} answers{went_on}", err=True)
+        return
+    for window in answering.windows():
+        for one, answer in window:
+            typer.echo(answer if inputs is None else one.line(answer))
 
 
 @app.command(cls=Verb)
@@ -138,7 +143,7 @@ def chat(
 
     quiet_libraries()
     session = Session(prefix, base_path=base, chat_template=chat_template, dtype=dtype)
-    settings = sampling(max_new_tokens, temperature, top_p)
+    settings = _sampling(temperature, top_p, max_new_tokens)
     if sys.stdin.isatty():
         typer.echo(f"{prefix}: {session.prefix}; an empty line ends it", err=True)
     while True:
@@ -175,12 +180,13 @@ def compose(
     output: Annotated[Path, typer.Option("--output", "-o", help="The new prefix file.")],
     gists: Annotated[int | None, typer.Option(min=1, help="Keep the first so many rows of each.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Store 8 bits a number, and say what that loses.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Put prefixes one after the other, cut them, or make their file smaller."""
     from hyperllama.commands.compress import compose as join
 
     quiet_libraries()
-    made, lost = join(prefixes, output, gists=gists, quantize="int8" if int8 else None)
+    made, lost = join(prefixes, output, gists=gists, quantize="int8" if int8 else None, overwrite=overwrite)
     error = "".join(f", {side} off by {100 * part:.2f} %" for side, part in lost.items())
     typer.echo(f"{output}: {made.rows} rows, {output.stat().st_size:,} bytes{error}")
 
@@ -190,6 +196,7 @@ def export(
     prefix: Annotated[Path, typer.Argument(help="A prefix file.")],
     folder: Annotated[Path, typer.Argument(help="Where the adapter goes.")],
     cartridge: Annotated[bool, typer.Option("--cartridge", help="PEFT's CARTRIDGE instead of PREFIX_TUNING.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a prefix as an adapter that stock PEFT loads, and everything that reads PEFT."""
     quiet_libraries()
@@ -197,7 +204,7 @@ def export(
     from hyperllama.prefixes.prefix import Prefix
 
     loaded = Prefix.load(prefix)
-    typer.echo(f"{to_peft(loaded, folder, kind='cartridge' if cartridge else 'prefix_tuning')}: {loaded}")
+    typer.echo(f"{to_peft(loaded, folder, kind='cartridge' if cartridge else 'prefix_tuning', overwrite=overwrite)}: {loaded}")
     if lost := loaded.rows and lost_in_generate():
         typer.echo(lost, err=True)
 
@@ -224,9 +231,11 @@ def inspect(path: Annotated[Path, typer.Argument(help="A prefix file, or the fol
     print_table(look(path))
 
 
-def sampling(max_new_tokens: int | None, temperature: float | None, top_p: float | None) -> dict:
-    """Settings of transformers' generate: greedy unless temperature or top_p says otherwise."""
-    settings: dict = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    if temperature or top_p is not None:
-        settings |= {"do_sample": True, "temperature": temperature or 1.0, "top_p": 1.0 if top_p is None else top_p}
+def _sampling(temperature: float | None, top_p: float | None, max_new_tokens: int | None) -> dict:
+    """Settings of `generate`; UserError for those that contradict each other, in the names of the options."""
+    from hyperllama.inference.sampling import contradictions, sampling
+
+    settings = sampling(temperature, top_p, max_new_tokens)
+    for problem in contradictions(settings):
+        raise UserError("--" + problem.replace("top_p", "top-p"))
     return settings

@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Literal
 
 from hyperllama.base.distributed import processes
+from hyperllama.data.episode import said_twice
 from hyperllama.errors import UserError
+from hyperllama.files import check_output
+from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.config import check_gists, read_config
 from hyperllama.hypernetworks.hub import fetch
 from hyperllama.hypernetworks.loading import load_hypernetwork
-from hyperllama.inference.many import Summary, compress_into, shown_of, task_files
+from hyperllama.inference.many import Summary, compress_into, fitting, shown_of, task_files
 from hyperllama.inference.quality import fewest_gists, leave_one_out
 from hyperllama.inference.reader import Reader
-from hyperllama.prefixes.prefix import Prefix
+from hyperllama.prefixes.manifest import Manifest
+from hyperllama.prefixes.prefix import Prefix, is_prefix
 from hyperllama.prefixes.store import PrefixStore
 
 
@@ -34,6 +38,8 @@ def compress(
     report: bool = False,
     gists: int | None = None,
     budget: float | None = None,
+    check_base: bool = False,
+    overwrite: bool = False,
 ) -> list[tuple[Path, Prefix]]:
     """Compress files of examples, each one task, into prefix files. Returns their paths and prefixes.
 
@@ -41,30 +47,40 @@ def compress(
     replaces that of the file. `output` is a folder if there are several files, if it exists as one, or ends in a slash.
     `report` measures each prefix on held-back examples (see `leave_one_out`) and keeps the figures in its manifest.
     An elastic hypernetwork makes prefixes of `gists` gists, or of the fewest that cost at most `budget` nats a token.
+    `check_base` compares all weights of the base with those of the training. A prefix file may be replaced, another file only
+    with `overwrite`. Raises UserError for what cannot be compressed, named by its file, before anything is written.
     """
     shown = [shown_of(file, shots=shots, instruction=instruction) for file in task_files(files)]
     paths = _output_paths(output, [one.task for one in shown])
-    taken = {Path(one.where).resolve() for one in shown} & {path.resolve() for path in paths}
-    if taken:
-        raise UserError(f"{output}: is a file of examples itself, which the prefix would overwrite; choose another output")
+    for path in paths:
+        check_output(path, reads=[one.where for one in shown], ours=is_prefix, overwrite=overwrite)
+    if twice := said_twice({one.where: one.repetition for one in shown}):
+        print(twice, file=sys.stderr)
     check_gists(run, read_config(fetch(run)), gists if budget is None else 1)
-    hypernetwork, encoder = load_hypernetwork(run, base_path, dtype=dtype)
-    contexts, manifests = zip(*(one.encode(encoder, hypernetwork.identity, run) for one in shown))
+    hypernetwork, encoder = load_hypernetwork(run, base_path, dtype=dtype, check_base=check_base)
+    contexts, manifests = zip(*(fitting(one, hypernetwork, encoder, run) for one in shown))
     reader = Reader(hypernetwork.base, encoder.tokenizer)
     asked = [(hypernetwork, reader, encoder, one.instruction, one.demonstrations) for one in shown]
     counts = [gists if budget is None else fewest_gists(*one, budget=budget) for one in asked]
     if report:
         measured = [leave_one_out(*one, gists=count) for one, count in zip(asked, counts, strict=True)]
         manifests = [dataclasses.replace(manifest, metrics=quality) for manifest, quality in zip(manifests, measured)]
+    made = _in_passes(hypernetwork, contexts, manifests, counts)
+    for path, prefix in zip(paths, made, strict=True):
+        prefix.save(path)
+    return list(zip(paths, made))
+
+
+def _in_passes(
+    hypernetwork: Hypernetwork, contexts: Sequence[list[int]], manifests: Sequence[Manifest], counts: Sequence[int | None]
+) -> list[Prefix]:
+    """A prefix of each context with its own number of gists, in a pass for each of these numbers."""
     prefixes: dict[int, Prefix] = {}
-    for count in dict.fromkeys(counts):  # a pass for each number of gists
+    for count in dict.fromkeys(counts):
         own = [i for i, n in enumerate(counts) if n == count]
         made = hypernetwork.compress([contexts[i] for i in own], [manifests[i] for i in own], gists=count)
         prefixes |= dict(zip(own, made, strict=True))
-    found = [(path, prefixes[i]) for i, path in enumerate(paths)]
-    for path, prefix in found:
-        prefix.save(path)
-    return found
+    return [prefixes[i] for i in range(len(contexts))]
 
 
 def compress_to_store(
@@ -76,6 +92,7 @@ def compress_to_store(
     shots: int | None = None,
     base_path: str | None = None,
     dtype: str | None = None,
+    check_base: bool = False,
     batch_tokens: int = 16384,
 ) -> Summary:
     """Compress many files, or folders of them, into a store; what is there already is not compressed again.
@@ -85,19 +102,26 @@ def compress_to_store(
     tasks = task_files(files)
     read_config(fetch(run))  # a store is not made for a run that is none
     place = PrefixStore(store)
-    hypernetwork, encoder = load_hypernetwork(run, base_path, dtype=dtype)
+    hypernetwork, encoder = load_hypernetwork(run, base_path, dtype=dtype, check_base=check_base)
     ranks = {"rank": int(os.environ.get("RANK", 0)), "ranks": processes()}
     settings = {"run": run, "shots": shots, "instruction": instruction, "progress": partial(print, file=sys.stderr), **ranks}
     return compress_into(place, hypernetwork, encoder, tasks, batch_tokens=batch_tokens, **settings)
 
 
 def compose(
-    paths: Sequence[str | Path], output: str | Path, *, gists: int | None = None, quantize: Literal["int8"] | None = None
+    paths: Sequence[str | Path],
+    output: str | Path,
+    *,
+    gists: int | None = None,
+    quantize: Literal["int8"] | None = None,
+    overwrite: bool = False,
 ) -> tuple[Prefix, dict[str, float]]:
     """Put prefixes of one base one after the other into a new file; `gists` keeps the first so many of each.
 
-    Returns the prefix, and what `quantize` loses (see `Prefix.save`).
+    The file may replace another prefix that is not read, any other file only with `overwrite`. Returns the prefix, and what
+    `quantize` loses (see `Prefix.save`).
     """
+    check_output(output, reads=paths, ours=is_prefix, overwrite=overwrite)
     parts = []
     for path in paths:
         part = Prefix.load(path)

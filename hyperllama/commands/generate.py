@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from hyperllama import __version__
 from hyperllama.base.checks import check_config
 from hyperllama.base.identity import identify
 from hyperllama.base.loading import base_of, load_base, load_config, load_tokenizer
-from hyperllama.data.episode import Example
-from hyperllama.data.sni import read_task
+from hyperllama.data.sni import read_inputs
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.errors import UserError
+from hyperllama.files import append, read_text, sha256, whole_json_lines, write_atomically
 from hyperllama.hypernetworks.hub import fetch
 from hyperllama.inference.reader import Reader
 from hyperllama.prefixes.prefix import Prefix
+from hyperllama.runs import digest_of, owned
+
+WINDOW = 8  # batches that are answered together, the shortest inputs first
 
 
 class AnswerStreamer(TextStreamer):
@@ -97,6 +105,15 @@ class Session:
         """The text that ends an answer: the separator, but a turn of a conversation ends with the end token alone."""
         return "" if self.chat_template else self.encoder.format.separator
 
+    def check_lengths(self, asked: Sequence[Asked], **settings) -> None:
+        """UserError that names the first input which cannot be answered, for its length say, and counts the others."""
+        new = settings.get("max_new_tokens", self.encoder.format.answer_tokens)
+        prompts = [self.prompt(one.input) for one in asked]
+        if problems := list(self.reader.too_long(prompts, [self.prefix] * len(prompts), new)):
+            place, problem = problems[0]
+            more = f" ({len(problems) - 1:,} more inputs cannot be answered)" if len(problems) > 1 else ""
+            raise UserError(f"{asked[place].where}: {problem}{more}")
+
     def stream(self, text: str, **settings) -> None:
         """Print the answer to one input as it is generated."""
         self.answer([text], streamer=AnswerStreamer(self.tokenizer, self.stop), **settings)
@@ -116,6 +133,79 @@ def generate(
     return session.answer(inputs, **settings)
 
 
-def read_inputs(path: str | Path) -> list[Example]:
-    """What `generate --inputs` reads: JSON lines with "input", and perhaps "output", or the instances of an S-NI task."""
-    return list(read_task(path, outputs=False).examples)
+@dataclass(frozen=True)
+class Asked:
+    """One thing to be answered: where it stands, its text, and what of its line goes with the answer."""
+
+    where: str
+    input: str
+    rest: dict[str, Any] = field(default_factory=dict)
+
+    def line(self, answer: str) -> str:
+        """A line of results: the input, its answer, and all other fields that there were."""
+        return json.dumps({"input": self.input, "output": answer, **self.rest}, ensure_ascii=False)
+
+
+def read_asked(path: str | Path, limit: int | None = None) -> list[Asked]:
+    """What a file asks (see `hyperllama.data.sni.read_inputs`); outputs that it has become "references"."""
+    found = read_inputs(path)[:limit]
+    known = [{"references": list(one.references)} if one.references else {} for _, one, _ in found]
+    return [Asked(where, one.input, more | rest) for (where, one, rest), more in zip(found, known, strict=True)]
+
+
+def facts_of(answering: Answering, prefix_path: str | Path) -> dict[str, Any]:
+    """Fingerprints of all that answers depend on."""
+    session = answering.session
+    lines = [one.line("") for one in answering.asked]
+    base = session.reader.identity
+    facts = {
+        "inputs": sha256(*lines),
+        "prefix": digest_of(fetch(prefix_path, prefix=True)),
+        "base": [base.weights, base.config],
+    }
+    facts |= {"dtype": str(session.reader.model.dtype), "chat_template": session.chat_template, "version": __version__}
+    return facts | {"settings": answering.settings, "seed": answering.seed}
+
+
+class Answering:
+    """Answers to many inputs, a window of some hundreds at a time, as lines in order.
+
+    With an `output` lines are kept in OUTPUT.partial as they come, and a rerun goes on there if prefix, base, inputs and
+    settings are the same; when all are there the file gets its name. `seed` counts for each window by itself, so that a rerun
+    samples the same.
+    """
+
+    def __init__(self, session: Session, asked: Sequence[Asked], *, seed: int = 0, batch_size: int = 32, **settings):
+        self.session, self.asked, self.seed = session, list(asked), seed
+        self.window = WINDOW * batch_size
+        self.settings = {"batch_size": batch_size, **settings}
+        session.check_lengths(self.asked, **settings)
+
+    def windows(self, first: int = 0) -> Iterator[list[tuple[Asked, str]]]:
+        """What is asked from input `first` on, which begins a window, with its answers; a list for each window."""
+        for start in range(first, len(self.asked), self.window):
+            window = self.asked[start : start + self.window]
+            set_seed(self.seed + start)
+            answers = self.session.answer([one.input for one in window], **self.settings)
+            yield list(zip(window, answers, strict=True))
+
+    def write(self, output: str | Path, facts: dict[str, Any]) -> int:
+        """Write all answers to a file; returns how many were there from before."""
+        path = Path(output)
+        partial = path.with_name(f"{path.name}.partial")
+        with owned(path, folder=False):
+            begun, there = whole_json_lines(partial), 0
+            if begun and begun[0] == {"made_from": facts}:
+                there = (len(begun) - 1) // self.window * self.window
+            elif begun:
+                print(
+                    f"{partial}: answers to other inputs, or by another prefix, base or settings; begins anew", file=sys.stderr
+                )
+            kept = [json.dumps(line, ensure_ascii=False) for line in ({"made_from": facts}, *begun[1 : there + 1])]
+            write_atomically(partial, "\n".join(kept) + "\n")
+            for window in self.windows(there):
+                append(partial, "".join(one.line(answer) + "\n" for one, answer in window), sync=True)
+            whole = read_text(partial, "answers").split("\n", 1)[1]
+            write_atomically(path, whole)
+            partial.unlink()
+        return there

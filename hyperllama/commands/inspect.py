@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from hyperllama.commands.train import RECIPE, RESULT, VERSIONS
+from hyperllama.commands.train import RESULT, VERSIONS
 from hyperllama.errors import UserError
 from hyperllama.files import read_json
 from hyperllama.hypernetworks.config import CONFIG, read_config
 from hyperllama.hypernetworks.hub import fetch
 from hyperllama.prefixes.prefix import Prefix
+from hyperllama.runs import RECIPE
 from hyperllama.training.checkpoints import CHECKPOINTS, newest_checkpoint
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -20,25 +21,27 @@ from hyperllama.base.environment import versions
 from hyperllama.base.identity import BaseIdentity
 from hyperllama.base.loading import load_base, load_config, load_tokenizer, random_base, random_config
 from hyperllama.data.dealing import Dealt
-from hyperllama.data.episode import Source, repetition_of, said_twice
+from hyperllama.data.episode import Source, fingerprint_of, repetition_of, said_twice
 from hyperllama.data.packing import Packing, full_tokens, gist_tokens, pack_full, pack_gist
 from hyperllama.data.stream import Collator, EpisodeStream
 from hyperllama.data.text import EncodedEpisode, Encoder
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
-from hyperllama.files import whole_json_lines, write_atomically
+from hyperllama.files import read_text, whole_json_lines, write_atomically
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.config import read_config
 from hyperllama.hypernetworks.registry import KINDS, kind_of
 from hyperllama.objectives.packed_model import PackedModel
 from hyperllama.recipe.loading import differences, load_recipe, save_recipe
-from hyperllama.recipe.schema import Recipe, has_sink
+from hyperllama.recipe.schema import Recipe, TuneRecipe, has_sink
 from hyperllama.recipe.sources import make_source
+from hyperllama.runs import RECIPE, check_folder, check_same, digest_of, owned, remember
 from hyperllama.training.checkpoints import CHECKPOINTS, newest_checkpoint, settings_to_go_on
+from hyperllama.training.deepspeed import deepspeed_file
 from hyperllama.training.full_attention import FullAttention
 from hyperllama.training.trainer import METRICS, GistTrainer, training_arguments
 
-RECIPE, VERSIONS, BASE, RESULT = "recipe.yaml", "versions.json", "base", "result.json"
+VERSIONS, BASE, RESULT = "versions.json", "base", "result.json"
 
 
 def make_base(recipe: Recipe, source: Source, arguments: TrainingArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -80,15 +83,20 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
     arguments = training_arguments(settings, run=run, seed=recipe.seed, deepspeed=recipe.deepspeed)
     # What can be refused is refused here, before tokenizers are trained or weights loaded.
     _check_model(recipe, arguments)
-    resolved = save_recipe(recipe)
-    if finished(run, resolved):
-        return None
     source = make_source(recipe.data)
-    if arguments.should_save and (twice := said_twice(repetition_of(source))):
-        print(twice, file=sys.stderr)
+    with owned(run) if arguments.process_index == 0 else nullcontext():
+        facts = {"data": fingerprint_of(source), "base": digest_of(recipe.model.name_or_path)}
+        facts |= {"start_from": digest_of(recipe.start_from), "deepspeed": settings_of(recipe.deepspeed)}
+        if not begin(run, recipe, facts):
+            return None
+        if arguments.should_save and (twice := said_twice(repetition_of(source))):
+            print(twice, file=sys.stderr)
+        return _train(recipe, source, arguments, checkpoint)
+
+
+def _train(recipe: Recipe, source: Source, arguments: TrainingArguments, checkpoint: str | None) -> TrainOutput | None:
+    run = Path(recipe.output)
     set_seed(recipe.seed)
-    write_atomically(run / RECIPE, resolved)
-    write_atomically(run / VERSIONS, json.dumps(versions(), indent=2) + "\n")
     base, tokenizer = make_base(recipe, source, arguments)
     stream = _stream(recipe, source, Encoder(tokenizer, recipe.format, recipe.limits), arguments)
     set_seed(recipe.seed)
@@ -181,17 +189,32 @@ def make_hypernetwork(recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrain
     return made
 
 
-def finished(run: Path, resolved: str) -> bool:
-    """Whether a run of this recipe is complete in its folder; UserError if the folder holds a run of another recipe."""
-    if not (run / RECIPE).is_file():
-        return False
-    changed = differences((run / RECIPE).read_text(encoding="utf-8"), resolved)
-    if changed:
-        raise UserError(
-            f"{run} holds a run of another recipe (it differs in {', '.join(changed)}); "
-            "set output to a new folder, or remove this one"
-        )
+def settings_of(deepspeed: str | None) -> str | None:
+    """A fingerprint of DeepSpeed's settings, which a recipe only names."""
+    return digest_of(deepspeed_file(deepspeed)) if deepspeed else None
+
+
+def begin(run: Path, recipe: Recipe | TuneRecipe, facts: dict[str, str | None]) -> bool:
+    """Whether a run has something left to do in its folder, which then says what it is made from.
+
+    UserError if the folder holds something else, or a run of another recipe or of other data, base or runs (`facts`).
+    """
+    check_folder(run)
+    resolved = save_recipe(recipe)
+    if (run / RECIPE).is_file():
+        changed = differences(read_text(run / RECIPE, "the recipe of a run"), resolved)
+        # What was trained was trained without a query too long, or it would not be there.
+        changed = [key for key in changed if key != "limits.too_long_query"]
+        if changed:
+            raise UserError(
+                f"{run} holds a run of another recipe (it differs in {', '.join(changed)}); "
+                "set output to a new folder, or remove this one"
+            )
+    check_same(run, facts)
     if (run / RESULT).is_file():
         print(f"{run}: training had finished already; remove the folder to train again")
-        return True
-    return False
+        return False
+    write_atomically(run / RECIPE, resolved)
+    write_atomically(run / VERSIONS, json.dumps(versions(), indent=2) + "\n")
+    remember(run, facts)
+    return True

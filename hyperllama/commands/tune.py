@@ -5,35 +5,39 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from random import Random
 
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from hyperllama.base.decoder import rotary_settings
 from hyperllama.base.distributed import processes
-from hyperllama.base.environment import versions
 from hyperllama.base.identity import written
 from hyperllama.base.loading import load_base, load_tokenizer
-from hyperllama.commands.train import RECIPE, RESULT, VERSIONS, finished
-from hyperllama.data.episode import Episode, merged, repetition_of, said_twice
+from hyperllama.commands.train import RESULT, begin, settings_of
+from hyperllama.data.episode import Episode, Source, fingerprint_of, merged, repetition_of, said_twice
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.stream import Collator
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.errors import UserError
 from hyperllama.files import plain_name, whole_json_lines, write_atomically
 from hyperllama.hypernetworks.base import Hypernetwork
+from hyperllama.hypernetworks.config import read_config
+from hyperllama.hypernetworks.hub import fetch
 from hyperllama.hypernetworks.loading import load_hypernetwork
 from hyperllama.inference.reader import Reader
 from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.prefix import Prefix
-from hyperllama.recipe.loading import load_recipe, save_recipe
+from hyperllama.recipe.loading import load_recipe
 from hyperllama.recipe.schema import StartRecipe, TuneRecipe
 from hyperllama.recipe.sources import make_source
+from hyperllama.runs import digest_of, owned
 from hyperllama.training.checkpoints import CHECKPOINTS, newest_checkpoint, settings_to_go_on
 from hyperllama.training.trainer import GistTrainer, training_arguments
 from hyperllama.tuning.curves import CURVES, CURVES_PLOT, Curves, TuningStream, TuningTask, plot_curves, score_tasks
@@ -51,22 +55,39 @@ def tune(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, tu
     curves.png, metrics.jsonl, recipe.yaml, versions.json and checkpoints/.
     """
     recipe = load_recipe(recipe_path, overrides, schema=TuneRecipe)
-    run, start = Path(recipe.output), recipe.start
-    resolved = save_recipe(recipe)
-    if finished(run, resolved):
-        return None
+    run, first = Path(recipe.output), int(os.environ.get("RANK", 0)) == 0
+    _arguments(recipe, {})  # refused before anything is read or written
+    with owned(run) if first else nullcontext():
+        source = make_source(recipe.data)
+        if first and (twice := said_twice(repetition_of(source))):
+            print(twice, file=sys.stderr)
+        return _tune(recipe, source) if begin(run, recipe, _facts(recipe, source)) else None
+
+
+def _facts(recipe: TuneRecipe, source: Source) -> dict[str, str | None]:
+    """Fingerprints of what a run is made from."""
+    start, deepspeed = recipe.start, settings_of(recipe.deepspeed)
+    base = recipe.model
+    if base is None and start.hypernetwork:
+        base = read_config(fetch(start.hypernetwork))["base"]["name"]
+    of_start = {"hypernetwork": digest_of(start.hypernetwork), "start.prefix": digest_of(start.prefix)}
+    return {"data": fingerprint_of(source), "base": digest_of(base), **of_start, "deepspeed": deepspeed}
+
+
+def _arguments(recipe: TuneRecipe, settings: dict) -> TrainingArguments:
     defaults = {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
-    of_run = {"run": run, "seed": recipe.seed, "deepspeed": recipe.deepspeed}
-    training_arguments({**defaults, **recipe.training}, **of_run)  # refused before anything loads
-    setting = prepare(recipe)
+    of_run = {"run": recipe.output, "seed": recipe.seed, "deepspeed": recipe.deepspeed}
+    return training_arguments({**defaults, **recipe.training, **settings}, **of_run)
+
+
+def _tune(recipe: TuneRecipe, source: Source) -> dict[str, tuple[Path, dict]] | None:
+    run, start = Path(recipe.output), recipe.start
+    setting = prepare(recipe, source)
     tasks, reader, encoder = setting.tasks, setting.reader, setting.encoder
     step = min(recipe.tasks_per_step or len(tasks), len(tasks))
     checkpoint = newest_checkpoint(run / CHECKPOINTS)
-    settings = {**defaults, **recipe.training, "per_device_train_batch_size": step}
-    settings = settings_to_go_on(settings, checkpoint, processes())
-    arguments = training_arguments(settings, **of_run)
-    write_atomically(run / RECIPE, resolved)
-    write_atomically(run / VERSIONS, json.dumps(versions(), indent=2) + "\n")
+    settings = settings_to_go_on({**recipe.training, "per_device_train_batch_size": step}, checkpoint, processes())
+    arguments = _arguments(recipe, settings)
     set_seed(recipe.seed)
     starts = make_starts(start, setting)
     tuner = PrefixTuner(reader.model, starts, hidden=start.hidden, tokenizer=reader.tokenizer)
@@ -101,12 +122,9 @@ class Setting:
     seed: int
 
 
-def prepare(recipe: TuneRecipe) -> Setting:
-    """Read the data and load the models of a recipe."""
+def prepare(recipe: TuneRecipe, source: Source) -> Setting:
+    """Draw the tasks and load the models of a recipe."""
     data, start = recipe.data, recipe.start
-    source = make_source(data)
-    if twice := said_twice(repetition_of(source)):
-        print(twice, file=sys.stderr)
     drawn = source.evaluation(shots=data.shots, queries=data.queries, episodes=recipe.episodes, seed=recipe.seed)
     named = _named_apart(drawn)
     tasks = [split(episode, recipe.validation, recipe.seed) for episode in named]
@@ -124,7 +142,8 @@ def prepare(recipe: TuneRecipe) -> Setting:
 
 def full_attention(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, dict[str, float]]:
     """What each task of a tuning recipe reaches on its test examples with what is trained on in full attention instead."""
-    setting = prepare(load_recipe(recipe_path, overrides, schema=TuneRecipe))
+    recipe = load_recipe(recipe_path, overrides, schema=TuneRecipe)
+    setting = prepare(recipe, make_source(recipe.data))
     contexts = [setting.encoder.context(e.instruction, e.demonstrations)[0] for e in setting.episodes]
     whole = setting.reader.encode(contexts)
     scored = score_tasks(setting.reader, setting.encoder, whole, [task.test for task in setting.tasks])
@@ -169,6 +188,8 @@ def make_starts(start: StartRecipe, setting: Setting) -> dict[str, Prefix]:
         path = Path(start.prefix)
         files = [path if path.is_file() else path / f"{episode.task}.safetensors" for episode in episodes]
         made = [Prefix.load(file, reader.identity) for file in files]
+        for file, prefix in zip(files, made, strict=True):
+            prefix.check_format(encoder.format, str(file))
     named = {}
     for episode, context, prefix in zip(episodes, contexts, made, strict=True):
         manifest = Manifest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -167,6 +168,14 @@ class Source(Protocol):
     def provenance(self) -> Provenance:
         """What the source is made of."""
 
+    # A source that reads anything also has `fingerprint() -> str | None`, SHA-256 of all that it can draw, None if that is not
+    # known. One that looks for inputs said twice has `repetition()`, as `TaskSource`.
+
+
+def fingerprint_of(source: Any) -> str | None:
+    """SHA-256 of all that a source can draw, if it knows."""
+    return source.fingerprint() if hasattr(source, "fingerprint") else None
+
 
 def _others(rng: Random, pool: int, drawn: Sequence[int]) -> Iterator[int]:
     """The rest of range(pool) in random order; what was drawn is enough unless demonstrations and examples share inputs."""
@@ -228,6 +237,15 @@ class TaskSource:
 
     def __len__(self) -> int:
         return sum(len(task.examples) for task in self.tasks)
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 of all tasks, word for word."""
+        digest = hashlib.sha256()
+        for task in self.tasks:
+            digest.update(
+                repr((task.name, task.instruction, task.category, task.demonstrations, task.examples)).encode("utf-8")
+            )
+        return digest.hexdigest()
 
     def repetition(self) -> dict[str, tuple[int, int]]:
         """Of each task, how many examples were said twice, and with other outputs, as far as it has been read."""

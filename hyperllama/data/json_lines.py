@@ -13,19 +13,19 @@ from hyperllama.files import read_json_lines
 WANTED = '{"input": ..., "output": ...}'
 
 
-def read_examples(path: str | Path, *, outputs: bool = True) -> list[Example]:
+def read_examples(path: str | Path) -> list[Example]:
     """Examples from JSON lines {"input": text, "output": text or texts, "choices": texts}; other keys are ignored.
 
-    `outputs=False` reads inputs that have no outputs. Raises UserError that names file and line.
+    Raises UserError that names file and line.
     """
-    examples = [example_from(value, where, outputs) for where, value in read_json_lines(path, WANTED)]
+    examples = [example_from(value, where) for where, value in read_json_lines(path, WANTED)]
     if not examples:
         raise UserError(f"{path}: has no examples; expected lines of {WANTED}")
     return examples
 
 
 def example_from(value: Any, where: str, outputs: bool = True) -> Example:
-    """The Example of one decoded value; UserError that begins with `where` if it is none."""
+    """The Example of one decoded value, without `outputs` perhaps only an input; UserError, from `where` on, if it is none."""
     if not isinstance(value, dict) or not isinstance(value.get("input"), str):
         raise UserError(f'{where}: needs "input" with a text')
     references = value.get("output", [] if not outputs else None)

@@ -8,8 +8,9 @@ from itertools import accumulate
 from operator import or_
 from random import Random
 
-from hyperllama.data.episode import Episode, Provenance, Source, repetition_of
+from hyperllama.data.episode import Episode, Provenance, Source, fingerprint_of, repetition_of
 from hyperllama.errors import UserError
+from hyperllama.files import sha256
 
 
 class MixtureSource:
@@ -32,6 +33,10 @@ class MixtureSource:
     def __len__(self) -> int:
         sizes = [len(source) for source in self.sources]
         return sum(sizes) if all(sizes) else 0
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 of those of the sources that have one."""
+        return sha256(*(fingerprint_of(source) or "" for source in self.sources))
 
     def repetition(self) -> dict[str, tuple[int, int]]:
         """What was said twice in all sources that know."""

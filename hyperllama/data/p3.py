@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 from hyperllama.data.episode import Example, Provenance, TaskSource, Weights, merged
 from hyperllama.errors import UserError, in_one_line
+from hyperllama.files import sha256
+from hyperllama.runs import digest_of
 
 # How the names of configurations begin. The mixtures are the paper's, as github.com/bigscience-workshop/t-zero lists them in
 # t0/datasets.csv (do_train = BASE, and do_eval = BASE). Story Cloze is behind an agreement and not on the hub.
@@ -141,6 +143,14 @@ class P3Task:
         own = self._pool.find_split(self.name, self._settings.demonstrations_split)
         return () if own is None or own == self._pool.find_split(self.name, self._split) else self._read(own)
 
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the files of a local copy that may be read."""
+        if not self._pool.local:
+            return None
+        splits = (self._pool.find_split(self.name, name) for name in (self._split, self._settings.demonstrations_split))
+        files = [file for split in splits if split for file in self._pool.files(self.name, split)[1]]
+        return sha256(self.name, *(digest_of(file) for file in files))
+
     def read(self) -> tuple[Example, ...]:
         """Examples and demonstrations as far as they have been read; all of a local copy."""
         if self._pool.local:
@@ -181,6 +191,11 @@ class P3Source(TaskSource):
     def __len__(self) -> int:
         """One episode for each example; with equal weights as if every task were full, so that nothing is read to count."""
         return self._length
+
+    def fingerprint(self) -> str | None:
+        """Of a local copy, SHA-256 of its files, see `hyperllama.runs.digest_of`; of the hub's None."""
+        found = [task.fingerprint() for task in self.tasks]
+        return None if None in found else sha256(*found)
 
     def provenance(self) -> Provenance:
         """Configurations, data sets, and the inputs that have been read so far: on the hub reading all would take hours."""
@@ -265,7 +280,7 @@ class _Pool:
         datasets.disable_progress_bars()
         try:
             if self.local:
-                kind, files = self._files(config, split)
+                kind, files = self.files(config, split)
                 loaded = datasets.load_dataset(kind, data_files={"train": files}, split="train", streaming=self.streaming)
             else:
                 loaded = datasets.load_dataset(self.root, config, split=split, streaming=self.streaming)
@@ -283,7 +298,8 @@ class _Pool:
                 f"{where}: cannot be read ({in_one_line(error)}); check the data, or that the hub can be reached"
             ) from error
 
-    def _files(self, config: str, split: str) -> tuple[str, list[str]]:
+    def files(self, config: str, split: str) -> tuple[str, list[str]]:
+        """The format of a local split, and its files."""
         found = [(match["kind"], str(path)) for path in sorted(Path(self.root, config).iterdir())
                  if (match := _FILE.fullmatch(path.name)) and match["split"] == split]  # fmt: skip
         kind = min(kind for kind, _ in found)

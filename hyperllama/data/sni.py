@@ -16,29 +16,46 @@ from hyperllama.data.episode import Example, Task, TaskSource
 from hyperllama.data.hub_datasets import load_split, require_columns
 from hyperllama.data.json_lines import example_from, read_examples
 from hyperllama.errors import UserError
-from hyperllama.files import read_json, read_text
+from hyperllama.files import read_json, read_json_lines, read_text
 
 LANGUAGES = ("Input_language", "Output_language", "Instruction_language")
 
 
-def read_task(path: str | Path, *, outputs: bool = True) -> Task:
+def read_task(path: str | Path) -> Task:
     """One task from an S-NI task file (.json) or JSON lines of {"input": ..., "output": ...} (.jsonl).
 
-    In JSON lines every example may be shown and asked, and inputs that are equal are one (`Task.distinct`); `outputs=False`
-    reads inputs that have no outputs, every line of them. Raises UserError that names file and line.
+    In JSON lines every example may be shown and asked. Inputs that are equal are one (`Task.distinct`). Raises UserError that
+    names file and line.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file; expected examples as JSON lines or an S-NI task file")
     if path.suffix == ".json":
         return read_sni_task(path)
-    examples = tuple(read_examples(path, outputs=outputs))
-    return Task(path.stem, "", (), examples).distinct() if outputs else Task(path.stem, "", (), examples)
+    return Task(path.stem, "", (), tuple(read_examples(path))).distinct()
 
 
 def read_sni_task(path: str | Path) -> Task:
     """One task file: definition, positive examples as demonstrations, instances as examples with all their references."""
     return _task(_task_file(path), Path(path))
+
+
+def read_inputs(path: str | Path) -> list[tuple[str, Example, dict[str, Any]]]:
+    """What is to be answered: JSON lines with "input", and perhaps "output", or the instances of an S-NI task file.
+
+    Of each where it stands, the example, and the line's other fields. UserError if there is none.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        value = _task_file(path)
+        items = value.get("Instances", [])
+        found = [(f"{path}, Instances {i}", item) for i, item in enumerate(items if isinstance(items, list) else ())]
+    else:
+        found = list(read_json_lines(path, '{"input": ...}'))
+    if not found:
+        raise UserError(f'{path}: has no inputs; expected lines of {{"input": ...}}, or an S-NI task with Instances')
+    asked = [(where, example_from(item, where, outputs=False), item) for where, item in found]
+    return [(where, one, {k: v for k, v in item.items() if k not in ("input", "output")}) for where, one, item in asked]
 
 
 def read_sni(root: str, *, split: str, splits: str, instances: int, **settings) -> TaskSource:

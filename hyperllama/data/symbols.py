@@ -17,6 +17,7 @@ from hyperllama.data.episode import Episode, Example, Provenance
 from hyperllama.data.labelled import LabelledSet, labelled_sets
 from hyperllama.data.words import WORDS
 from hyperllama.errors import UserError
+from hyperllama.files import canonical_json, sha256
 
 KINDS = ("integers", "strings", "words")
 
@@ -107,6 +108,10 @@ class SymbolSource:
 
     def __len__(self) -> int:
         return sum(len(rows) for by_label in self._rows for rows in by_label)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the rows that may be drawn."""
+        return sha256(canonical_json([self.settings.kinds, [labelled.labels for labelled in self.sets], self._rows]))
 
     def repetition(self) -> dict[str, tuple[int, int]]:
         """Of each set, how many rows had the text of another and are left out, and how many of them had another label."""

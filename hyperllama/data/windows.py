@@ -14,7 +14,7 @@ from hyperllama.data.copies import copied_tokens
 from hyperllama.data.episode import Episode, Provenance, TextWindow
 from hyperllama.data.hub_datasets import load_split, require_columns
 from hyperllama.errors import UserError
-from hyperllama.files import read_text
+from hyperllama.files import read_text, sha256
 
 # More characters than a token has on average in any text, so that a span of text is longer than the window cut from it.
 CHARACTERS_PER_TOKEN = 12
@@ -146,6 +146,10 @@ class WindowSource:
 
     def texts(self) -> list[str]:
         return [text for _, text in self.documents]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the text."""
+        return sha256(*(part for document in self.documents for part in document))
 
     def provenance(self) -> Provenance:
         names = frozenset(name for name, _ in self.documents)

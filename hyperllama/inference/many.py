@@ -151,14 +151,14 @@ def compress_into(
         summary.repetition[shown.where] = shown.repetition
         return shown
 
-    fitting = _new_contexts(
+    new = _new_contexts(
         islice(tasks, rank, None, ranks),
-        lambda task: _fitting(remembered(shown_of(task, shots=shots, instruction=instruction)), hypernetwork, encoder, run),
+        lambda task: fitting(remembered(shown_of(task, shots=shots, instruction=instruction)), hypernetwork, encoder, run),
         lambda manifest: store.path_of(manifest) if not store.remember(manifest, rank=rank) else None,
         hypernetwork.fingerprint(),
         tell,
     )
-    for batch in passes(fitting, hypernetwork.num_gists, batch_tokens):
+    for batch in passes(new, hypernetwork.num_gists, batch_tokens):
         contexts, manifests = zip(*batch)
         store.add_all(hypernetwork.compress(contexts, manifests), rank=rank)
         summary.made += len(batch)
@@ -214,8 +214,8 @@ def _new_contexts(
         yield context, manifest
 
 
-def _fitting(shown: Shown, hypernetwork: Hypernetwork, encoder: Encoder, run: str | Path) -> Context:
-    """A context that the model has positions for: one that is too long would refuse all others of its pass."""
+def fitting(shown: Shown, hypernetwork: Hypernetwork, encoder: Encoder, run: str | Path) -> Context:
+    """The context of `shown` and its manifest; UserError, named by its file, for one that the model has no positions for."""
     context, manifest = shown.encode(encoder, hypernetwork.identity, run)
     layout, positions = GistLayout(hypernetwork.cut(context)[1]), hypernetwork.base.config.max_position_embeddings
     if layout.last_position >= positions:

@@ -13,9 +13,12 @@ from hyperllama.base.checks import check_vocabulary
 from hyperllama.base.decoder import cache_argument
 from hyperllama.base.identity import identify
 from hyperllama.errors import UserError
+from hyperllama.inference.sampling import contradictions
 from hyperllama.inference.scoring import Question, continuation_scores
 from hyperllama.prefixes.capture import encode_whole
 from hyperllama.prefixes.prefix import Prefix
+
+NEW_TOKENS = 64  # of an answer, unless settings say
 
 
 class Reader:
@@ -60,18 +63,20 @@ class Reader:
         """Continue each prompt behind its own prefix; different tasks and lengths may share a batch.
 
         `prompts` are token ids; `prefixes` one for each, or None to read without. Greedy, whatever the checkpoint's generation
-        config says: `settings` go to transformers' `generate` verbatim and nothing else does, apart from
-        `num_return_sequences`, since an answer is wanted a prompt. A batch has at most `batch_size` rows, and with
-        `batch_tokens` no more prefix rows and prompt tokens, padding included, unless one row has. A row ends at an end token,
-        or with the text `stop`; its new tokens are returned, `stop` included. Raises UserError for a prefix of another base,
-        or where the model's positions end.
+        config says: `settings` go to transformers' `generate` verbatim and nothing else does. A batch has at most `batch_size`
+        rows, and with `batch_tokens` no more prefix rows and prompt tokens, padding included, unless one row has. A row ends at
+        an end token, or with the text `stop`; its new tokens are returned, `stop` included. Raises UserError, before anything
+        is generated, for a prefix of another base, settings that contradict each other, or a prompt that the model's positions
+        cannot hold.
         """
-        if settings.get("num_return_sequences", 1) != 1:
-            raise ValueError("a reader gives one answer a prompt: repeat the prompt instead of num_return_sequences")
         if prefixes is not None and len(prefixes) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many prefixes, not {len(prefixes)}")
         for prefix in {id(p): p for p in prefixes or ()}.values():
             prefix.check(self.identity)
+        for problem in contradictions(settings):
+            raise UserError(problem)
+        for i, problem in self.too_long(prompts, prefixes, settings.get("max_new_tokens", NEW_TOKENS)):
+            raise UserError(f"prompt {i}: {problem}")
         # Neighbours in length share a batch, so that little of it is padding.
         gists = [prefix.rows for prefix in prefixes] if prefixes is not None else [0] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (gists[i], len(prompts[i])))
@@ -82,12 +87,24 @@ class Reader:
                 continuations[i] = continuation
         return continuations
 
+    def too_long(
+        self, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix] | None, new_tokens: int
+    ) -> Iterator[tuple[int, str]]:
+        """The places of prompts that cannot be answered, with what is wrong: nothing to read, or more than the positions."""
+        positions = self.model.config.max_position_embeddings
+        for i, prompt in enumerate(prompts):
+            rows = prefixes[i].rows if prefixes is not None else 0
+            if not len(prompt):
+                yield i, "is empty after tokenisation; give an input, or a query template with text of its own"
+            elif rows + len(prompt) + new_tokens > positions:
+                taken = rows + len(prompt) + new_tokens
+                said = f"prefix, prompt and {new_tokens} new tokens take {taken} positions, but the model has {positions}"
+                yield i, f"{said}; shorten the input or lower --max-new-tokens"
+
     def _generate(self, prompts, prefixes, stop: str, settings) -> list[list[int]]:
         tokenizer, device = self.tokenizer, self.model.device
         rows = self.model.get_input_embeddings().num_embeddings  # a padding token may have been added without an embedding
         pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None and i < rows)
-        if not all(len(prompt) for prompt in prompts):
-            raise UserError("a prompt is empty after tokenisation: give an input, or a query template with text of its own")
         ids, mask = _padded(prompts, pad, device)
         longest = ids.shape[1]
         cache, stack = {}, None
@@ -101,12 +118,7 @@ class Reader:
         settings = {"pad_token_id": pad, "eos_token_id": end_tokens(self.model, tokenizer), **settings}
         if stop:
             settings["stopping_criteria"] = [*settings.get("stopping_criteria", ()), StopsAt(stop, tokenizer, longest)]
-        longest_answer = settings.setdefault("max_new_tokens", 64)
-        if mask.shape[1] + longest_answer > self.model.config.max_position_embeddings:
-            raise UserError(
-                f"prefix, prompt and {longest_answer} new tokens take {mask.shape[1] + longest_answer} positions, "
-                f"but the model has {self.model.config.max_position_embeddings}; shorten the input or lower --max-new-tokens"
-            )
+        settings.setdefault("max_new_tokens", NEW_TOKENS)
         with one_product_head(self.model), adapted(self.model, stack), own_settings(self.model):
             output = self.model.generate(ids, attention_mask=mask, **cache, **settings)[:, longest:].tolist()
         ends = settings["eos_token_id"]  # one, several or none; what follows is padding

@@ -8,6 +8,7 @@ from typing import Literal
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -283,6 +284,15 @@ class Prefix:
         if identity is not None:
             prefix.check(identity, str(path))
         return prefix
+
+
+def is_prefix(path: str | Path) -> bool:
+    """Whether a file is a prefix, by its header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "hyperllama" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def _parts(tensors: dict[str, Tensor], path: Path) -> Iterator[tuple[Tensor, ...]]:

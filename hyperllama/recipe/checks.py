@@ -12,6 +12,7 @@ from hyperllama.errors import UserError
 from hyperllama.files import read_json
 from hyperllama.hypernetworks.config import read_config
 from hyperllama.hypernetworks.registry import KINDS, kind_of
+from hyperllama.inference.sampling import contradictions, unknown
 from hyperllama.training.deepspeed import DEEPSPEED, deepspeed_file
 
 
@@ -185,6 +186,9 @@ def _evaluation(recipe: Any, check: _Checks) -> None:
     check(recipe.gists is None or recipe.gists >= 1, f"gists: at least 1, or null for all, not {recipe.gists}")
     check(recipe.batch_tokens >= 1, f"batch_tokens: at least 1, not {recipe.batch_tokens}")
     check(recipe.resamples >= 100, f"resamples: at least 100 for an interval, not {recipe.resamples}")
+    check.extend(f"generation.{problem}" for problem in contradictions(recipe.generation))
+    if recipe.generation and (names := unknown(recipe.generation)):
+        check.append(f"generation.{names[0]}: transformers' generate has no such setting; remove it")
     for key in ("hypernetwork", "prefixes"):
         folder = getattr(recipe, key)
         check(not folder or Path(folder).is_dir(), f"{key}: {folder} is not a folder; train or compress first")

@@ -38,14 +38,21 @@ PROJECTION = {"embedding.weight", "transform.0.weight", "transform.0.bias", "tra
 STILL_TRUE = ("base", "rotary", "task", "instruction", "text_format", "sink")  # of a manifest, when its prefix is tuned further
 
 
-def to_peft(prefix: Prefix, folder: str | Path, *, kind: Literal["prefix_tuning", "cartridge"] = "prefix_tuning") -> Path:
+def to_peft(
+    prefix: Prefix,
+    folder: str | Path,
+    *,
+    kind: Literal["prefix_tuning", "cartridge"] = "prefix_tuning",
+    overwrite: bool = False,
+) -> Path:
     """Write a prefix as an adapter that stock `PeftModel.from_pretrained(model, folder)` reads; returns the folder.
 
     It holds adapter_model.safetensors with `prompt_embeddings` (G, L * 2 * N * D) in the prefix's dtype, hyperllama.json with
     the manifest, README.md and, written last, adapter_config.json: without it a folder is no adapter. A cartridge has no frozen
     tokens. A task module that is LoRA and nothing else is written as PEFT's LORA, whatever `kind`. Raises UserError for an
     unknown kind, a peft without cartridges, a task module that no adapter can be, or a folder that holds a model or another
-    kind of adapter, such as a hypernetwork; OSError when the disk refuses. Warns where `lost_in_generate` does.
+    kind of adapter, such as a hypernetwork, or without `overwrite` files of these names that are not ours; OSError when the
+    disk refuses. Warns where `lost_in_generate` does.
     """
     import peft
 
@@ -53,11 +60,7 @@ def to_peft(prefix: Prefix, folder: str | Path, *, kind: Literal["prefix_tuning"
     if not hasattr(peft, KINDS.get(peft_type, "")):
         raise UserError(f"kind={kind!r}: peft {peft.__version__} has none; use prefix_tuning, or cartridge with a newer peft")
     kinds = _lora_kinds(prefix)
-    if folder.is_file() or (folder / "config.json").exists():  # a model would load the adapter beside it by itself
-        raise UserError(f"{folder}: {'a file' if folder.is_file() else 'holds a model'}; give a new folder for the adapter")
-    another = bool(kinds) and (folder / MANIFEST).exists()  # of a task module that was LoRA, which may be replaced
-    if not another and (folder / CONFIG).exists() and (held := str(_config(folder).get("peft_type"))) not in KINDS:
-        raise UserError(f"{folder}: holds a {held} adapter, which would be overwritten; give a new folder")
+    _refuse_others_files(folder, bool(kinds), overwrite)
     base = prefix.manifest.base.name if prefix.manifest else None
     if kinds:
         rank = max(prefix.adapters.sizes.values())
@@ -83,6 +86,23 @@ def to_peft(prefix: Prefix, folder: str | Path, *, kind: Literal["prefix_tuning"
     if lost := not kinds and lost_in_generate():
         warnings.warn(lost, stacklevel=2)
     return folder
+
+
+def _refuse_others_files(folder: Path, is_lora: bool, overwrite: bool) -> None:
+    """UserError for a file that would be replaced, unless an adapter of ours is there, or the adapter would join a model."""
+    if folder.is_file() or (folder / "config.json").exists():  # a model would load the adapter beside it by itself
+        raise UserError(f"{folder}: {'a file' if folder.is_file() else 'holds a model'}; give a new folder for the adapter")
+    another = is_lora and (folder / MANIFEST).exists()  # of a task module that was LoRA, which may be replaced
+    if not another and (folder / CONFIG).exists() and (held := str(_config(folder).get("peft_type"))) not in KINDS:
+        raise UserError(f"{folder}: holds a {held} adapter, which would be overwritten; give a new folder")
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            ours = CHECKSUM in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        ours = False
+    there = [name for name in (CONFIG, WEIGHTS, MANIFEST, CARD) if (folder / name).exists()]
+    if there and not ours and not overwrite:
+        raise UserError(f"{folder}: holds {there[0]}, which is not ours; give a new folder, or --overwrite to replace it")
 
 
 def lost_in_generate() -> str | None:
