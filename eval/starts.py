@@ -19,6 +19,7 @@ from hyperllama.errors import UserError
 from hyperllama.files import read_json, whole_json_lines, write_atomically
 from hyperllama.recipe.loading import load_recipe
 from hyperllama.recipe.schema import StudyRecipe, TuneRecipe
+from hyperllama.runs import owned
 from hyperllama.tuning.curves import CURVES
 
 COLOURS = ("#f58518", "#4c78a8", "#72b7b2", "#b279a2", "#9d755d", "#54a24b", "#bab0ac")
@@ -37,6 +38,12 @@ def study(recipe_path: str | Path, overrides: Sequence[str] = ()) -> str:
     }
     for changes in planned.values():
         load_recipe(recipe.tune, changes, schema=TuneRecipe)  # a wrong start is told of now, not hours later
+    with owned(folder):
+        return _study(recipe, planned)
+
+
+def _study(recipe: StudyRecipe, planned: dict[tuple[str, int, int], list[str]]) -> str:
+    folder = Path(recipe.output)
     runs: dict[tuple[str, int, int], list[dict]] = {}
     full: dict[tuple[int, int], dict[str, dict]] = {}
     for (start, size, seed), changes in planned.items():

@@ -22,6 +22,7 @@ from hyperllama.commands.train import RESULT, train
 from hyperllama.files import read_json, sha256, write_atomically
 from hyperllama.recipe.loading import load_recipe
 from hyperllama.recipe.schema import EvaluationRecipe, Recipe, TableRecipe
+from hyperllama.runs import owned
 
 RESULTS, TABLE = "results.json", "table.md"
 # What is kept of a method's cost, beside its quality: means per task, FLOPs per query.
@@ -40,6 +41,11 @@ def table(recipe_path: str | Path, overrides: Sequence[str] = ()) -> str:
         load_recipe(
             recipe.evaluate, [*more, "hypernetwork=null"], schema=EvaluationRecipe
         )  # that is a row's, and not there yet
+    with owned(recipe.output):
+        return _table(recipe, planned, evaluations)
+
+
+def _table(recipe: TableRecipe, planned: Sequence[tuple], evaluations: dict[str, list[str]]) -> str:
     cells = []
     for row, seed, run, changes in planned:
         if changes is not None:

@@ -167,6 +167,11 @@ def test_fetching_makes_a_folder_once(packaged, file, call):
     weights = packaged / "model.safetensors"
     made = weights.stat().st_mtime_ns
     assert call("fetch", "tiny")[:2] == (0, f"{packaged}: is there already\n")
+    config = (packaged / "config.json").read_text()
+    (packaged / "config.json").write_text(config + " ")
+    with pytest.raises(UserError, match="its files have changed since tiny was fetched; remove it, and fetch again"):
+        base_fetching.fetch_model("tiny", packaged)
+    (packaged / "config.json").write_text(config)
     assert weights.stat().st_mtime_ns == made
 
 

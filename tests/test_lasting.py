@@ -24,6 +24,7 @@ from hyperllama.errors import UserError
 from hyperllama.files import append, check_output, read_json, read_json_lines, read_text, whole_json_lines, write_atomically
 from hyperllama.inference.sampling import contradictions, sampling
 from hyperllama.prefixes.prefix import Prefix
+from hyperllama.prefixes.store import PrefixStore
 from hyperllama.recipe.loading import load_recipe
 from hyperllama.recipe.schema import EvaluationRecipe
 
@@ -438,3 +439,14 @@ class TestLocks:
             answering.write(tmp_path / "out.jsonl", {})
         answering.write(tmp_path / "out.jsonl", {})
         assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out.jsonl"]
+
+    def test_a_store_is_not_repaired_while_a_process_adds_to_it(self, tmp_path):
+        store = PrefixStore(tmp_path / "store")
+        with store.writing(), store.writing(), pytest.raises(UserError, match="another process is writing there"):
+            store.repair()
+        with runs.owned(store.folder / "index" / "repair", folder=False):
+            busy = pytest.raises(UserError, match="repair: another process is writing there")
+            with busy, store.writing():
+                pass
+        write(store.folder / "index" / ".writing-7-dead.lock", "")  # of a process that was killed
+        assert store.repair() == [] and [path.name for path in (store.folder / "index").iterdir()] == ["rank0.jsonl"]

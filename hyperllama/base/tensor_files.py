@@ -36,7 +36,8 @@ def read_tensors(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[s
             raise
         raise UserError(f"{path}: not {what} ({in_one_line(error)}); copy it again, or make it again") from error
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel() and not tensor.isfinite().all():
+        numbers = tensor if tensor.element_size() > 1 else tensor.float()  # torch has no isfinite for 8 bits
+        if tensor.is_floating_point() and not numbers.isfinite().all():
             raise UserError(f"{path}: {name} has numbers that are not finite; make it again")
     return tensors, metadata
 

@@ -105,7 +105,8 @@ def compress_to_store(
     hypernetwork, encoder = load_hypernetwork(run, base_path, dtype=dtype, check_base=check_base)
     ranks = {"rank": int(os.environ.get("RANK", 0)), "ranks": processes()}
     settings = {"run": run, "shots": shots, "instruction": instruction, "progress": partial(print, file=sys.stderr), **ranks}
-    return compress_into(place, hypernetwork, encoder, tasks, batch_tokens=batch_tokens, **settings)
+    with place.writing():
+        return compress_into(place, hypernetwork, encoder, tasks, batch_tokens=batch_tokens, **settings)
 
 
 def compose(

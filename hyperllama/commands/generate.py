@@ -18,7 +18,7 @@ from hyperllama.base.loading import base_of, load_base, load_config, load_tokeni
 from hyperllama.data.sni import read_inputs
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.errors import UserError
-from hyperllama.files import append, read_text, sha256, whole_json_lines, write_atomically
+from hyperllama.files import append, from_fields, read_text, sha256, whole_json_lines, write_atomically
 from hyperllama.hypernetworks.hub import fetch
 from hyperllama.inference.reader import Reader
 from hyperllama.prefixes.prefix import Prefix
@@ -80,7 +80,9 @@ class Session:
         self.reader = Reader(base, self.tokenizer)
         identity = identify(base, self.tokenizer, full=True) if check_base else self.reader.identity
         self.prefix.check(identity, str(prefix_path))
-        self.encoder = Encoder(self.tokenizer, TextFormat(**self.prefix.manifest.text_format), Limits())
+        self.encoder = Encoder(
+            self.tokenizer, from_fields(TextFormat, self.prefix.manifest.text_format, str(prefix_path)), Limits()
+        )
 
     def prompt(self, text: str) -> list[int]:
         """Token ids of an input as it follows the prefix."""

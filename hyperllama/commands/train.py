@@ -27,7 +27,7 @@ from hyperllama.data.stream import Collator, EpisodeStream
 from hyperllama.data.text import EncodedEpisode, Encoder
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
-from hyperllama.files import read_text, whole_json_lines, write_atomically
+from hyperllama.files import from_fields, read_text, whole_json_lines, write_atomically
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.config import read_config
 from hyperllama.hypernetworks.registry import KINDS, kind_of
@@ -182,7 +182,7 @@ def make_hypernetwork(recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrain
     settings |= kind_of(recipe).arguments(recipe)
     made = KINDS[gist.kind].hypernetwork()(base, **settings, backend=gist.backend, tokenizer=tokenizer)
     if recipe.start_from:
-        before = BaseIdentity(**read_config(recipe.start_from)["base"])
+        before = from_fields(BaseIdentity, read_config(recipe.start_from)["base"], recipe.start_from)
         if not made.trains_base:
             before.refuse_other(made.identity, f"start_from: {recipe.start_from} was trained for")
         made.load_weights(recipe.start_from)

@@ -77,6 +77,8 @@ class Hypernetwork(PackedModel, ABC):
         if gists >= base.config.max_position_embeddings:
             positions = base.config.max_position_embeddings
             raise UserError(f"gist.tokens: {gists} rows leave none of the base's {positions} positions for a query; take fewer")
+        if sink is not None and not 0 <= sink < base.config.vocab_size:
+            raise UserError(f"gist.sink: the base has no token {sink} of {base.config.vocab_size:,}")
         if mix.taught and self.head_loss is None:
             raise UserError(f"objectives.{mix.taught[0]}: the head of a {base.config.model_type} model is not a plain product")
         self.num_gists, self.chunking, self.elastic, self.mix = gists, chunking, elastic, mix
@@ -341,7 +343,7 @@ class Hypernetwork(PackedModel, ABC):
         if config["kind"] != cls.kind:
             raise UserError(f"{folder}: a hypernetwork of kind {config['kind']}, not {cls.kind}")
         settings = {key: config[key] for key in ("gists", "elastic", "sink", *cls.own_settings) if key in config}
-        chunking = Chunking(**config.get("chunking", {}))
+        chunking = from_fields(Chunking, config.get("chunking", {}), str(folder / CONFIG))
         made_for = from_fields(BaseIdentity, config["base"], str(folder / CONFIG))
         try:
             hypernetwork = cls(base, **settings, chunking=chunking, mix=mix, backend=backend, tokenizer=tokenizer)

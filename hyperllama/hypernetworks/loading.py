@@ -10,10 +10,13 @@ from hyperllama.base.identity import BaseIdentity
 from hyperllama.base.loading import base_of, load_base, load_tokenizer
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.errors import UserError
+from hyperllama.files import from_fields
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.config import read_config
 from hyperllama.hypernetworks.hub import fetch
 from hyperllama.hypernetworks.registry import KINDS
+
+NOTED = {"format": TextFormat, "limits": Limits}  # what a hypernetwork's notes say of text
 
 
 def load_hypernetwork(
@@ -30,10 +33,11 @@ def load_hypernetwork(
     settings = {"dtype": dtype or config["dtype"], "quantize": config["base"].get("quantize")}
     base, tokenizer = load_base(name, **settings), load_tokenizer(name)
     notes = config["notes"]
-    encoder = Encoder(tokenizer, TextFormat(**notes.get("format", {})), Limits(**notes.get("limits", {})))
+    text_format, limits = (from_fields(kind, notes.get(key, {}), str(run)) for key, kind in NOTED.items())
+    encoder = Encoder(tokenizer, text_format, limits)
     hypernetwork = load_hypernetwork_onto(run, base, tokenizer=tokenizer)
     if check_base:
-        hypernetwork.check_base(BaseIdentity(**config["base"]), str(run))
+        hypernetwork.check_base(from_fields(BaseIdentity, config["base"], str(run)), str(run))
     return hypernetwork, encoder
 
 

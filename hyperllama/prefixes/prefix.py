@@ -23,6 +23,8 @@ from hyperllama.prefixes.manifest import Manifest, _both
 
 SCALES = {"keys": "keys_scale", "values": "values_scale"}
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 MOST_LAYERS = 10_000  # of a decoder; a file that says more would be cut into as many tensors
 
 ADAPTERS = tuple(f"{name}_{side}" for name in BESIDE for side in ("down", "up"))
@@ -111,7 +113,7 @@ class Prefix:
         """Why no model should read this, in a few words that follow "a prefix"; None if one may."""
         if not self.rows and self.adapters is None:
             return "without rows says nothing"
-        if not self.dtype.is_floating_point:
+        if self.dtype not in FLOATS:
             return f"of {self.dtype} has no numbers that a model reads"
         tensors = (*self.keys, *self.values, *(self.adapters.tensors if self.adapters else ()))
         if not all(bool(t.isfinite().all()) for t in tensors):

@@ -4,7 +4,8 @@ The files count, the index does not. A file's name follows from task, base, cont
 them, so that processes agree on names without talking. To find out whether a prefix is there, its file is read whole, with its
 checksum. `index/rank*.jsonl` repeats the files' headers, a line a prefix, so that thousands are listed from a few small files.
 Each process appends to its own, once the prefix stands on the disk: a crash leaves a prefix without a line, never a line for
-half a prefix. Lines are compared with headers when prefixes are loaded or checked, and repaired from them. Nothing is locked.
+half a prefix. Lines are compared with headers when prefixes are loaded or checked, and repaired from them. Who adds and who
+reads lock nobody out; only repair waits for nobody to add.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,8 +27,10 @@ from hyperllama.errors import UserError
 from hyperllama.files import append, canonical_json, plain_name, sha256, write_atomically
 from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.prefix import Prefix
+from hyperllama.runs import LOCK, owned
 
 INDEX, SUFFIX = "index", ".safetensors"
+WRITING, REPAIR = "writing-", "repair"  # locks in the index: one for each process that adds, one for repair
 WRITERS = 8  # files that are written at the same time
 
 
@@ -176,12 +180,26 @@ class PrefixStore:
     def _gone(self, name: str) -> str:
         return f"{self.folder / name}: in the index, but not there; copy it back, or to forget it {self._repair}"
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A context in which the index is not repaired; many processes may be in one. UserError while it is being repaired."""
+        name = f"{WRITING}{os.getpid()}-{secrets.token_hex(4)}"
+        with owned(self.folder / INDEX / name, folder=False):
+            with owned(self.folder / INDEX / REPAIR, folder=False):
+                pass
+            yield
+
     def repair(self) -> list[str]:
         """Make the index anew from the files' headers. Returns a sentence for each file that is left alone.
 
-        A whole prefix under another name gets its own. Run it while nothing is compressing into the store: a line that is
-        written meanwhile may be forgotten, and found by the next repair.
+        A whole prefix under another name gets its own. UserError while a process is in `writing`, whose lines would be lost.
         """
+        with owned(self.folder / INDEX / REPAIR, folder=False), ExitStack() as others:
+            for lock in sorted((self.folder / INDEX).glob(f".{WRITING}*")):
+                others.enter_context(owned(lock.with_name(lock.name.removeprefix(".").removesuffix(LOCK)), folder=False))
+            return self._repaired()
+
+    def _repaired(self) -> list[str]:
         left: list[str] = []
         lines = []
         for path, entry in self._whole_files(left):

@@ -10,6 +10,7 @@ from functools import partial, wraps
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -95,8 +96,14 @@ class GistTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         # The Trainer's own, into a place beside: tests/test_faults.py notices if it is no longer called.
         self.refuse_what_is_not_finite()
-        with Staging(self.args, self.state.global_step):
-            super()._save_checkpoint(model, trial)
+        try:
+            with Staging(self.args, self.state.global_step):
+                super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of them, by who writes what
+            raise UserError(
+                f"{self.args.output_dir}: the checkpoint of step {self.state.global_step} cannot be written "
+                f"({in_one_line(error)}); make room and start again: it goes on from the newest checkpoint"
+            ) from error
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer does; DeepSpeed's engines leave the frozen base out of their checkpoints."""

@@ -182,7 +182,7 @@ def from_peft(
             f"{folder / WEIGHTS}: {TENSOR} are {found}, not floats of the shape ({said or 'G'}, width); save it again"
         )
     shape = _shape(folder, config, {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim})
-    if 2 * math.prod(shape.values()) != flat.shape[1]:
+    if min(shape.values()) < 1 or 2 * math.prod(shape.values()) != flat.shape[1]:
         raise UserError(f"{folder}: {TENSOR} is {flat.shape[1]} wide, not twice the product of {shape}; give the right ones")
     pairs = flat.view(len(flat), shape["layers"], 2, shape["kv_heads"], shape["head_dim"])
     pairs = pairs.permute(1, 2, 3, 0, 4).contiguous()  # (L, 2, N, G, D)
