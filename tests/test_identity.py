@@ -81,7 +81,7 @@ def test_all_weights_are_compared_where_that_is_asked(tmp_path):
     again.identity  # noqa: B018  the sample sees nothing
     with pytest.raises(UserError, match="run was trained for .*, not for "):
         again.check_base(recorded, "run")
-    with pytest.raises(UserError, match="has no fingerprint of all weights"):
+    with pytest.raises(UserError, match="its training recorded no fingerprint of all weights"):
         again.check_base(BaseIdentity("b", "w", "c"), "run")
 
 

@@ -122,6 +122,14 @@ class TestOutputs:
         if name != ".":  # a folder, where a prefix has its place
             refused(call("compress", run, tmp_path / "examples.jsonl", "-o", name), name)
 
+    def test_a_place_of_another_kind_is_refused(self, call, run, prefix, tmp_path, saved_base):
+        examples = tmp_path / "examples.jsonl"
+        refused(call("compress", run, examples, "-o", ""), "--output: is empty")
+        refused(call("compress", run, examples, "-o", saved_base), saved_base, "holds a model")
+        refused(call("list", run), run, "a folder without prefixes or an index of some")
+        one = write(tmp_path / "one.jsonl", lines([PAIRS[0], PAIRS[0]]))
+        refused(call("compress", run, one, "-o", tmp_path / "x", "--report"), one, "has 1 different inputs, but a report holds")
+
     def test_a_full_disk_is_named(self, tmp_path):
         code = (
             "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

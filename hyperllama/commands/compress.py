@@ -51,6 +51,9 @@ def compress(
     with `overwrite`. Raises UserError for what cannot be compressed, named by its file, before anything is written.
     """
     shown = [shown_of(file, shots=shots, instruction=instruction) for file in task_files(files)]
+    for one in shown if report or budget is not None else ():
+        if (count := len(one.demonstrations)) < 2:
+            raise UserError(f"{one.where}: has {count} different inputs, but a report holds one back and needs another")
     paths = _output_paths(output, [one.task for one in shown])
     for path in paths:
         check_output(path, reads=[one.where for one in shown], ours=is_prefix, overwrite=overwrite)
@@ -135,7 +138,11 @@ def compose(
 
 
 def _output_paths(output: str | Path, names: list[str]) -> list[Path]:
+    if not str(output):
+        raise UserError("--output: is empty; give a prefix file, or a folder for several")
     path = Path(output)
+    if (path / "config.json").is_file():
+        raise UserError(f"{output}: holds a model; give another folder for prefixes")
     if len(names) == 1 and not path.is_dir() and not str(output).endswith(os.sep):
         return [path]
     if path.is_file():

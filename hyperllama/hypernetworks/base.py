@@ -147,8 +147,10 @@ class Hypernetwork(PackedModel, ABC):
 
     def check_base(self, trained_for: BaseIdentity, where: str) -> None:
         """UserError unless all weights of the base are those of `trained_for`, the identity that a run has recorded."""
-        if trained_for.full is None or self.trains_base or self.base.dtype == torch.float16:
-            raise UserError(f"{where}: has no fingerprint of all weights for {self.base.dtype}; leave --check-base out")
+        if trained_for.full is None or self.trains_base:
+            raise UserError(f"{where}: its training recorded no fingerprint of all weights of a base; leave --check-base out")
+        if self.base.dtype == torch.float16:
+            raise UserError(f"{where}: weights that float16 has rounded cannot be compared; load the base in another --dtype")
         self.know_all_of_base()
         trained_for.refuse_other(self.identity, f"{where} was trained for")
 

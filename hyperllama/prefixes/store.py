@@ -26,7 +26,7 @@ from hyperllama.base.identity import BaseIdentity
 from hyperllama.errors import UserError
 from hyperllama.files import append, canonical_json, plain_name, sha256, write_atomically
 from hyperllama.prefixes.manifest import Manifest
-from hyperllama.prefixes.prefix import Prefix
+from hyperllama.prefixes.prefix import Prefix, is_prefix
 from hyperllama.runs import LOCK, owned
 
 INDEX, SUFFIX = "index", ".safetensors"
@@ -70,6 +70,8 @@ class PrefixStore:
             raise UserError(f"{folder}: a file, but a store of prefixes is a folder; give another name")
         if not create and not self.folder.is_dir():
             raise UserError(f"{folder}: no such store of prefixes; make one with hyperllama compress --store")
+        if not create and not (self.folder / INDEX).is_dir() and not any(map(is_prefix, self.folder.glob(f"*{SUFFIX}"))):
+            raise UserError(f"{folder}: a folder without prefixes or an index of some; give one that compress --store made")
         if create:
             try:
                 (self.folder / INDEX).mkdir(parents=True, exist_ok=True)
