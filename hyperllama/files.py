@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -179,7 +180,7 @@ def from_fields(kind: type[T], values: Any, where: str) -> T:
     """
     if not isinstance(values, dict):
         raise UserError(f"{where}: {str(values)[:60]!r} is no mapping of {', '.join(f.name for f in fields(kind)[:4])} ...")
-    kinds, given = typing.get_type_hints(kind), {}
+    kinds, given = _types_of(kind), {}
     for known in fields(kind):
         if known.name in values:
             value, wanted = values[known.name], kinds[known.name]
@@ -192,6 +193,11 @@ def from_fields(kind: type[T], values: Any, where: str) -> T:
         elif known.default is MISSING and known.default_factory is MISSING:
             raise UserError(f"{where}: has no {known.name}")
     return kind(**given)
+
+
+@cache
+def _types_of(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -317,8 +317,12 @@ def main(files: int, first: int = 0) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fuzz = Fuzz(Path(folder))
         before, counts, start = megabytes(), Counter(), time.perf_counter()
+        most = before
         for seed in range(first, first + files):
             kind, outcome = fuzz.one(seed)
+            if megabytes() > most + 100:
+                most = megabytes()
+                print(f"{kind} {seed}: {most - before:.0f} MiB more than at the start", flush=True)
             if outcome not in ("read", "refused"):
                 print(kind, outcome, flush=True)
                 outcome = "FAULT"

@@ -50,8 +50,8 @@ def read_config(folder: str | Path) -> dict:
             )
         raise UserError(f"{folder}: a hypernetwork of a format that this HyperLlama does not know; upgrade it")
     files = from_fields(_Files, found, str(folder / CONFIG)).files
-    if wrong := [name for name in files if not isinstance(name, str) or name != Path(name).name]:
-        raise UserError(f"{folder / CONFIG}: files has {wrong[0]!r}, which is no name of a file beside it")
+    if wrong := [name for name in files if not isinstance(name, str) or name != Path(name).name or len(name) > 255]:
+        raise UserError(f"{folder / CONFIG}: files has {str(wrong[0])[:60]!r}, which is no name of a file beside it")
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise UserError(
             f"{folder}: not a hypernetwork, it has no {', '.join(missing)}; give the folder of a finished training run"

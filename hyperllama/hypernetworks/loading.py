@@ -51,5 +51,7 @@ def load_hypernetwork_onto(
     """Read a folder that a hypernetwork of any kind wrote onto the base that it was trained for; UserError for any other."""
     kind = read_config(folder)["kind"]
     if kind not in KINDS:
-        raise UserError(f"{folder}: a hypernetwork of kind {kind!r}, which is not one of {', '.join(KINDS)}; update hyperllama")
+        raise UserError(
+            f"{folder}: a hypernetwork of kind {kind[:60]!r}, which is not one of {', '.join(KINDS)}; update hyperllama"
+        )
     return KINDS[kind].hypernetwork().from_pretrained(folder, base, tokenizer=tokenizer, backend=backend)

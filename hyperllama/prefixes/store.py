@@ -24,7 +24,7 @@ from pathlib import Path
 
 from hyperllama.base.identity import BaseIdentity
 from hyperllama.errors import UserError
-from hyperllama.files import append, canonical_json, plain_name, sha256, write_atomically
+from hyperllama.files import append, canonical_json, from_fields, plain_name, sha256, write_atomically
 from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.prefix import Prefix, is_prefix
 from hyperllama.runs import LOCK, owned
@@ -283,7 +283,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Entry]]:
     for text in path.read_bytes().split(b"\n"):
         with suppress(ValueError, TypeError, KeyError, AttributeError):
             value = json.loads(text)
-            written, entry = value.pop("written"), Entry(**{**value, "base": BaseIdentity(**value["base"])})
+            written, entry = value.pop("written"), from_fields(Entry, value, str(path))
             if isinstance(written, int) and isinstance(entry.task, str) and entry.file == os.path.basename(entry.file):
                 yield written, entry
 
