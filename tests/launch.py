@@ -26,6 +26,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"
 # Without it torch 2.13 starts a job again on the addresses of the processes that have died.
 ENVIRONMENT |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 IMPORTED = ["launch", "torch.distributed.run", "hyperllama.commands.train", "hyperllama.commands.tune", "deepspeed"]
+IMPORTED += ["matplotlib.figure", "matplotlib.backends.backend_agg"]
 NEW_NETWORK = 0x40000000  # CLONE_NEWNET of Linux
 
 
