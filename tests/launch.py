@@ -47,7 +47,7 @@ def _become(program, environment, out, err, host):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     if host is not None:
         libc = ctypes.CDLL(None, use_errno=True)
-        descriptor = os.open(f"/run/netns/{host}", os.O_RDONLY)
+        descriptor = os.open(f"/var/run/netns/{host}", os.O_RDONLY)
         if libc.setns(descriptor, NEW_NETWORK):
             raise OSError(ctypes.get_errno(), f"cannot enter the network of {host}")
         os.close(descriptor)
