@@ -96,7 +96,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(recipe, tmp_path):
 def test_a_rank_that_dies_ends_the_job_and_a_restart_carries_on(recipe, tmp_path):
     torchrun("train", recipe, f"output={tmp_path}/undisturbed")
     begun = time.time()
-    done = torchrun(SCRIPT, "rank1:5", recipe, check=False)
+    done = torchrun(SCRIPT, "rank1:5", recipe, check=False, forks=False)  # of forks it reports one, maybe the other
     assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr and time.time() - begun < 60
     assert newest_checkpoint(tmp_path / "run" / "checkpoints").endswith("checkpoint-3")
     shutil.rmtree(tmp_path / "run")
