@@ -343,26 +343,37 @@ def test_what_a_user_reads_is_ours(trained, examples, tmp_path):
     """In processes of their own, since libraries write where pytest does not look, and warn once."""
     quiet = {name: value for name, value in os.environ.items() if name not in (*noise.SETTINGS, "PYTHONWARNINGS")}
 
-    def lines(*arguments, **environment):
-        command = [sys.executable, "-m", "hyperllama", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=quiet | environment)
-        assert done.returncode == 0 and not any(word in done.stdout + done.stderr for word in NOISE), done
-        return done.stdout.splitlines(), done.stderr.splitlines()
+    def lines(*commands, **environment):
+        """What each of the commands prints on its stdout and stderr."""
+        script = [sys.executable, "-m", "tests.verbs", str(tmp_path)]
+        given = json.dumps([[*map(str, command)] for command in commands])
+        done = subprocess.run(script, input=given, capture_output=True, text=True, cwd=ROOT, env=quiet | environment)
+        printed = [[(tmp_path / f"{n}.{kind}").read_text() for kind in ("out", "err")] for n in range(len(commands))]
+        told = done.stderr + "".join(text for texts in printed for text in texts)
+        assert done.returncode == 0 and not any(word in told for word in NOISE), told
+        assert done.stdout == "" and done.stderr.splitlines() == ["hyperllama: nowhere.yaml: no such recipe file"]
+        return [[text.splitlines() for text in texts] for texts in printed]
 
     run, prefix = tmp_path / "run", tmp_path / "p.safetensors"
-    steps = (f"output={run}", "training.max_steps=2", "training.logging_steps=1")
-    out, err = lines("train", ROOT / "recipes/quickstart/base.yaml", *steps)
+    train = (
+        "train",
+        ROOT / "recipes/quickstart/base.yaml",
+        f"output={run}",
+        "training.max_steps=2",
+        "training.logging_steps=1",
+    )
+    compress = ("compress", trained, examples, "--output", prefix)
+    sampled = ("generate", prefix, "--input", "four", "--max-new-tokens", 3)
+    beams = (*sampled, "--temperature", 2, "--num-beams", 2)
+    (trains, compresses, *others) = lines(train, compress, sampled, beams, ("inspect", prefix))
+    out, err = trains
     assert out[0].startswith("trained 2 steps; mean loss ") and len(out) == 1
     assert [line.partition(": loss ")[0] for line in err] == ["step 1 of 2", "step 2 of 2"]
-    out, err = lines("compress", trained, examples, "--output", prefix)
+    out, err = compresses
     assert len(out) == 1 and out[0].startswith(f"{prefix}: 3 examples") and not err
-    sampled = ("generate", prefix, "--input", "four", "--max-new-tokens", 3)
-    assert not lines(*sampled)[1] and not lines(*sampled, "--temperature", 2, "--num-beams", 2)[1]
-    assert not lines("inspect", prefix)[1]
+    assert len(others) == 3 and not any(err for _, err in others)
     # What a library would say of a name that we should no longer use, were it asked to.
-    told = {"TRANSFORMERS_VERBOSITY": "warning", "PYTHONWARNINGS": "always::FutureWarning"}
-    lines(*sampled, **told)
-    lines("compress", trained, examples, "--output", prefix, **told)
+    lines(sampled, compress, TRANSFORMERS_VERBOSITY="warning", PYTHONWARNINGS="always::FutureWarning")
 
 
 def test_advice_is_hidden_and_errors_are_not(monkeypatch):

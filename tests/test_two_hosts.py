@@ -4,13 +4,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from uuid import uuid4
 
 import pytest
-from launch import ENVIRONMENT, hyperllama
+from launch import hyperllama, launcher, start
 from test_faults import end_of, recipe  # noqa: F401
 
 from hyperllama.training.checkpoints import newest_checkpoint
@@ -51,41 +50,41 @@ def cut_power(host):
             os.kill(int(pid), signal.SIGKILL)
 
 
-def start(host, address, log, *arguments):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "5"]
-    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29400", "--rdzv_id", "two-hosts"]
+def start_on(host, address, log, *arguments):
+    options = ["--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "5"]
+    options += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29400", "--rdzv_id", "two-hosts"]
     # Namespaces share the machine's name, so each is told which address is its own.
     is_host = str(address == "10.77.0.1").lower()
-    launcher += ["--local_addr", address, "--rdzv_conf", f"is_host={is_host},join_timeout=120,last_call_timeout=2"]
-    return subprocess.Popen(
-        ["ip", "netns", "exec", host, *launcher, "-m", "hyperllama", "train", *map(str, arguments)],
-        env={**os.environ, **ENVIRONMENT, "GLOO_SOCKET_IFNAME": "card"},
-        stdout=log.open("ab"),
-        stderr=subprocess.STDOUT,
-    )
+    # A host is given up after five seconds without a word, not after fifteen.
+    alive = "keep_alive_interval=1,keep_alive_max_attempt=5"
+    options += ["--local_addr", address, "--rdzv_conf", f"is_host={is_host},join_timeout=120,last_call_timeout=2,{alive}"]
+    program = launcher(*options, command=("train", *arguments))
+    return start(*program, out=log, err=log, host=host, GLOO_SOCKET_IFNAME="card")
 
 
 @pytest.mark.slow
 def test_a_host_dies_and_comes_back(hosts, recipe, tmp_path):  # noqa: F811
     # Long enough to be killed in the middle; half of the episodes of a step are each host's.
-    changes = ["training.max_steps=300", "training.save_steps=20", "training.per_device_train_batch_size=1"]
+    changes = ["training.max_steps=100", "training.save_steps=20", "training.per_device_train_batch_size=1"]
     hyperllama("train", recipe, *changes, f"output={tmp_path}/one", "training.gradient_accumulation_steps=2")
 
     def job(run, die):
         logs = [tmp_path / f"{run}{i}.log" for i in range(2)]
         places = list(zip(hosts, ("10.77.0.1", "10.77.0.2"), logs))
-        first, second = (start(*place, recipe, *changes, f"output={tmp_path}/{run}") for place in places)
+        first, second = (start_on(*place, recipe, *changes, f"output={tmp_path}/{run}") for place in places)
         try:
             deadline = time.time() + 120
             while die and newest_checkpoint(tmp_path / run / "checkpoints") is None and time.time() < deadline:
                 time.sleep(0.05)
             if die:
                 cut_power(hosts[1])
-                second.wait()
+                second.join()
                 assert not (tmp_path / run / "result.json").exists(), "it was over before"
                 time.sleep(2)
-                second = start(*places[1], recipe, *changes, f"output={tmp_path}/{run}")
-            codes = first.wait(timeout=240), second.wait(timeout=240)
+                second = start_on(*places[1], recipe, *changes, f"output={tmp_path}/{run}")
+            for process in (first, second):
+                process.join(240)
+            codes = first.exitcode, second.exitcode
         finally:
             for host in hosts:
                 cut_power(host)
@@ -97,6 +96,6 @@ def test_a_host_dies_and_comes_back(hosts, recipe, tmp_path):  # noqa: F811
     assert "going on from" not in told
     disturbed, told = job("disturbed", die=True)
     assert "going on from" in told and disturbed == undisturbed
-    # Later, 300 steps of Adam at 1e-2 have grown the rounding.
+    # Later, steps of Adam at 1e-2 have grown the rounding.
     losses, expected = ([loss for _, loss, _ in logged[:20]] for logged in (undisturbed[0], end_of(tmp_path / "one")[0]))
     assert losses == pytest.approx(expected, abs=1e-4)
