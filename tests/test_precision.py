@@ -158,6 +158,37 @@ def test_a_checkpoint_changes_no_setting(name):
     assert base.generation_config is config, "it is the model's again afterwards"
 
 
+# Of what a generation config may say, what is not tried above: it names no setting of how a token is chosen.
+OF_OTHERS = {
+    "_from_model_config",
+    "num_return_sequences",
+    "use_cache",
+    "return_dict_in_generate",
+    "token_healing",
+    "low_memory",
+}
+OF_OTHERS |= {"output_attentions", "output_hidden_states", "output_logits", "output_scores", "decoder_start_token_id"}
+OF_OTHERS |= {
+    "cache_config",
+    "cache_implementation",
+    "compile_config",
+    "disable_compile",
+    "max_cache_len",
+    "prefill_chunk_size",
+}
+OF_OTHERS |= {"continuous_batching_config", "encoder_no_repeat_ngram_size", "stop_strings", "use_mtp"}
+# Of other ways to generate, each of which needs a model, a list or a function beside it.
+OF_OTHERS |= {"assistant_confidence_threshold", "assistant_early_exit", "assistant_ensemble_weight", "assistant_lookbehind"}
+OF_OTHERS |= {"is_assistant", "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule"}
+OF_OTHERS |= {"prompt_lookup_num_tokens", "target_lookbehind", "speculation_type", "constraints", "force_words_ids"}
+OF_OTHERS |= {"dola_layers", "penalty_alpha", "diversity_penalty", "num_beam_groups"}
+
+
+def test_all_that_a_checkpoint_may_say_is_listed():
+    """A new version of transformers with a new setting fails here, so that it is tried above."""
+    assert not set(GenerationConfig().to_dict()) - set(UNLIKE) - OF_CHECKPOINTS - OF_OTHERS
+
+
 def test_all_end_tokens_of_a_checkpoint_end_an_answer():
     base = tiny_base()
     (prefix,) = trained_hypernetwork(base).compress([[3, 4, 5, 6]])

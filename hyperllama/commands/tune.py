@@ -200,6 +200,7 @@ def make_starts(start: StartRecipe, setting: Setting) -> dict[str, Prefix]:
             instruction=episode.instruction or None,
             examples=len(episode.demonstrations),
             context_tokens=len(context),
+            positions=model.config.max_position_embeddings,
             sink=prefix.manifest.sink if prefix.manifest else sink,
             text_format=dataclasses.asdict(encoder.format),
             metrics={"tuned_from": start.kind},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -45,8 +45,7 @@ class Reader:
 
         Raises UserError for a prefix of another base, or an empty prompt or continuation.
         """
-        for prefix in {id(q.prefix): q.prefix for q in questions if q.prefix is not None}.values():
-            prefix.check(self.identity)
+        self._check(question.prefix for question in questions)
         return continuation_scores(self.model, questions, batch_tokens=batch_tokens)
 
     @torch.no_grad()
@@ -71,8 +70,7 @@ class Reader:
         """
         if prefixes is not None and len(prefixes) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many prefixes, not {len(prefixes)}")
-        for prefix in {id(p): p for p in prefixes or ()}.values():
-            prefix.check(self.identity)
+        self._check(prefixes or ())
         for problem in contradictions(settings):
             raise UserError(problem)
         for i, problem in self.too_long(prompts, prefixes, settings.get("max_new_tokens", NEW_TOKENS)):
@@ -86,6 +84,12 @@ class Reader:
             for i, continuation in zip(rows, batch, strict=True):
                 continuations[i] = continuation
         return continuations
+
+    def _check(self, prefixes: Iterable[Prefix | None]) -> None:
+        """UserError for a prefix of another base, or one that says it is of this base and has not its sizes."""
+        for prefix in {id(one): one for one in prefixes if one is not None}.values():
+            prefix.check(self.identity)
+            prefix.check_sizes(self.model)
 
     def too_long(
         self, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix] | None, new_tokens: int

@@ -10,10 +10,11 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from attention_masks import rotate
 from hyperllama.base.adapters import BESIDE, Adapters
+from hyperllama.base.decoder import head_dim, kv_heads, layers_of, part
 from hyperllama.base.identity import BaseIdentity
 from hyperllama.base.tensor_files import read_tensors
 from hyperllama.data.text import TextFormat
@@ -156,8 +157,8 @@ class Prefix:
         different bases or text formats, if the second does not say how its keys are moved, or if no model can read both.
         """
         manifest = second.manifest
-        for part in (first, second):
-            part.refuse_modules("concatenation is for prefixes of")
+        for one in (first, second):
+            one.refuse_modules("concatenation is for prefixes of")
         if first.manifest is None or manifest is None or "inv_freq" not in manifest.rotary:
             raise UserError(
                 "a prefix without its base's rotary frequencies cannot be concatenated; compress its examples again"
@@ -224,6 +225,19 @@ class Prefix:
             raise UserError(
                 f"{where} was made with another tokenizer than that of {identity.name}; use the tokenizer of {made_for.name}"
             )
+
+    def check_sizes(self, model: PreTrainedModel) -> None:
+        """UserError unless keys, values and adapters have the sizes of a model's."""
+        config = model.config
+        wanted = (config.num_hidden_layers, kv_heads(config), head_dim(config))
+        if (self.layers, self.kv_heads, self.head_dim) != wanted:
+            raise UserError(f"{self} has other sizes than the model, {wanted} of layers, key-value heads and their dimensions")
+        for name, (down, up) in self.adapters.pairs.items() if self.adapters else ():
+            beside = part(layers_of(model)[0], BESIDE[name])
+            inner, outer = (config.hidden_size,) * 2 if name == "adapter" else (beside.in_features, beside.out_features)
+            if (down.shape[1], up.shape[2]) != (inner, outer):
+                found = f"{down.shape[1]} to {up.shape[2]}"
+                raise UserError(f"{self}: its {name} is from {found} dimensions, but the model's from {inner} to {outer}")
 
     def check_format(self, text_format: TextFormat, where: str = "this prefix") -> None:
         """UserError unless queries in `text_format` are those that this prefix was made for. One that says nothing passes."""

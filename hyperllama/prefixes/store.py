@@ -284,7 +284,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Entry]]:
         with suppress(ValueError, TypeError, KeyError, AttributeError):
             value = json.loads(text)
             written, entry = value.pop("written"), from_fields(Entry, value, str(path))
-            if isinstance(written, int) and isinstance(entry.task, str) and entry.file == os.path.basename(entry.file):
+            if isinstance(written, int) and entry.file == os.path.basename(entry.file) and len(entry.file) <= 255:
                 yield written, entry
 
 
