@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_architecture, tiny_base, trained_hypernetwork
+from launch import torchrun
 
 from hyperllama.commands import compress as commands_compress
 from hyperllama.commands import generate as commands_generate
@@ -239,11 +240,7 @@ def test_target_tokens_weigh_the_same_however_steps_are_accumulated(tmp_path):
 @pytest.mark.slow
 def test_target_tokens_weigh_the_same_on_every_rank(tmp_path):
     """Two processes with batches of different counts take the same step as one process with all."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
-    command += [str(ROOT / "tests" / "one_step.py"), str(tmp_path)]
-    subprocess.run(
-        command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True
-    )
+    torchrun(ROOT / "tests" / "one_step.py", tmp_path)
     one = gradient_step(tmp_path, 4, 1)
     step, loss, norm = json.loads((tmp_path / "0" / "step.json").read_text())[0]
     assert (step, loss, norm) == (1, pytest.approx(one[0][1], rel=1e-4), pytest.approx(one[0][2], rel=1e-4))
