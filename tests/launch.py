@@ -26,7 +26,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"
 # Without it torch 2.13 starts a job again on the addresses of the processes that have died.
 ENVIRONMENT |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 IMPORTED = ["launch", "torch.distributed.run", "hyperllama.commands.train", "hyperllama.commands.tune", "deepspeed"]
-IMPORTED += ["matplotlib.figure", "matplotlib.backends.backend_agg"]
+IMPORTED += ["eval.run", "matplotlib.figure", "matplotlib.backends.backend_agg"]
 NEW_NETWORK = 0x40000000  # CLONE_NEWNET of Linux
 
 
@@ -79,9 +79,9 @@ def run(*program, **environment):
         return subprocess.CompletedProcess(program, process.exitcode, out.read_text(), err.read_text())
 
 
-def hyperllama(*command):
+def hyperllama(*command, **environment):
     """Run `hyperllama COMMAND` in one process with one thread, as torchrun's have: sums are then rounded alike."""
-    done = run("-m", "hyperllama", *command)
+    done = run("-m", "hyperllama", *command, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import weakref
 from pathlib import Path
@@ -13,6 +11,7 @@ from random import Random
 import pytest
 import torch
 from conftest import trained_hypernetwork
+from launch import start
 
 from hyperllama.base.loading import load_base, load_tokenizer
 from hyperllama.commands.compress import compress
@@ -24,8 +23,6 @@ from hyperllama.inference import many as inference_many
 from hyperllama.inference.many import compress_into, context_sha256, shown_of, task_files
 from hyperllama.prefixes.prefix import Prefix
 from hyperllama.prefixes.store import PrefixStore
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -254,16 +251,19 @@ print(json.dumps({"compressed": compressed, "there": summary.there, "failed": su
 """
 
 
-def start(run, folder, store, rank=0, ranks=1, pause=0.0):
-    command = [sys.executable, "-c", WORKER, *map(str, (run, folder, store, rank, ranks, pause))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def work(run, folder, store, rank=0, ranks=1, pause=0.0):
+    """Start a worker; the process, and the file in which it prints."""
+    script, printed = store.with_name("worker.py"), store.with_name(f"{store.name}-{rank}.txt")
+    script.write_text(WORKER)
+    printed.unlink(missing_ok=True)
+    program = (script, run, folder, store, rank, ranks, pause)
+    return start(*program, out=printed, err=f"{printed}.err", TOKENIZERS_PARALLELISM="false"), printed
 
 
-def finish(worker):
-    out, err = worker.communicate(timeout=300)
-    assert worker.returncode == 0, err
-    return json.loads(out)
+def finish(worker, printed):
+    worker.join(300)
+    assert worker.exitcode == 0, Path(f"{printed}.err").read_text()
+    return json.loads(printed.read_text())
 
 
 @pytest.mark.slow
@@ -275,20 +275,20 @@ def test_a_killed_run_goes_on_and_ranks_make_what_one_makes(run, tmp_path):
     def files(store):
         return {path.name: path for path in (tmp_path / store).glob("*.safetensors")}
 
-    worker = start(run, tasks, tmp_path / "one", pause=0.02)
-    while len(files("one")) < count // 2 and worker.poll() is None:
+    worker, _ = work(run, tasks, tmp_path / "one", pause=0.02)
+    while len(files("one")) < count // 2 and worker.is_alive():
         time.sleep(0.005)
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.communicate()
+    worker.kill()
+    worker.join()
     times = {path: path.stat().st_mtime_ns for path in files("one").values()}
-    assert worker.returncode == -signal.SIGKILL and count // 2 <= len(times) < count
+    assert worker.exitcode == -signal.SIGKILL and count // 2 <= len(times) < count
     there = {Prefix.load(path).manifest.task for path in times}
-    ranks = [start(run, tasks, tmp_path / "two", rank, 2) for rank in range(2)]  # at once, into one store
-    resumed = finish(start(run, tasks, tmp_path / "one"))
+    ranks = [work(run, tasks, tmp_path / "two", rank, 2) for rank in range(2)]  # at once, into one store
+    resumed = finish(*work(run, tasks, tmp_path / "one"))
     assert resumed["there"] == len(there) and not resumed["failed"]
     assert sorted([*there, *resumed["compressed"]]) == sorted(names), "none is compressed twice, none is left out"
     assert all(path.stat().st_mtime_ns == then for path, then in times.items())
-    halves = [finish(worker)["compressed"] for worker in ranks]
+    halves = [finish(*worker)["compressed"] for worker in ranks]
     assert list(map(len, halves)) == [150, 150] and set(halves[0]) | set(halves[1]) == names
     one, two = PrefixStore(tmp_path / "one"), PrefixStore(tmp_path / "two")
     assert one.check() == two.check() == [] and len(one) == len(two) == count

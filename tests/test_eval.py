@@ -2,14 +2,9 @@
 
 import dataclasses
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
-from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -18,6 +13,7 @@ import torch
 from conftest import tiny_architecture, tiny_base, trained_hypernetwork
 from hypothesis import given
 from hypothesis import strategies as st
+from launch import hyperllama, start
 from transformers import set_seed
 
 from eval.answering import before_queries, kind_of, queries_of, results
@@ -41,7 +37,7 @@ from hyperllama.files import whole_json_lines
 from hyperllama.hypernetworks.gist_lora import GistHypernetwork
 from hyperllama.inference.reader import Reader
 
-ROOT = Path(__file__).parent.parent
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 LANGUAGE = SyntheticLanguage(categories=12, words_per_category=4, symbols=16, task_categories=3)
 WORDS = TextFormat(query=" {input}", answer=" {output}", separator="", end_token=False, answer_tokens=2)
 
@@ -344,16 +340,6 @@ batch_tokens: 60
     return folder
 
 
-def command(run_folder, *arguments, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "hyperllama", "evaluate", str(run_folder / "evaluate.yaml"), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def answers(folder):
     lines = [line for path in sorted(folder.glob("examples/*.jsonl")) for line in whole_json_lines(path)]
     found = {(x["method"], x["episode"], x["query"]): (x["answer"], x["metrics"]) for x in lines}
@@ -387,10 +373,15 @@ class TestRuns:
 
     @pytest.mark.slow
     def test_two_shards_are_one_run(self, run_folder, tmp_path):
-        evaluate(run_folder / "evaluate.yaml", [f"output={tmp_path}/one"])
-        both = [command(run_folder, f"output={tmp_path}/two", RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-        ends = [process.communicate(timeout=120) for process in both]
-        assert all(process.returncode == 0 for process in both), ends
+        evaluates = ("evaluate", run_folder / "evaluate.yaml")
+        hyperllama(*evaluates, f"output={tmp_path}/one", **NO_GPU)
+        logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+        command = ("-m", "hyperllama", *evaluates, f"output={tmp_path}/two")
+        ranks = [{"out": log, "err": log, "RANK": str(rank), "WORLD_SIZE": "2"} for rank, log in enumerate(logs)]
+        both = [start(*command, **rank, **NO_GPU) for rank in ranks]
+        for process in both:
+            process.join(120)
+        assert all(process.exitcode == 0 for process in both), [log.read_text() for log in logs]
         assert sorted(path.name for path in (tmp_path / "two" / "examples").iterdir()) == ["rank0.jsonl", "rank1.jsonl"]
         assert answers(tmp_path / "two") == answers(tmp_path / "one")
         one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
@@ -398,21 +389,20 @@ class TestRuns:
 
     @pytest.mark.slow
     def test_an_interrupted_run_goes_on(self, run_folder, tmp_path):
-        evaluate(run_folder / "evaluate.yaml", [f"output={tmp_path}/whole"])
+        evaluates = ("evaluate", run_folder / "evaluate.yaml")
+        hyperllama(*evaluates, f"output={tmp_path}/whole", **NO_GPU)
         out = tmp_path / "cut"
-        process = command(run_folder, f"output={out}")
+        process = start("-m", "hyperllama", *evaluates, f"output={out}", **NO_GPU)
         path, deadline = out / "examples" / "rank0.jsonl", time.time() + 100
         while time.time() < deadline and (not path.exists() or path.stat().st_size < 4000):
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
         there = len(path.read_text().splitlines())
         with path.open("a") as file:
             file.write('{"method": "prefix", "episode": 11, "qu')  # what a crash leaves
         assert 0 < there < 240 and not (out / "summary.json").exists()
-        process = command(run_folder, f"output={out}")
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        hyperllama(*evaluates, f"output={out}", **NO_GPU)
         assert answers(out) == answers(tmp_path / "whole")
 
     @pytest.mark.parametrize("kind", ["choices", "text", "loss", "windows"])
