@@ -34,7 +34,7 @@ from hyperllama.inference.reader import Reader
 from hyperllama.recipe.loading import differences, load_recipe, save_recipe
 from hyperllama.recipe.schema import EvaluationRecipe
 from hyperllama.recipe.sources import make_source
-from hyperllama.runs import RECIPE, check_folder, check_same, digest_of, owned, remember
+from hyperllama.runs import MADE_FROM, RECIPE, check_folder, check_same, digest_of, owned, remember
 
 EXAMPLES, EPISODES, SUMMARY = "examples", "episodes.jsonl", "summary.json"
 # May change between one start and the next: what is there stays valid.
@@ -88,7 +88,8 @@ def _evaluate(
     methods = applicable(recipe, episodes, kind)  # what is left may lack what all had, such as a second task
     asked = {i: queries_of(bench, episode, kind) for i, episode in enumerate(episodes)}
     refuse_too_long(bench, methods, asked, kind, recipe.generation)
-    write_atomically(output / RECIPE, save_recipe(recipe))
+    if (output / MADE_FROM).is_file() or not (output / RECIPE).is_file():  # not over a recipe that a user has written there
+        write_atomically(output / RECIPE, save_recipe(recipe))
     remember(output, made_from)
     run = Run(output / EXAMPLES, rank, [method.name for method in methods], {i: len(q) for i, q in asked.items()})
     keep_episodes(output, [before_queries(bench, i) for i in range(len(episodes))], asked, run.lines())

@@ -61,7 +61,8 @@ def check_folder(folder: str | Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file, but a run is a folder; set output to another one")
     if folder.is_dir() and not any((folder / name).is_file() for name in (MADE_FROM, RECIPE)):
-        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        # A recipe may lie where its run goes.
+        others = sorted(path.name for path in folder.iterdir() if path.name[0] != "." and path.suffix not in (".yaml", ".yml"))
         if others:
             raise UserError(f"{folder}: holds files that no run has written, such as {others[0]}; set output to a new folder")
 

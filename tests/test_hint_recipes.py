@@ -146,6 +146,6 @@ def test_pretraining_and_both_settings_of_natural_instructions(tmp_path, saved_b
         evaluate(RECIPES / "sni-evaluate.yaml", [*data, *out, "methods=[no_context,full_context,prefix]"])
         found = [json.loads(line) for line in (tmp_path / f"{setting}-evaluated/examples/rank0.jsonl").read_text().splitlines()]
         assert len(found) == 3 * 6 and {line["task"] for line in found} == {"t2"}
-    with pytest.raises(UserError, match="other sizes"):
+    with pytest.raises(UserError, match="weights of another base or other settings"):
         larger = ["hint.adapter_size=5", f"output={tmp_path}/other", f"start_from={tmp_path}/pretrained"]
         commands_train.train(RECIPES / "sni-definition.yaml", [*common, *data, *larger])

@@ -109,6 +109,13 @@ class TestOutputs:
                 verb(path)
         assert [path.name for path in data.iterdir() if not path.name.startswith(".")] == ["t.jsonl"]
 
+    def test_a_recipe_may_lie_where_its_run_goes_and_stays_as_it_is(self, recipes, tmp_path):
+        for verb, run in VERBS.items():
+            text = f"# mine\n{recipes[verb].read_text()}"
+            own = write(tmp_path / verb / "recipe.yaml", text)
+            run(own)
+            assert own.read_text() == text and (own.parent / "made_from.json").is_file()
+
     @pytest.mark.parametrize("name", ["x" * 300, "file/below", ".", "/dev/null", "/proc/nothing/here"])
     def test_a_place_that_cannot_be_written_is_refused_before_anything_loads(
         self, call, run, prefix, name, tmp_path, monkeypatch

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hyperllama import cli
 from hyperllama.base import fetching as base_fetching
 from hyperllama.base.decoder import cache_argument
-from hyperllama.base.identity import identify
+from hyperllama.base.identity import identify, written
 from hyperllama.base.loading import load_base, load_tokenizer
 from hyperllama.inference.reader import Reader
 from hyperllama.prefixes.prefix import Prefix
@@ -113,7 +113,7 @@ def test_the_file_that_it_is_made_of_is_the_same_base(smollm2, reader, tmp_path)
     assert hashlib.sha256(file.read_bytes()).hexdigest() == model.sha256
     own = identify(load_base(str(file)), load_tokenizer(str(file)))
     assert own.name == str(file)
-    assert reader.identity.name == str(smollm2)
+    assert reader.identity.name == written(smollm2)
     assert {**own.as_dict(), "name": ""} == {**reader.identity.as_dict(), "name": ""}
 
 
@@ -228,7 +228,7 @@ def test_compose(prefix, tmp_path):
 
 def test_inspect(prefix, run, smollm2):
     for path in (prefix, run):
-        assert f" name {smollm2} " in " ".join(verb("inspect", path).split())
+        assert f" name {written(smollm2)} " in " ".join(verb("inspect", path).split())
 
 
 def test_a_store(run, tmp_path):

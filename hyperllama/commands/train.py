@@ -214,7 +214,8 @@ def begin(run: Path, recipe: Recipe | TuneRecipe, facts: dict[str, str | None]) 
     if (run / RESULT).is_file():
         print(f"{run}: training had finished already; remove the folder to train again")
         return False
-    write_atomically(run / RECIPE, resolved)
+    if not (run / RECIPE).is_file():  # or it says the same, and could be the recipe that a user has written there
+        write_atomically(run / RECIPE, resolved)
     write_atomically(run / VERSIONS, json.dumps(versions(), indent=2) + "\n")
     remember(run, facts)
     return True
