@@ -465,3 +465,9 @@ class TestLocks:
                 pass
         write(store.folder / "index" / ".writing-7-dead.lock", "")  # of a process that was killed
         assert store.repair() == [] and [path.name for path in (store.folder / "index").iterdir()] == ["rank0.jsonl"]
+
+
+def test_an_error_stays_short_whatever_a_file_says():
+    message = str(UserError(f"file.json: kind is {'x' * 5000!r}, not {'y' * 900}; correct it"))
+    assert len(message) < 1300 and message.startswith("file.json: kind is 'xxx") and message.endswith("; correct it")
+    assert "y" * 900 in message, "a long path is shown whole"

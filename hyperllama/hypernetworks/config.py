@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -57,6 +58,10 @@ def read_config(folder: str | Path) -> dict:
             f"{folder}: not a hypernetwork, it has no {', '.join(missing)}; give the folder of a finished training run"
         )
     config = from_fields(_Config, found, str(folder / CONFIG))
+    try:
+        json.dumps(found, allow_nan=False)
+    except ValueError:
+        raise UserError(f"{folder / CONFIG}: has a number that is not finite; train it again, or copy it again") from None
     from_fields(BaseIdentity, config.base, f"{folder / CONFIG}: base")
     for key, kind in (("format", TextFormat), ("limits", Limits)):
         from_fields(kind, config.notes.get(key, {}), f"{folder / CONFIG}: notes: {key}")

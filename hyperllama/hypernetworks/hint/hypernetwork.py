@@ -32,7 +32,7 @@ from hyperllama.base.mlp_blocks import BLOCK_ROWS, mlps_in_blocks
 from hyperllama.base.tensor_files import load_parameters
 from hyperllama.data.packing import GistBatch
 from hyperllama.errors import UserError
-from hyperllama.files import write_atomically
+from hyperllama.files import from_fields, write_atomically
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.gisting import save_model
 from hyperllama.hypernetworks.hint.fusion import Fusion
@@ -62,7 +62,7 @@ class HintHypernetwork(Hypernetwork):
 
     def __init__(self, base: PreTrainedModel, *, hint: HintSettings | dict | None = None, **settings):
         super().__init__(base, **settings)
-        self.hint = HintSettings(**hint) if isinstance(hint, dict) else hint or HintSettings()
+        self.hint = from_fields(HintSettings, hint, "hint") if isinstance(hint, dict) else hint or HintSettings()
         if problems := self.hint.size_problems(self.num_gists):
             raise UserError(f"hint: {'; '.join(problems)}")
         if self.chunking.graph != "single":
