@@ -23,7 +23,7 @@ from eval.summary import summarise
 from hyperllama.base.checks import check_config
 from hyperllama.base.environment import versions
 from hyperllama.base.loading import load_base, load_config, load_tokenizer
-from hyperllama.data.episode import Episode, Source, repetition_of, said_twice
+from hyperllama.data.episode import Episode, Source, repetition_of, tell_twice
 from hyperllama.data.leaks import find_leaks
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.errors import UserError
@@ -67,8 +67,8 @@ def evaluate(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str
     if recipe.hypernetwork:
         check_gists(recipe.hypernetwork, read_config(recipe.hypernetwork), recipe.gists)
     source = make_source(recipe.data)
-    if rank == 0 and (twice := said_twice(repetition_of(source))):
-        print(twice, file=sys.stderr)
+    if rank == 0:
+        tell_twice(repetition_of(source))
     episodes = episodes_of(recipe, source)
     made_from = facts_of(recipe, episodes)
     check_same(output, made_from)
@@ -106,10 +106,19 @@ def _evaluate(
     return summary | {"report": str(output / "report.md")}
 
 
+def base_name(recipe: EvaluationRecipe) -> str | None:
+    """The base that an evaluation reads with, if it has one."""
+    return recipe.model or (read_config(recipe.hypernetwork)["base"]["name"] if recipe.hypernetwork else None)
+
+
 def facts_of(recipe: EvaluationRecipe, episodes: Sequence[Episode]) -> dict[str, str | None]:
     """Fingerprints of all that an evaluation's results depend on beside its recipe."""
-    base = recipe.model or (read_config(recipe.hypernetwork)["base"]["name"] if recipe.hypernetwork else None)
-    models = {"base": base, "hypernetwork": recipe.hypernetwork, "multi_task": recipe.multi_task, "prefixes": recipe.prefixes}
+    models = {
+        "base": base_name(recipe),
+        "hypernetwork": recipe.hypernetwork,
+        "multi_task": recipe.multi_task,
+        "prefixes": recipe.prefixes,
+    }
     data = sha256(*(repr(episode) for episode in episodes))
     return {"data": data, **{name: digest_of(path) for name, path in models.items()}}
 
@@ -308,7 +317,7 @@ def applicable(recipe: EvaluationRecipe, episodes: Sequence[Episode], kind: Kind
 
 def check_leaks(recipe: EvaluationRecipe, source: Source) -> tuple[str, bool]:
     """What the evaluation shares with the training data of its hypernetwork and models, in words, and whether it does."""
-    base = recipe.model or (read_config(recipe.hypernetwork)["base"]["name"] if recipe.hypernetwork else None)
+    base = base_name(recipe)
     found, shares = [], False
     for run in dict.fromkeys(filter(None, (recipe.hypernetwork, base, recipe.multi_task))):
         path = Path(run) / RECIPE

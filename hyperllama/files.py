@@ -105,6 +105,20 @@ def plain_name(text: str, otherwise: str = "task") -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", ascii_text).strip("._-")[:80] or otherwise
 
 
+def written(name: str | Path) -> str:
+    """A model's or a run's name as it is kept in files: a path that is here begins with a dot or a slash, others do not.
+
+    So `models/x` stays a folder, also where there is none of that name: the hub's `models/x` may be a stranger's.
+    """
+    name = str(name)
+    return f"./{name}" if not is_path(name) and Path(name).exists() else name
+
+
+def is_path(name: str | Path) -> bool:
+    """Whether a name cannot be one of the hub's, which are `name` or `owner/name`."""
+    return str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
+
+
 def canonical_json(value: Any) -> str:
     """JSON whose text depends on the value alone, for hashes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

@@ -9,10 +9,11 @@ from conftest import tiny_base, trained_hypernetwork
 from transformers import AutoModelForCausalLM
 
 from hyperllama.base.checks import check_vocabulary
-from hyperllama.base.identity import ROUNDED, BaseIdentity, identify, written
+from hyperllama.base.identity import ROUNDED, BaseIdentity, identify
 from hyperllama.base.loading import load_base, load_config, load_tokenizer
 from hyperllama.data.text import Limits, TextFormat
 from hyperllama.errors import UserError
+from hyperllama.files import written
 from hyperllama.hypernetworks.hub import fetch
 from hyperllama.hypernetworks.loading import load_hypernetwork
 from hyperllama.inference.reader import Reader

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hyperllama import cli
 from hyperllama.base import fetching as base_fetching
 from hyperllama.base.decoder import cache_argument
-from hyperllama.base.identity import identify, written
+from hyperllama.base.identity import identify
 from hyperllama.base.loading import load_base, load_tokenizer
+from hyperllama.files import written
 from hyperllama.inference.reader import Reader
 from hyperllama.prefixes.prefix import Prefix
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from transformers import (
 
 from hyperllama.base.distributed import gathered
 from hyperllama.errors import UserError
-from hyperllama.files import canonical_json, sha256
+from hyperllama.files import canonical_json, sha256, written
 
 ROUNDED = "_hyperllama_rounded"  # of a model: the fingerprint of its weights in its dtype, and as in its checkpoint's
 
@@ -141,20 +140,6 @@ def sampled(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16, *, coun
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             digest.update(entries.to(dtype).contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def written(name: str | Path) -> str:
-    """A model's or a run's name as it is kept in files: a path that is here begins with a dot or a slash, others do not.
-
-    So `models/x` stays a folder, also where there is none of that name: the hub's `models/x` may be a stranger's.
-    """
-    name = str(name)
-    return f"./{name}" if not is_path(name) and Path(name).exists() else name
-
-
-def is_path(name: str | Path) -> bool:
-    """Whether a name cannot be one of the hub's, which are `name` or `owner/name`."""
-    return str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
 
 
 def _number(value: Any) -> Any:

@@ -23,8 +23,9 @@ from transformers import (
 
 from attention_masks import register
 from hyperllama.base.checks import check_config, prepare
-from hyperllama.base.identity import ROUNDED, is_path, sampled
+from hyperllama.base.identity import ROUNDED, sampled
 from hyperllama.errors import UserError, in_one_line
+from hyperllama.files import is_path
 
 # Configs of well-known models, without weights: OWNER--NAME/config.json.
 SHIPPED_CONFIGS = Path(__file__).parent.parent.parent / "recipes" / "models"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from hyperllama.base.distributed import processes
-from hyperllama.data.episode import said_twice
+from hyperllama.data.episode import tell_twice
 from hyperllama.errors import UserError
 from hyperllama.files import check_output
 from hyperllama.hypernetworks.base import Hypernetwork
@@ -57,8 +57,7 @@ def compress(
     paths = _output_paths(output, [one.task for one in shown])
     for path in paths:
         check_output(path, reads=[one.where for one in shown], ours=is_prefix, overwrite=overwrite)
-    if twice := said_twice({one.where: one.repetition for one in shown}):
-        print(twice, file=sys.stderr)
+    tell_twice({one.where: one.repetition for one in shown})
     check_gists(run, read_config(fetch(run)), gists if budget is None else 1)
     hypernetwork, encoder = load_hypernetwork(run, base_path, dtype=dtype, check_base=check_base)
     contexts, manifests = zip(*(fitting(one, hypernetwork, encoder, run) for one in shown))

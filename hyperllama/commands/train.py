@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -21,7 +20,7 @@ from hyperllama.base.environment import versions
 from hyperllama.base.identity import BaseIdentity
 from hyperllama.base.loading import load_base, load_config, load_tokenizer, random_base, random_config
 from hyperllama.data.dealing import Dealt
-from hyperllama.data.episode import Source, fingerprint_of, repetition_of, said_twice
+from hyperllama.data.episode import Source, fingerprint_of, repetition_of, tell_twice
 from hyperllama.data.packing import Packing, full_tokens, gist_tokens, pack_full, pack_gist
 from hyperllama.data.stream import Collator, EpisodeStream
 from hyperllama.data.text import EncodedEpisode, Encoder
@@ -89,8 +88,8 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> TrainOutput
         facts |= {"start_from": digest_of(recipe.start_from), "deepspeed": settings_of(recipe.deepspeed)}
         if not begin(run, recipe, facts):
             return None
-        if arguments.should_save and (twice := said_twice(repetition_of(source))):
-            print(twice, file=sys.stderr)
+        if arguments.should_save:
+            tell_twice(repetition_of(source))
         return _train(recipe, source, arguments, checkpoint)
 
 

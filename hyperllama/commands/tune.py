@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,15 +17,14 @@ from transformers import TrainingArguments, set_seed
 
 from hyperllama.base.decoder import rotary_settings
 from hyperllama.base.distributed import processes
-from hyperllama.base.identity import written
 from hyperllama.base.loading import load_base, load_tokenizer
 from hyperllama.commands.train import RESULT, begin, settings_of
-from hyperllama.data.episode import Episode, Source, fingerprint_of, merged, repetition_of, said_twice
+from hyperllama.data.episode import Episode, Source, fingerprint_of, merged, repetition_of, tell_twice
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.stream import Collator
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.errors import UserError
-from hyperllama.files import plain_name, whole_json_lines, write_atomically
+from hyperllama.files import plain_name, whole_json_lines, write_atomically, written
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.config import read_config
 from hyperllama.hypernetworks.hub import fetch
@@ -59,8 +57,8 @@ def tune(recipe_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, tu
     _arguments(recipe, {})  # refused before anything is read or written
     with owned(run) if first else nullcontext():
         source = make_source(recipe.data)
-        if first and (twice := said_twice(repetition_of(source))):
-            print(twice, file=sys.stderr)
+        if first:
+            tell_twice(repetition_of(source))
         return _tune(recipe, source) if begin(run, recipe, _facts(recipe, source)) else None
 
 

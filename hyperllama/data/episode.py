@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -63,6 +64,12 @@ def merged(examples: Iterable[Example]) -> tuple[tuple[Example, ...], int, int]:
 def repetition_of(source: Any) -> dict[str, tuple[int, int]]:
     """What a source has found said twice, if it looks for that; see `said_twice`."""
     return source.repetition() if hasattr(source, "repetition") else {}
+
+
+def tell_twice(counts: Mapping[str, tuple[int, int]]) -> None:
+    """Print what `said_twice` says, if it says something."""
+    if twice := said_twice(counts):
+        print(twice, file=sys.stderr)
 
 
 def said_twice(counts: Mapping[str, tuple[int, int]]) -> str | None:

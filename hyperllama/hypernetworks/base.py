@@ -12,7 +12,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -82,7 +81,9 @@ class Hypernetwork(PackedModel, ABC):
         if mix.taught and self.head_loss is None:
             raise UserError(f"objectives.{mix.taught[0]}: the head of a {base.config.model_type} model is not a plain product")
         self.num_gists, self.chunking, self.elastic, self.mix = gists, chunking, elastic, mix
-        self.sink, self._sink_states, self.knows_all = sink, None, False
+        self.sink, self._sink_states = sink, None
+        self.folder: Path | None = None  # where a model that training has made is saved
+        self._identity: BaseIdentity | None = None
         # What a context is said again after: trained with the rest, and of no use afterwards.
         self.marker = nn.Parameter(likely_words(base, 1)[0]) if mix.says_again else None
         self._hashed: tuple[tuple, str] | None = None  # sums of the bits of the weights that had this hash
@@ -132,18 +133,19 @@ class Hypernetwork(PackedModel, ABC):
         """The parameters that training changes, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    @cached_property
+    @property
     def identity(self) -> BaseIdentity:
-        """The fingerprints of the model that reads; it is frozen, so they are taken once."""
-        return identify(self.base, self.tokenizer, full=self.knows_all)
+        """The fingerprints of the model that reads: of the frozen base, taken once, or of the model as training has made it."""
+        if self.trains_base:
+            return identify(self.base, self.tokenizer, None if self.folder is None else str(self.folder))
+        if self._identity is None:
+            self._identity = identify(self.base, self.tokenizer)
+        return self._identity
 
     def know_all_of_base(self) -> None:
         """Take a fingerprint of all of the base's weights too; under ZeRO-3 all ranks must call it."""
         if not self.trains_base:
-            self.knows_all = True
-            for taken in ("identity", "_frozen"):
-                vars(self).pop(taken, None)
-            _ = self.identity
+            self._identity = identify(self.base, self.tokenizer, full=True)
 
     def check_base(self, trained_for: BaseIdentity, where: str) -> None:
         """UserError unless all weights of the base are those of `trained_for`, the identity that a run has recorded."""

@@ -10,7 +10,7 @@ from typing import Literal
 from hyperllama.data.chunking import SINGLE, Chunking
 from hyperllama.data.text import Limits, TextFormat
 from hyperllama.errors import UserError
-from hyperllama.files import from_fields, read_json
+from hyperllama.files import from_fields, is_path, read_json
 from hyperllama.hypernetworks.registry import KINDS
 
 CONFIG, CARD, GISTS = "hypernetwork.json", "README.md", "gists.safetensors"
@@ -85,7 +85,7 @@ def _card(config: dict, parameters: int) -> str:
     base = config["base"]
     chunking = Chunking(**config["chunking"])
     cut = "" if chunking.graph == "single" else f" for each chunk of {chunking.chunk_tokens} tokens ({chunking.graph})"
-    named = "" if base["name"][0] in "./~" else f"base_model: {base['name']}\n"  # the hub knows its own names only
+    named = "" if is_path(base["name"]) else f"base_model: {base['name']}\n"  # the hub knows its own names only
     return f"""---
 {named}library_name: hyperllama
 tags: [gisting, hypernetwork, soft-prefix]

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attention_masks import GistLayout
-from hyperllama.base.identity import BaseIdentity, identify
 from hyperllama.base.loading import load_weights_into
 from hyperllama.base.mlp_blocks import BLOCK_ROWS
 from hyperllama.data.packing import GistBatch
@@ -34,12 +33,7 @@ class GistingHypernetwork(WithGistTokens):
         if self.mix.taught:
             raise UserError(f"objectives.{self.mix.taught[0]}: gisting changes the model that would teach; set it to 0")
         base.requires_grad_(True)
-        self.gists, self.folder = self.new_gists(), None
-
-    @property
-    def identity(self) -> BaseIdentity:
-        """The fingerprints of the model as it is now, which training changes."""
-        return identify(self.base, self.tokenizer, None if self.folder is None else str(self.folder))
+        self.gists = self.new_gists()
 
     def forward(self, batch: GistBatch) -> TokenLoss:
         """One pass over a packed batch: compress, read and answer."""

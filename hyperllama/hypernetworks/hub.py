@@ -7,10 +7,9 @@ import re
 import tempfile
 from pathlib import Path
 
-from hyperllama.base.identity import is_path
 from hyperllama.base.loading import meant_here
 from hyperllama.errors import UserError, in_one_line
-from hyperllama.files import write_atomically
+from hyperllama.files import is_path, write_atomically
 from hyperllama.hypernetworks.config import CARD, CONFIG, read_config
 from hyperllama.prefixes.prefix import Prefix
 

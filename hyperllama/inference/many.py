@@ -16,11 +16,12 @@ from itertools import islice
 from pathlib import Path
 
 from attention_masks import GistLayout
-from hyperllama.base.identity import BaseIdentity, written
+from hyperllama.base.identity import BaseIdentity
 from hyperllama.data.episode import Example, Task, said_twice
 from hyperllama.data.sni import read_task
 from hyperllama.data.text import Encoder
 from hyperllama.errors import UserError, in_one_line
+from hyperllama.files import written
 from hyperllama.hypernetworks.base import Hypernetwork, context_sha256
 from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.store import PrefixStore
@@ -77,7 +78,7 @@ def shown_of(task: Task | str | Path, *, shots: int | None = None, instruction: 
     replaces that of the task. Raises UserError, naming the file, if it cannot be read or has nothing to compress.
     """
     where = task.name if isinstance(task, Task) else str(task)
-    task = (task if isinstance(task, Task) else read_task(task)).distinct()
+    task = task.distinct() if isinstance(task, Task) else read_task(task)
     text = task.instruction if instruction is None else instruction
     demonstrations = tuple((task.demonstrations or task.examples)[:shots])
     if not demonstrations and not text:

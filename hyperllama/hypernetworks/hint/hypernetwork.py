@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from hyperllama.base.decoder import (
     part,
     require,
 )
-from hyperllama.base.identity import BaseIdentity, identify
 from hyperllama.base.loading import load_weights_into
 from hyperllama.base.mlp_blocks import BLOCK_ROWS, mlps_in_blocks
 from hyperllama.base.tensor_files import load_parameters
@@ -82,7 +80,6 @@ class HintHypernetwork(Hypernetwork):
         pairs = {name: (size, widths[name]) for name, size in self.hint.sizes().items()}
         self.generator = Generator(*sizes, pairs, self.hint).to(base.device) if self.num_gists or pairs else None
         self.fusion = Fusion(base, self.hint.fusion_rank) if self.hint.fusion else None
-        self.folder: Path | None = None
         base.requires_grad_(self.trains_base)
 
     @property
@@ -92,17 +89,6 @@ class HintHypernetwork(Hypernetwork):
     @property
     def keeps_context(self) -> bool:
         return self.hint.keeps_context
-
-    @property
-    def identity(self) -> BaseIdentity:
-        """The fingerprints of the model that reads: those of the frozen base, or of the model as training has made it."""
-        if self.trains_base:
-            return identify(self.base, self.tokenizer, None if self.folder is None else str(self.folder))
-        return self._frozen
-
-    @cached_property
-    def _frozen(self) -> BaseIdentity:
-        return identify(self.base, self.tokenizer, full=self.knows_all)
 
     def settings(self) -> dict:
         return {**super().settings(), "hint": dataclasses.asdict(self.hint)}
