@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -48,17 +49,20 @@ def layout_arguments(
     inv_freq: Tensor,
     backend: str = "auto",
     states: Sequence[tuple[Tensor, Tensor]] | None = None,
+    apart: bool = False,
 ) -> dict:
     """Keyword arguments with which a decoder reads one packed row (1, T) under `layout`.
 
     `states` are keys and values (N, R, D) of each layer that stand in the first R rows instead of what the layer computes
-    there: prefixes that come from elsewhere. Keys carry the positions that `layout` gives those rows.
+    there: prefixes that come from elsewhere. Keys carry the positions that `layout` gives those rows. With `apart` the decoder
+    is handed the other T - R rows only, and computes nothing for the first R.
 
     The attention mask is a single element of four dimensions: transformers hands such a mask through untouched, so it
     does not build a T x T mask that nobody reads.
     """
+    first = states[0][0].shape[1] if apart and states else 0
     return {
-        "position_ids": layout.positions[None],
+        "position_ids": layout.positions[None, first:],
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.device),
         "gist_layout": layout,
         "gist_inv_freq": inv_freq,
@@ -85,7 +89,8 @@ def gist_attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query (B, H, T, D), key and value (B, N, T, D) -> (B, T, H, D), no weights.
 
-    Nobody reads this layer's output for the first `gist_unread` rows. `gist_queries` collects queries.
+    Nobody reads this layer's output for the first `gist_unread` rows. `gist_queries` collects queries. Rows of the layout that
+    T lacks are its first, and `gist_states` has them.
     """
     if gist_layout is None:
         ordinary = AttentionInterface()["sdpa"]
@@ -94,15 +99,17 @@ def gist_attention_forward(
         raise ValueError("this layout moves keys, so gist attention needs gist_inv_freq: pass layout_arguments(...)")
     if gist_queries is not None:
         gist_queries.add(query, scaling)
+    absent = gist_layout.tokens - query.shape[2]
     if gist_states:
-        key, value = (_replace(rows, states) for rows, states in zip((key, value), gist_states[module.layer_idx]))
+        key, value = (_replace(rows, states, absent) for rows, states in zip((key, value), gist_states[module.layer_idx]))
+        query = pad(query, (0, 0, absent, 0))
     if dropout:
         raise ValueError("gist attention has no dropout: set attention_dropout to 0 in the model's config")
-    settings = {"backend": gist_backend, "scale": scaling, "inv_freq": gist_inv_freq, "unread": gist_unread}
+    settings = {"backend": gist_backend, "scale": scaling, "inv_freq": gist_inv_freq, "unread": max(gist_unread, absent)}
     output = gist_attention(query, key, value, gist_layout, **settings)
-    return output.transpose(1, 2), None
+    return output[:, :, absent:].transpose(1, 2), None
 
 
-def _replace(rows: Tensor, states: Tensor) -> Tensor:
-    """rows (1, N, T, D) with `states` (N, R, D) in place of the first R."""
-    return torch.cat([states[None].to(rows.dtype), rows[:, :, states.shape[1] :]], dim=2)
+def _replace(rows: Tensor, states: Tensor, absent: int) -> Tensor:
+    """rows (1, N, T, D) with `states` (N, R, D) in place of the first R, of which the first `absent` are not there."""
+    return torch.cat([states[None].to(rows.dtype), rows[:, :, states.shape[1] - absent :]], dim=2)

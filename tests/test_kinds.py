@@ -212,11 +212,13 @@ def test_elastic_batches_have_any_number_of_nested_gists():
     assert set(drawn) == {1, 2, 4, 8}
 
 
-def test_distillation_is_the_divergence_from_the_base_with_the_whole_context():
-    hypernetwork = made("lora", mix=Mix(answer=0.3, distillation=0.7))
-    found = hypernetwork(pack_gist(EPISODES, Packing(3, teach=True)))
+@pytest.mark.parametrize("graph", ["single", "parallel"])
+@pytest.mark.parametrize("kind", ["lora", *(kind for kind in ALL if kind.startswith("pooling"))])
+def test_distillation_is_the_divergence_from_the_base_with_the_whole_context(kind, graph):
+    hypernetwork = made(kind, mix=Mix(answer=0.3, distillation=0.7), chunking=GRAPHS[graph])
+    found = hypernetwork(pack_gist(EPISODES, Packing(3, GRAPHS[graph], teach=True)))
     base, total = hypernetwork.base, 0.0
-    for episode, prefix in zip(EPISODES, hypernetwork.compress([e.context for e in EPISODES])):
+    for episode, prefix in zip(EPISODES, hypernetwork.compress([context_of(e) for e in EPISODES])):
         for prompt, answer in episode.queries:
             read = [*prompt, *answer[:-1]]
             rows = slice(-len(answer), None)

@@ -13,7 +13,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, set_seed
 
-from attention_masks import dense_mask
+from attention_masks import GistLayout, Segment, dense_mask
 from hyperllama.base.checks import check_config, prepare
 from hyperllama.base.decoder import cache_argument, packed_arguments
 from hyperllama.base.identity import identify
@@ -44,6 +44,14 @@ def test_packed_model_equals_stock_eager_attention_under_the_dense_mask(base, na
     torch.testing.assert_close(packed, stock, atol=1e-4, rtol=1e-4)
 
 
+# Prefixes of different sizes first, and readers of one or of both.
+STORED = (Segment(2, gists=2), Segment(3, gists=3))
+READ_BEHIND = {
+    "plain": GistLayout([*STORED, Segment(4, reads=(0,)), Segment(3, reads=(1,))]),
+    "shifted": GistLayout([*STORED, Segment(4, reads=(0, 1)), Segment(1, reads=(0,)), Segment(2)]),
+}
+
+
 @pytest.mark.parametrize("backend", ["dense", "sdpa"])
 def test_a_layout_that_moves_keys_equals_its_segments_run_one_after_the_other(base, backend):
     """Where gists stand: the sequential run with a cache, in which each reader starts right after what it reads."""
@@ -52,6 +60,27 @@ def test_a_layout_that_moves_keys_equals_its_segments_run_one_after_the_other(ba
     packed = base(input_ids=ids, use_cache=False, **packed_arguments(base, layout, backend)).logits
     for i, (rows, logits) in enumerate(sequential(base, ids, layout)):
         torch.testing.assert_close(packed[:, rows], logits, atol=1e-4, rtol=1e-4, msg=f"segment {i}")
+
+
+@pytest.mark.parametrize("backend", ["dense", "sdpa"])
+@pytest.mark.parametrize("name", ["plain", "shifted"])
+def test_rows_that_stand_apart_are_rows_whose_keys_and_values_are_replaced(base, backend, name):
+    """Of the first rows only keys and values are there: the others' outputs and gradients are the same."""
+    layout = READ_BEHIND[name]
+    first = len(layout.gist_rows)
+    heads, width = base.config.num_key_value_heads, base.config.head_dim
+    states = [
+        tuple(torch.randn(heads, first, width, requires_grad=True) for _ in "kv") for _ in range(base.config.num_hidden_layers)
+    ]
+    ids = torch.randint(3, VOCABULARY, (1, layout.tokens))
+    found = []
+    for apart in (False, True):
+        arguments = packed_arguments(base, layout, backend, states, apart)
+        logits = base(input_ids=ids[:, first if apart else 0 :], use_cache=False, **arguments).logits[0]
+        kept = logits if apart else logits[first:]
+        found.append([kept, *torch.autograd.grad(kept.square().sum(), [x for pair in states for x in pair])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def sequential(base, ids, layout):

@@ -103,7 +103,7 @@ def _three_ways(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
     ids = (torch.arange(3, 11, device=device) % model.config.vocab_size)[None]
 
     def pass_over(rows: Tensor, segments: list[Segment], states=None) -> Tensor:
-        arguments = packed_arguments(model, GistLayout(segments).to(device), "dense", states)
+        arguments = packed_arguments(model, GistLayout(segments).to(device), "dense", states, apart=True)
         return decoder(input_ids=rows, use_cache=False, **arguments).last_hidden_state[0].float()
 
     packed = pass_over(ids, [Segment(5, gists=2), Segment(3, reads=(0,))])
@@ -114,7 +114,7 @@ def _three_ways(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = rotate(layer.keys[:, :, 3:], back, inv_freq), layer.values[:, :, 3:]
         gists.update(keys, values, i)
         stored.append((keys[0], values[0]))
-    behind = pass_over(ids[:, 3:], [Segment(2, gists=2), Segment(3, reads=(0,))], stored)[2:]
+    behind = pass_over(ids[:, 5:], [Segment(2, gists=2), Segment(3, reads=(0,))], stored)
     places = torch.arange(2, 5, device=device)[None]
     ones = torch.ones(1, 5, dtype=torch.long, device=device)
     arguments = {"position_ids": places, "attention_mask": ones, **cache_argument(decoder, gists)}

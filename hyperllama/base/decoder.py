@@ -134,10 +134,11 @@ def packed_arguments(
     layout: GistLayout,
     backend: str = "auto",
     states: Sequence[tuple[Tensor, Tensor]] | None = None,
+    apart: bool = False,
 ) -> dict:
     """Keyword arguments with which `model` reads a packed row (1, T) under `layout`; UserError if it is too long for it.
 
-    `states`: see `attention_masks.registration.layout_arguments`.
+    `states`, `apart`: see `attention_masks.registration.layout_arguments`.
     """
     longest = model.config.max_position_embeddings
     if layout.last_position >= longest:
@@ -145,7 +146,7 @@ def packed_arguments(
             f"a context with its gists and queries takes {layout.last_position + 1} positions, but the model has {longest}; "
             "use fewer shots, shorter examples, or a model with a longer context"
         )
-    return layout_arguments(layout, inverse_frequencies(model), backend, states)
+    return layout_arguments(layout, inverse_frequencies(model), backend, states, apart)
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:

@@ -87,9 +87,10 @@ class GistBatch:
         return self.ids[:, first:cut], GistLayout(before[first:]).to(self.layout.device), reading
 
     def reader_rows(self) -> list[list[int]]:
-        """Of each context the rows of all segments that read it."""
+        """Of each context the rows of all segments that read it, counted from the first row that reads."""
         rows: list[list[int]] = [[] for _ in range(max(self.owners) + 1)]
-        starts = self.layout.row_starts
+        first = sum(segment.tokens for segment in self.layout.segments[: self.contexts])
+        starts = [start - first for start in self.layout.row_starts]
         for i in range(self.contexts, len(self.owners)):
             rows[self.owners[i]] += range(starts[i], starts[i] + self.layout.segments[i].tokens)
         return rows

@@ -180,7 +180,8 @@ class Hypernetwork(PackedModel, ABC):
             pairs = zip(sinks, moved, strict=True)
             moved = [tuple(torch.cat([a.to(b.dtype), b], 1) for a, b in zip(*pair)) for pair in pairs]
         embeds = self.with_markers(self.base.get_input_embeddings()(reading.ids), reading)
-        return self.answer_loss(reading, moved, mix=self.mix, teacher=teacher, inputs_embeds=embeds)
+        behind = embeds[:, moved[0][0].shape[1] :]
+        return self.answer_loss(reading, moved, mix=self.mix, teacher=teacher, apart=True, inputs_embeds=behind)
 
     def teach(self, batch: GistBatch) -> Tensor | None:
         """What the frozen model says with the whole context, where `mix` asks for it."""

@@ -19,11 +19,13 @@ from attention_masks.registration import KeptQueries
 from hyperllama.base.decoder import head_dim, inverse_frequencies, kv_heads
 from hyperllama.base.mlp_blocks import BLOCK_ROWS
 from hyperllama.base.tensor_files import load_parameters
+from hyperllama.data.packing import GistBatch
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
 from hyperllama.hypernetworks.attended import attention_received, most_attended
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.row_lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RowLora
+from hyperllama.objectives.losses import TokenLoss
 from hyperllama.prefixes.capture import States, gist_rows
 
 POOLING = "pooling.safetensors"
@@ -85,26 +87,50 @@ class PoolingHypernetwork(Hypernetwork):
             own |= {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout.p, "targets": lora.targets}
         return {**super().settings(), **own}
 
+    def forward(self, batch: GistBatch) -> TokenLoss:
+        """Compress, and read what comes out. A teacher reads the contexts' own rows, which pooling has computed anyway."""
+        ids, layout, reading = batch.halves()
+        whole, read, queries = self._read(ids, layout, BLOCK_ROWS)
+        states = self._pooled(layout, whole, read, queries)
+        alike = self.lora is None and self.mix.taught and _reads(batch.teacher, whole)
+        teacher = self.taught(batch.teacher, read) if alike else self.teach(batch)
+        return self.reading_loss(reading, layout, states, self.sink_rows(reading.layout.positions[: reading.sinks]), teacher)
+
     def gist_states(
         self, ids: Tensor, layout: GistLayout, *, given: States | None = None, block_rows: int | None = BLOCK_ROWS
     ) -> States:
         """The rows that stand for gists in `layout` are not computed: only the tokens before them are read."""
-        counts = [segment.gists for segment in layout.segments]
+        return self._pooled(layout, *self._read(ids, layout, block_rows))
+
+    def _read(self, ids: Tensor, layout: GistLayout, block_rows: int | None) -> tuple[GistLayout, States, Sequence[Tensor]]:
+        """The contexts of `layout`, without gists, as a layout; their keys and values; queries of the rows that choose."""
         tokens = [segment.tokens - segment.gists for segment in layout.segments]
         if min(tokens) < 1:
             raise UserError("pooling needs at least one token of context for each prefix")
         whole = GistLayout([Segment(n, gists=n) for n in tokens]).to(ids.device)
         own = [piece[:, :n] for piece, n in zip(ids.split([s.tokens for s in layout.segments], 1), tokens, strict=True)]
+        choosing = [row for rows in self._choosing(whole) for row in rows]
+        queries = KeptQueries(torch.tensor(choosing, dtype=torch.long, device=ids.device))
+        inputs = {"input_ids": torch.cat(own, 1), "gist_queries": queries if self.attended else None}
+        inputs |= {"gist_lora": self.lora} if self.lora else {}
+        with nullcontext() if self.lora else torch.no_grad():
+            states = gist_rows(self.base, whole, backend=self.backend, block_rows=block_rows, **inputs)
+        return whole, states, queries.layers
+
+    def _choosing(self, whole: GistLayout) -> list[range]:
+        """Of each context the rows at its end whose attention chooses."""
+        tokens = [segment.tokens for segment in whole.segments]
+        return [range(end - math.ceil(self.attended * n), end) for n, end in zip(tokens, accumulate(tokens))]
+
+    def _pooled(self, layout: GistLayout, whole: GistLayout, read: States, queries: Sequence[Tensor]) -> States:
+        """The gist rows of `layout`, from what `_read` gives."""
+        tokens, counts = [s.tokens for s in whole.segments], [s.gists for s in layout.segments]
         inv_freq, places = inverse_frequencies(self.base), layout.positions[layout.gist_rows]
-        ends = [range(end - math.ceil(self.attended * n), end) for n, end in zip(tokens, accumulate(tokens))]
-        asking = torch.tensor([row for rows in ends for row in rows], dtype=torch.long, device=ids.device)
-        queries = KeptQueries(asking)
-        read = self._read(torch.cat(own, 1), whole, block_rows, queries if self.attended else None)
         states = []
         for layer, (keys, values) in enumerate(read):
             received: list[Tensor | None] = [None] * len(tokens)
             if self.attended:
-                asked = queries.layers[layer].split([len(rows) for rows in ends], 1)
+                asked = queries[layer].split([len(rows) for rows in self._choosing(whole)], 1)
                 received = [attention_received(q, k) for q, k in zip(asked, keys.split(tokens, 1), strict=True)]
             keys = rotate(keys.float(), -whole.positions, inv_freq)
             contexts = zip(keys.split(tokens, 1), values.float().split(tokens, 1), counts, received, strict=True)
@@ -112,11 +138,6 @@ class PoolingHypernetwork(Hypernetwork):
             keys, new_values = (torch.cat(side, 1) for side in zip(*pooled, strict=True))
             states.append((rotate(keys, places, inv_freq).to(values.dtype), new_values.to(values.dtype)))
         return states
-
-    def _read(self, ids: Tensor, whole: GistLayout, block_rows: int | None, queries: KeptQueries | None) -> States:
-        inputs = {"input_ids": ids, "gist_queries": queries} | ({"gist_lora": self.lora} if self.lora else {})
-        with nullcontext() if self.lora else torch.no_grad():
-            return gist_rows(self.base, whole, backend=self.backend, block_rows=block_rows, **inputs)
 
     def _pool(self, layer: int, keys: Tensor, values: Tensor, gists: int, received: Tensor | None) -> tuple[Tensor, Tensor]:
         """keys without positions and values (N, T, D), attention received (N, T) or None -> (N, gists, D) each."""
@@ -156,6 +177,11 @@ class PoolingHypernetwork(Hypernetwork):
         """Take the hooks off the base."""
         if self.lora:
             self.lora.remove()
+
+
+def _reads(teacher: GistBatch | None, whole: GistLayout) -> bool:
+    """Whether a teacher reads the contexts of `whole` as they stand there, not cut into chunks."""
+    return teacher is not None and teacher.layout.segments[: len(whole.segments)] == whole.segments
 
 
 def in_shares(tokens: int, rows: int, recency: float) -> Tensor:

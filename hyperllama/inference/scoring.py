@@ -1,8 +1,7 @@
 """The likelihood of continuations behind prefixes, in packed passes that share what can be shared.
 
-A prefix stands in the packed row once, as placeholder rows whose keys and values are replaced at every layer; its adapters, if
-it has any, act on the rows that read it. A prompt with several continuations is a segment that they all read, so that it is
-computed once.
+A prefix stands in the packed row once, as rows of which there is nothing but keys and values; its adapters, if it has any, act
+on the rows that read it. A prompt with several continuations is a segment that they all read, so that it is computed once.
 """
 
 from __future__ import annotations
@@ -140,12 +139,14 @@ def _likelihoods(model: PreTrainedModel, questions: Sequence[Question], backend:
     place = {r: i for i, r in enumerate(head_rows)}
     device = model.device
     layout = GistLayout(row.segments).to(device)
-    with adapted(model, Stack.of(list(adapters.values()), model), list(acted_on.values())):
+    first = sum(prefix.rows for prefix in row.prefixes)  # of these rows there is nothing but keys and values
+    acting = [[r - first for r in rows] for rows in acted_on.values()]
+    with adapted(model, Stack.of(list(adapters.values()), model), acting):
         logits = model(
-            input_ids=torch.tensor([row.ids], device=device),
+            input_ids=torch.tensor([row.ids[first:]], device=device),
             use_cache=False,
-            logits_to_keep=torch.tensor(head_rows, device=device),
-            **packed_arguments(model, layout, backend, prefix_states(model, layout, row.prefixes)),
+            logits_to_keep=torch.tensor(head_rows, device=device) - first,
+            **packed_arguments(model, layout, backend, prefix_states(model, layout, row.prefixes), apart=True),
         ).logits[0]
     rows = torch.tensor([place[r] for rows in predicting for r in rows], device=device)
     return logits.float().log_softmax(-1), rows

@@ -39,23 +39,26 @@ class PackedModel(nn.Module):
         *,
         mix: Mix = ANSWERS,
         teacher: Tensor | None = None,
+        apart: bool = False,
         **inputs,
     ) -> TokenLoss:
         """The loss of a batch's targets, with the output head on target rows only. `inputs` go to the decoder.
 
         Where there are many targets and words, logits are computed in chunks (`hyperllama.objectives.losses.LOGITS`).
-        `states`: keys and values of each layer for the first rows, see `attention_masks.registration.layout_arguments`.
+        `states`: keys and values of each layer for the first rows, see `attention_masks.registration.layout_arguments`; with
+        `apart` there is nothing else of these rows, and `inputs` begin behind them.
         `teacher` (answers, hidden size): the teacher's hidden states at the answers' targets, if an objective of `mix` has one.
         The count is that of the answers: the other objectives join as means of their own.
         """
-        inputs |= {"use_cache": False, **packed_arguments(self.base, batch.layout, self.backend, states)}
+        inputs |= {"use_cache": False, **packed_arguments(self.base, batch.layout, self.backend, states, apart)}
+        predicting = batch.target_rows - (states[0][0].shape[1] if apart and states else 0)
         n = len(batch.targets) if batch.answers is None else batch.answers
         answers, again = mix.weighing("answers"), mix.weighing("context")
         weight = None if self.head_loss is None else self.base.get_output_embeddings().weight
         if weight is None:
-            outputs = self.base(**inputs, logits_to_keep=batch.target_rows).logits[0]
+            outputs = self.base(**inputs, logits_to_keep=predicting).logits[0]
         else:
-            outputs = self.base.get_decoder()(**inputs).last_hidden_state[0].index_select(0, batch.target_rows)
+            outputs = self.base.get_decoder()(**inputs).last_hidden_state[0].index_select(0, predicting)
 
         def loss(rows: slice, weights: Mapping[str, float], teacher: Tensor | None = None) -> Tensor:
             if weight is None:
@@ -68,12 +71,18 @@ class PackedModel(nn.Module):
         return counted(total, batch.targets[:n])
 
     @torch.no_grad()
-    def taught(self, batch: GistBatch) -> Tensor:
-        """Hidden states (n, hidden size) of the base alone at a batch's targets."""
+    def taught(self, batch: GistBatch, states: Sequence[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """Hidden states (n, hidden size) of the base alone at a batch's targets.
+
+        `states`: keys and values of each layer for the first rows, if they have been computed already.
+        """
+        first = states[0][0].shape[1] if states else 0
         hidden = self.base.get_decoder()(
-            input_ids=batch.ids, use_cache=False, **packed_arguments(self.base, batch.layout, self.backend)
+            input_ids=batch.ids[:, first:],
+            use_cache=False,
+            **packed_arguments(self.base, batch.layout, self.backend, states, apart=True),
         ).last_hidden_state
-        return hidden[0].index_select(0, batch.target_rows)
+        return hidden[0].index_select(0, batch.target_rows - first)
 
     def activation_checkpointing_enable(self, *args, **kwargs) -> None:
         """Called by the Trainer when `gradient_checkpointing` is set; older versions of transformers call the name below."""

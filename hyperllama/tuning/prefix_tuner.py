@@ -101,7 +101,7 @@ class PrefixTuner(PackedModel):
             gists = torch.arange(self.rows, device=keys.device).repeat(len(places))
             shifts = batch.layout.positions[: len(gists)] - gists
             keys = rotate(keys, shifts, inverse_frequencies(self.base))
-        return self.answer_loss(batch, list(zip(keys, values)), input_ids=batch.ids)
+        return self.answer_loss(batch, list(zip(keys, values)), apart=True, input_ids=batch.ids[:, keys.shape[2] :])
 
     def _current(self) -> tuple[Tensor, Tensor]:
         keys, values = self.keys, self.values
