@@ -6,18 +6,21 @@ EXTRAS := test,tensorboard,deepspeed,quant,lm-eval
 # What is built takes its setuptools from there too; the second name is that of newer versions of pip.
 TESTED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: quickstart test test-newest constraints lint format benchmarks gpu clean
+.PHONY: quickstart toy test test-newest constraints lint format benchmarks gpu clean
 
-quickstart: .venv/.installed
+quickstart: .venv/.installed models/smollm2-135m/source.json
 	$(BIN)/python -m eval.quickstart
+
+toy: .venv/.installed
+	$(BIN)/python -m eval.toy
 
 # Two processes with a thread each: much of the time goes to waiting for runs that are started, killed and started again.
 WORKERS ?= 2
 test: .venv/.installed-test models/smollm2-135m/source.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 -n $(WORKERS) --dist worksteal
 
-# The pretrained model of the tests marked real. Where it cannot be downloaded, they say so and skip.
-models/smollm2-135m/source.json: | .venv/.installed-test
+# The pretrained model of the quickstart and of tests marked real. Where it cannot be downloaded, those say so and skip.
+models/smollm2-135m/source.json: | .venv/.installed
 	-$(BIN)/hyperllama fetch smollm2
 
 # The same with what is newest within the ranges of setup.py; docs/versions.md says what fails and why. TORCH= takes the newest

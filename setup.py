@@ -16,7 +16,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["hyperllama", "hyperllama.*", "attention_masks", "eval"]),
+    packages=find_packages(include=["hyperllama", "hyperllama.*", "attention_masks", "eval", "eval.*"]),
+    # Hypernetworks that are used by name; found there by hyperllama.hypernetworks.hub.
+    data_files=[
+        (f"share/hyperllama/{folder.relative_to(root)}", [str(file.relative_to(root)) for file in sorted(folder.iterdir())])
+        for folder in sorted(root.glob("pretrained/*"))
+    ],
     # Lower bounds are what the tests have passed with. Upper ones are for what is known to break: transformers removes names in
     # major versions that it only warns about before, such as those of the cache and of gradient checkpointing.
     install_requires=[

@@ -1,4 +1,4 @@
-"""The pictures of README and docs: reading graphs, benchmarks, and what runs of quickstart and tuning study left in runs/.
+"""The pictures of README and docs: reading graphs, benchmarks, and what runs of toy and tuning study left in runs/.
 
 python -m docs.make_pictures
 """
@@ -13,7 +13,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from attention_masks import GistLayout, Segment, picture
 from benchmarks.attention import draw as draw_attention
 from benchmarks.training_step import draw as draw_step
-from eval.quickstart import draw_results
+from eval.toy import draw_results
 
 ASSETS = Path(__file__).parent / "assets"
 GRAPHS = {
@@ -24,8 +24,8 @@ GRAPHS = {
     "parallel examples": GistLayout([Segment(5, gists=2), Segment(5, gists=2), Segment(5, reads=(0, 1))]),
 }
 DRAWN = {
-    "runs/quickstart/evaluation/quality.png": "evaluation.png",
-    "runs/quickstart/evaluation/cost.png": "cost.png",
+    "runs/toy/evaluation/quality.png": "evaluation.png",
+    "runs/toy/evaluation/cost.png": "cost.png",
     "runs/tuning/study/starts.png": "starts.png",
 }
 
@@ -121,9 +121,9 @@ if __name__ == "__main__":
     ASSETS.mkdir(exist_ok=True)
     draw_flow(ASSETS / "flow.png")
     picture(GRAPHS, ASSETS / "masks.png")
-    results = Path("runs/quickstart/results.json")
+    results = Path("runs/toy/results.json")
     if results.is_file():
-        draw_results(json.loads(results.read_text()), ASSETS / "quickstart.png")
+        draw_results(json.loads(results.read_text()), ASSETS / "toy.png")
     if ATTENTION.is_file():
         draw_attention(json.loads(ATTENTION.read_text()), ASSETS / "attention.png")
     steps = {name: file for name, file in STEPS.items() if file.is_file()}

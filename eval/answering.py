@@ -189,6 +189,7 @@ def _cost(bench: Bench, reader: Reader, state: State, query: Query, kind: Kind) 
         encode = maker.compress_flops(cost, state.tokens)
     else:
         encode = cost.encode(state.tokens + state.gists)
+    encode += cost.tune(*state.tuned)
     asked = ask(len(query.prompt), rows)
     if state.prefix is not None and state.prefix.adapters is not None:
         asked += cost.adapters(len(query.prompt) + sum(n - 1 for n in lengths), state.prefix.adapters.sizes)

@@ -121,9 +121,8 @@ def _draw(recipe: AnyRecipe, source: Source, encoder: Encoder, count: int) -> It
         drawn = source.evaluation(shots=data.shots, queries=data.queries, episodes=recipe.episodes, seed=recipe.seed)
         yield from map(encoder.encode, drawn[:count])
         return
-    fewest = data.shots if data.min_shots is None else data.min_shots
     stream = EpisodeStream(
-        source, encoder, seed=recipe.seed, length=count, shots=data.shots, min_shots=fewest, queries=data.queries
+        source, encoder, seed=recipe.seed, length=count, shots=data.shots, min_shots=data.fewest_shots, queries=data.queries
     )
     yield from (stream[i] for i in range(count))
 

@@ -101,6 +101,13 @@ class ModelCost:
         """FLOPs of the output head for one row."""
         return 2 * self.hidden * self.vocabulary
 
+    def tune(self, tokens: int, targets: int) -> int:
+        """FLOPs of so many rows, `targets` with the head, through frozen weights and back; their attention is left out.
+
+        The way back has gradients of rows only, so it costs what the way there does.
+        """
+        return 2 * (tokens * self.per_row + targets * self.per_head_row)
+
     def read(self, tokens: int, *, past: int = 0, head_rows: int = 0) -> int:
         """FLOPs of `tokens` new rows that attend to `past` earlier keys and to each other.
 

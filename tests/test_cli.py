@@ -357,7 +357,7 @@ def test_what_a_user_reads_is_ours(trained, examples, tmp_path):
     run, prefix = tmp_path / "run", tmp_path / "p.safetensors"
     train = (
         "train",
-        ROOT / "recipes/quickstart/base.yaml",
+        ROOT / "recipes/toy/base.yaml",
         f"output={run}",
         "training.max_steps=2",
         "training.logging_steps=1",
@@ -471,6 +471,6 @@ def test_an_attention_kernel_that_cannot_run_is_refused_before_anything_loads(ca
     if torch.cuda.is_available():
         pytest.skip("here it runs")
     output = tmp_path / "run"
-    code, _, err = call("train", ROOT / "recipes/quickstart/base.yaml", "gist.backend=varlen", f"output={output}")
+    code, _, err = call("train", ROOT / "recipes/toy/base.yaml", "gist.backend=varlen", f"output={output}")
     assert code == 2 and err == "hyperllama: gist.backend: varlen cannot run here: it needs a CUDA GPU; set it to auto\n"
     assert not output.exists()

@@ -349,7 +349,7 @@ def answers(folder):
 
 class TestRuns:
     def test_a_run_leaves_report_and_pictures(self, run_folder, tmp_path):
-        summary = evaluate(run_folder / "evaluate.yaml", [f"output={tmp_path}/out"])
+        summary = evaluate(run_folder / "evaluate.yaml", [f"output={tmp_path}/out", "refine=2"])
         out = tmp_path / "out"
         elsewhere = {name for name, method in METHODS.items() if {"instructions", "chunks"} & set(method.needs)}
         wanted = set(METHODS) - elsewhere - {"stored_prefix", "copy_input", "copy_demonstration"}
@@ -366,10 +366,10 @@ class TestRuns:
         assert {entry["answer"] for entry in summary["verdicts"]} <= {"yes", "no", "unclear", ""}
         # Nothing is done again, and a method more is added to what is there.
         before = answers(out)
-        again = evaluate(run_folder / "evaluate.yaml", [f"output={out}", "methods=[prefix,no_context]"])
+        again = evaluate(run_folder / "evaluate.yaml", [f"output={out}", "refine=2", "methods=[prefix,no_context]"])
         assert set(again["methods"]) == {"prefix", "no_context"} and answers(out) == before
         with pytest.raises(UserError, match=r"holds an evaluation of another recipe \(it differs in episodes\)"):
-            evaluate(run_folder / "evaluate.yaml", [f"output={out}", "episodes=3"])
+            evaluate(run_folder / "evaluate.yaml", [f"output={out}", "refine=2", "episodes=3"])
 
     @pytest.mark.slow
     def test_two_shards_are_one_run(self, run_folder, tmp_path):

@@ -121,7 +121,7 @@ def test_a_file_of_the_same_name_elsewhere_is_not_taken(file, tmp_path, monkeypa
 
 
 def test_check_takes_a_gguf_file(file, call):
-    recipe, limits = "recipes/quickstart/hypernetwork.yaml", ["limits.context_tokens=300", "limits.query_tokens=100"]
+    recipe, limits = "recipes/toy/hypernetwork.yaml", ["limits.context_tokens=300", "limits.query_tokens=100"]
     code, out, err = call("check", recipe, f"model.name_or_path={file}", *limits, "--episodes", "5")
     assert (code, err) == (0, "")
     assert f"tokenizer       of {file}" in out
@@ -149,7 +149,7 @@ def test_gguf_files_that_cannot_be_bases(file, saved_base, tmp_path):
 
 
 def test_recipes_know_gguf_files(file):
-    recipe, name = "recipes/quickstart/hypernetwork.yaml", "model.name_or_path"
+    recipe, name = "recipes/toy/hypernetwork.yaml", "model.name_or_path"
     assert load_recipe(recipe, [f"{name}={file}"]).model.name_or_path == str(file)
     with pytest.raises(UserError, match="model.name_or_path: none.gguf is not there"):
         load_recipe(recipe, [f"{name}=none.gguf"])

@@ -87,7 +87,7 @@ def test_instructions_that_cannot_be_are_refused(changes, problem):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [[], ["hint.regime=paper"], LORA_ALONE], ids=str)
-def test_the_quickstart_of_hint(tmp_path, changes):
+def test_the_toy_of_hint(tmp_path, changes):
     """From the recipes to a task module that is evaluated, compressed, inspected and generated from."""
     sizes = ["hidden_size=16", "intermediate_size=16", "num_hidden_layers=2", "num_attention_heads=2", "num_key_value_heads=2"]
     commands_train.train(RECIPES / "base.yaml", [*[f"model.architecture.{s}" for s in sizes], *FEW, f"output={tmp_path}/base"])
@@ -112,7 +112,7 @@ def test_the_quickstart_of_hint(tmp_path, changes):
     assert len(commands_generate.generate(path, ["w2", "w3"], max_new_tokens=2)) == 2
     with pytest.raises(UserError, match="prefix tuning starts from keys and values only"):
         tune(
-            RECIPES.parent / "quickstart" / "tune.yaml",
+            RECIPES.parent / "toy" / "tune.yaml",
             [f"start.hypernetwork={run}", "episodes=1", "training.use_cpu=true", f"output={tmp_path}/tuned"],
         )
 

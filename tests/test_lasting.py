@@ -123,7 +123,7 @@ class TestOutputs:
         write(tmp_path / "file", "")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(commands_generate, "Session", None)
-        monkeypatch.setattr("hyperllama.commands.compress.load_hypernetwork", None)
+        monkeypatch.setattr("hyperllama.commands.compress.load_maker", None)
         for verb in (("generate", prefix, "--input", "x"), ("compose", prefix, prefix)):
             refused(call(*verb, "-o", name), name)
         if name != ".":  # a folder, where a prefix has its place

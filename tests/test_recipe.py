@@ -106,6 +106,8 @@ def test_a_recipe_of_another_verb_is_told_its_own(tmp_path):
     "text, expected",
     [
         ("format: {quary: x}", "format.quary: unknown key; did you mean format.query?"),
+        ("data: {mixture: [{source: synthetic, shots: 2, min_shots: 3}]}", "data.mixture[0].min_shots: between 0 and"),
+        ("data: {mixture: [{source: synthetic, min_shots: 3}]}", "data.mixture[0].shots: give it beside min_shots"),
         ("data: {mixture: [{source: sni, splot: x}]}", "data.mixture[0].splot: unknown key; did you mean split?"),
         ("data: {mixture: [{source: sni, root: nowhere}]}", "data.mixture[0].root: nowhere does not exist"),
         ("data: {mixture: [{source: text, root: ., text: {continuation_tokens: 1}}]}", "data.mixture[0].text: continuation"),

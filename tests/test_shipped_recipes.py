@@ -179,17 +179,17 @@ def test_pretraining_on_text_is_gone_on_from(collections, saved_base, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "gisting", "lora"])
-def test_every_kind_of_hypernetwork_has_a_quickstart(tmp_path, kind):
+def test_every_kind_of_hypernetwork_has_a_toy(tmp_path, kind):
     """From the recipe to prefixes that are evaluated, inspected and generate."""
     sizes = ["hidden_size=16", "intermediate_size=16", "num_hidden_layers=2", "num_attention_heads=2", "num_key_value_heads=2"]
     base = [*[f"model.architecture.{size}" for size in sizes], "training.max_steps=2", "training.use_cpu=true"]
-    commands_train.train(RECIPES / "quickstart" / "base.yaml", [*base, f"output={tmp_path}/base"])
+    commands_train.train(RECIPES / "toy" / "base.yaml", [*base, f"output={tmp_path}/base"])
     run = tmp_path / kind
     changes = ["training.max_steps=2", "training.use_cpu=true", f"model.name_or_path={tmp_path}/base", f"output={run}"]
-    commands_train.train(RECIPES / "quickstart" / "kinds" / f"{kind}.yaml", changes)
+    commands_train.train(RECIPES / "toy" / "kinds" / f"{kind}.yaml", changes)
     assert commands_inspect.inspect(run)["kind"] == kind
     few = ["methods=[no_context,full_context,prefix,swapped_prefix]", "episodes=5", "leaks=warn", "multi_task=null"]
-    summary = evaluate(RECIPES / "quickstart" / "evaluate.yaml", [*few, f"hypernetwork={run}", f"output={tmp_path}/evaluation"])
+    summary = evaluate(RECIPES / "toy" / "evaluate.yaml", [*few, f"hypernetwork={run}", f"output={tmp_path}/evaluation"])
     assert summary["methods"]["prefix"]["state_rows"] == 16 + 1 and summary["methods"]["prefix"]["encode_flops"] > 0
     write(tmp_path / "task.jsonl", lines([{"input": "w1", "output": "s1"}] * 3))
     ((path, _),) = commands_compress.compress(run, [tmp_path / "task.jsonl"], tmp_path / "p.safetensors")

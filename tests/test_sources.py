@@ -350,6 +350,16 @@ class TestMixture:
             with pytest.raises(UserError, match="at least one source, each with a weight above 0"):
                 MixtureSource(sources, weights)
 
+    def test_a_part_may_have_shots_of_its_own(self):
+        whole = self.mixture()
+        source = MixtureSource(whole.sources, [3.0, 1.0], [None, (1, 3)])
+        drawn = [source.draw(Random(i), 5, 1, i) for i in range(200)]
+        shown = {name: {len(e.demonstrations) for e in drawn if e.task == name} for name in ("t", "animals")}
+        classes = len(whole.sources[1].sets[0].labels)
+        assert shown == {"t": {5}, "animals": {classes, 2 * classes, 3 * classes}}
+        made = source.evaluation(shots=2, queries=1, episodes=1, seed=0)
+        assert [len(e.demonstrations) for e in made] == [2, 3 * classes]
+
     def test_ranks_and_workers_share_the_stream_without_overlap(self, tokenizer):
         """Episode i depends on seed and i alone, so any way to deal out indices deals out the same episodes once."""
         limits = Limits()

@@ -13,9 +13,11 @@ from hyperllama.data.episode import Episode
 from hyperllama.data.text import Encoder
 from hyperllama.errors import UserError
 from hyperllama.hypernetworks.base import Hypernetwork
-from hyperllama.hypernetworks.pooling import PoolingHypernetwork
+from hyperllama.hypernetworks.loading import untrained
 from hyperllama.inference.reader import Reader
+from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.prefix import Prefix
+from hyperllama.tuning.refining import Refiner
 
 Role = Literal["ours", "context", "budget", "control", "copy"]
 
@@ -25,7 +27,7 @@ class State:
     """What queries of one episode read (None: nothing), and the tokens that were read to make it.
 
     `gists` says how many gist rows were computed beside them, 0 for plain full attention; `demonstrations` how many fitted;
-    `maker` which hypernetwork made it, if that was here.
+    `maker` which hypernetwork made it, if that was here; `tuned` the tokens, and the targets among them, that it was tuned on.
     """
 
     prefix: Prefix | None
@@ -33,13 +35,15 @@ class State:
     gists: int = 0
     demonstrations: int = 0
     maker: Hypernetwork | None = None
+    tuned: tuple[int, int] = (0, 0)
 
 
 @dataclass
 class Bench:
     """The models, the episodes of an evaluation, and what methods share about them.
 
-    `gists` is how many the hypernetwork makes, `budget` the number of key-value rows that a compressed context may have.
+    `gists` is how many the hypernetwork makes, `budget` the number of key-value rows that a compressed context may have,
+    `refine` for how many steps prefixes are refined.
     """
 
     episodes: Sequence[Episode]
@@ -50,6 +54,7 @@ class Bench:
     prefixes: Path | None = None
     gists: int | None = None
     budget: int | None = None
+    refine: int = 0
     seed: int = 0
     batch_tokens: int = 8192
     _whole: dict = dataclasses.field(default_factory=dict)
@@ -93,11 +98,22 @@ class Bench:
         pairs = zip(prefixes, contexts, strict=True)
         return [State(prefix, len(context), prefix.rows, maker=maker) for prefix, context in pairs]
 
+    def refined(self, indices: Sequence[int], maker: Hypernetwork, gists: int | None = None) -> list[State]:
+        """States of what `maker` makes of episodes, refined on their demonstrations."""
+        refiner = Refiner(maker, self.reader, self.encoder, self.refine, batch_tokens=self.batch_tokens)
+        episodes = [self.episodes[i] for i in indices]
+        contexts = [self.encoder.context(episode.instruction, episode.demonstrations)[0] for episode in episodes]
+        manifests = [Manifest(base=self.reader.identity, instruction=episode.instruction or None) for episode in episodes]
+        made = refiner.compress(contexts, manifests, gists=gists)
+        return [
+            State(prefix, len(context), prefix.rows, maker=maker, tuned=tuple(prefix.manifest.metrics["tuned_on"]))
+            for prefix, context in zip(made, contexts, strict=True)
+        ]
+
     @cached_property
-    def chooser(self) -> PoolingHypernetwork:
+    def chooser(self) -> Hypernetwork:
         """Untrained, it keeps tokens as they are, as many as the budget: those that the second half of a context attends to."""
-        settings = {"attended": 0.5, "sharpness": 1e4, "tokenizer": self.reader.tokenizer}
-        return PoolingHypernetwork(self.reader.model, gists=self.budget, **settings)
+        return untrained(self.reader.model, self.budget, self.reader.tokenizer)
 
     def forget(self) -> None:
         """Let go of the states that are kept: the next episodes are others."""
@@ -111,6 +127,7 @@ NEEDS = {
     "chunks": "hypernetwork, the folder of a run that reads contexts in chunks (gist.chunking)",
     "multi_task": "multi_task, the run of a full-attention model",
     "prefixes": "prefixes, a folder of prefix files",
+    "refine": "refine, for how many steps",
     "budget": "budget, or a hypernetwork whose gists are one",
     "instructions": "data whose tasks have instructions",
     "demonstrations": "data with demonstrations",

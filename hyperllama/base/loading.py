@@ -24,6 +24,7 @@ from transformers import (
 from attention_masks import register
 from hyperllama.base.checks import check_config, prepare
 from hyperllama.base.identity import ROUNDED, sampled
+from hyperllama.base.packages import MODELS
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import is_path
 
@@ -170,7 +171,11 @@ def base_of(made: str | Path, recorded: str, base_path: str | None) -> str:
     UserError that says how to name it if it was a folder that is not here.
     """
     if base_path is None and is_path(recorded) and not Path(recorded).expanduser().exists():
-        raise UserError(f"{made}: its base was {recorded}, which is not here; say where it is with --base (in a recipe, model)")
+        fetched = next((name for name, model in MODELS.items() if Path(model.folder) == Path(recorded)), None)
+        how = f"run hyperllama fetch {fetched}, or " if fetched else ""
+        raise UserError(
+            f"{made}: its base was {recorded}, which is not here; {how}say where it is with --base (in a recipe, model)"
+        )
     return base_path or recorded
 
 

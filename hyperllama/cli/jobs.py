@@ -18,7 +18,7 @@ from hyperllama.errors import UserError
 
 @app.command(cls=Verb)
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart/hypernetwork.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/toy/hypernetwork.yaml.")],
     overrides: Overrides = None,
 ) -> None:
     """Train what a recipe describes; run it again to go on after an interruption."""
@@ -32,7 +32,7 @@ def train(
 
 @app.command(cls=Verb)
 def evaluate(
-    recipe: Annotated[Path, typer.Argument(help="An evaluation recipe, such as recipes/quickstart/evaluate.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="An evaluation recipe, such as recipes/toy/evaluate.yaml.")],
     overrides: Overrides = None,
 ) -> None:
     """Compare a hypernetwork's prefixes with full attention, baselines and controls; run it again to go on."""
@@ -55,7 +55,7 @@ def evaluate(
 
 @app.command(cls=Verb)
 def tune(
-    recipe: Annotated[Path, typer.Argument(help="A tuning recipe, such as recipes/quickstart/tune.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="A tuning recipe, such as recipes/toy/tune.yaml.")],
     overrides: Overrides = None,
 ) -> None:
     """Tune prefixes further on the examples of their tasks; run it again to go on."""

@@ -25,12 +25,13 @@ from hyperllama.cli.app import (
 from hyperllama.errors import UserError
 
 if TYPE_CHECKING:  # help is printed without torch
+    from hyperllama.prefixes.manifest import Manifest
     from hyperllama.prefixes.prefix import Prefix
 
 
 @app.command(cls=Verb)
 def compress(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished hypernetwork run.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a finished hypernetwork run, or a base model.")],
     examples: Annotated[
         list[Path], typer.Argument(help='JSON lines of {"input", "output"}, or an S-NI task file; one task each.')
     ],
@@ -43,6 +44,7 @@ def compress(
     budget: Annotated[
         float | None, typer.Option(min=0, help="Or the fewest that cost at most this many nats a token on held-back examples.")
     ] = None,
+    refine: Annotated[int, typer.Option(min=0, help="Tune each prefix on its own examples for at most so many steps.")] = 0,
     batch_tokens: Annotated[int, typer.Option(min=1, help="With --store: at most so many tokens a pass.")] = 16384,
     overwrite: Overwrite = False,
     base: Base = None,
@@ -58,6 +60,7 @@ def compress(
 
     quiet_libraries()
     settings = {"instruction": instruction, "shots": shots, "base_path": base, "dtype": dtype, "check_base": check_base}
+    settings["refine"] = refine
     if store is not None:
         summary = compress_to_store(run, examples, store, batch_tokens=batch_tokens, **settings)
         typer.echo(f"{store}: {summary}")
@@ -75,7 +78,7 @@ def _tell_made(path: Path, prefix: Prefix, report: bool) -> None:
     dropped = f" ({manifest.dropped_examples} more did not fit)" if manifest.dropped_examples else ""
     typer.echo(
         f"{path}: {manifest.examples} examples{dropped}, {manifest.context_tokens} tokens "
-        f"-> {prefix.rows} rows, {path.stat().st_size:,} bytes"
+        f"-> {prefix.rows} rows, {path.stat().st_size:,} bytes{_tell_refined(manifest)}"
     )
     if report:
         from hyperllama.inference.quality import verdict
@@ -83,6 +86,18 @@ def _tell_made(path: Path, prefix: Prefix, report: bool) -> None:
         print_table(manifest.metrics, "  ")
         if warning := verdict(manifest.metrics):
             typer.echo(f"{path}: {warning}", err=True)
+
+
+def _tell_refined(manifest: Manifest) -> str:
+    if not manifest.refined:
+        return ""
+    metrics = manifest.metrics
+    if not metrics["held_back"]:
+        return "; not refined: of one example nothing can be held back"
+    before, after = (f"{metrics[name]:.2f}" for name in ("loss_unrefined", "loss_refined"))
+    if not metrics["refined_steps"]:
+        return f"; refining does not help (held-back examples cost {before} nats a token), so it is left as it was"
+    return f"; refined for {metrics['refined_steps']} steps: held-back examples cost {after} nats a token, not {before}"
 
 
 @app.command(cls=Verb)

@@ -17,13 +17,18 @@ from hyperllama.files import check_output
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.config import check_gists, read_config
 from hyperllama.hypernetworks.hub import fetch
-from hyperllama.hypernetworks.loading import load_hypernetwork
-from hyperllama.inference.many import Summary, compress_into, fitting, shown_of, task_files
+from hyperllama.hypernetworks.loading import is_base, load_maker
+from hyperllama.hypernetworks.registry import KINDS
+from hyperllama.inference.many import Shown, Summary, compress_into, fitting, shown_of, task_files
 from hyperllama.inference.quality import fewest_gists, leave_one_out
 from hyperllama.inference.reader import Reader
 from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.prefix import Prefix, is_prefix
 from hyperllama.prefixes.store import PrefixStore
+from hyperllama.tuning.refining import Refiner
+
+ROWS = 16  # of a prefix that is made without a hypernetwork, unless given
+REFINED_TOKENS = 2048  # of a pass into a store: what is refined takes long, and is written after each pass
 
 
 def compress(
@@ -38,49 +43,72 @@ def compress(
     report: bool = False,
     gists: int | None = None,
     budget: float | None = None,
+    refine: int = 0,
     check_base: bool = False,
     overwrite: bool = False,
 ) -> list[tuple[Path, Prefix]]:
     """Compress files of examples, each one task, into prefix files. Returns their paths and prefixes.
 
-    Of JSON lines all examples are shown, of an S-NI task its positive examples; `shots` keeps the first K. `instruction`
+    `run` is a hypernetwork's, or a base model, from which rows are taken as they are (see `untrained`). Of JSON lines all
+    examples are shown, of an S-NI task its positive examples; `shots` keeps the first K. `instruction`
     replaces that of the file. `output` is a folder if there are several files, if it exists as one, or ends in a slash.
     `report` measures each prefix on held-back examples (see `leave_one_out`) and keeps the figures in its manifest.
     An elastic hypernetwork makes prefixes of `gists` gists, or of the fewest that cost at most `budget` nats a token.
+    `refine` tunes prefixes on their own examples for at most so many steps, and keeps what held-back ones find better
+    (`Refiner`); `report` measures what was made before.
     `check_base` compares all weights of the base with those of the training. A prefix file may be replaced, another file only
     with `overwrite`. Raises UserError for what cannot be compressed, named by its file, before anything is written.
     """
     shown = [shown_of(file, shots=shots, instruction=instruction) for file in task_files(files)]
-    for one in shown if report or budget is not None else ():
-        if (count := len(one.demonstrations)) < 2:
-            raise UserError(f"{one.where}: has {count} different inputs, but a report holds one back and needs another")
     paths = _output_paths(output, [one.task for one in shown])
     for path in paths:
         check_output(path, reads=[one.where for one in shown], ours=is_prefix, overwrite=overwrite)
-    tell_twice({one.where: one.repetition for one in shown})
-    check_gists(run, read_config(fetch(run)), gists if budget is None else 1)
-    hypernetwork, encoder = load_hypernetwork(run, base_path, dtype=dtype, check_base=check_base)
-    contexts, manifests = zip(*(fitting(one, hypernetwork, encoder, run) for one in shown))
+    _check_shown(shown, 2 if report or budget is not None else 0)
+    _check_maker(run, gists if budget is None else 1, refine)
+    made_by = None if is_base(run) else run
+    hypernetwork, encoder = load_maker(run, base_path, gists=gists or ROWS, dtype=dtype, check_base=check_base)
     reader = Reader(hypernetwork.base, encoder.tokenizer)
+    refiner = Refiner(hypernetwork, reader, encoder, refine) if refine else None
+    contexts, manifests = zip(*(fitting(one, hypernetwork, encoder, made_by, refiner) for one in shown))
     asked = [(hypernetwork, reader, encoder, one.instruction, one.demonstrations) for one in shown]
     counts = [gists if budget is None else fewest_gists(*one, budget=budget) for one in asked]
     if report:
         measured = [leave_one_out(*one, gists=count) for one, count in zip(asked, counts, strict=True)]
         manifests = [dataclasses.replace(manifest, metrics=quality) for manifest, quality in zip(manifests, measured)]
-    made = _in_passes(hypernetwork, contexts, manifests, counts)
+    made = _in_passes(refiner or hypernetwork, contexts, manifests, counts)
     for path, prefix in zip(paths, made, strict=True):
         prefix.save(path)
     return list(zip(paths, made))
 
 
+def _check_shown(shown: Sequence[Shown], fewest: int) -> None:
+    """Say what stands twice; UserError for a task of fewer demonstrations than a report needs."""
+    for one in shown:
+        if (count := len(one.demonstrations)) < fewest:
+            raise UserError(f"{one.where}: has {count} different inputs, but a report holds one back and needs another")
+    tell_twice({one.where: one.repetition for one in shown})
+
+
+def _check_maker(run: str | Path, gists: int | None, refine: int) -> None:
+    """UserError if a run makes no prefixes, not of so many gists, or none that can be refined."""
+    if refine < 0:
+        raise UserError(f"--refine: steps of tuning, 0 or more, not {refine}")
+    if is_base(run):
+        return
+    config = read_config(fetch(run))
+    check_gists(run, config, gists)
+    if refine and config["kind"] in KINDS and KINDS[config["kind"]].makes_modules:
+        raise UserError(f"{run}: makes task modules, which prefix tuning does not know; leave --refine out")
+
+
 def _in_passes(
-    hypernetwork: Hypernetwork, contexts: Sequence[list[int]], manifests: Sequence[Manifest], counts: Sequence[int | None]
+    maker: Hypernetwork | Refiner, contexts: Sequence[list[int]], manifests: Sequence[Manifest], counts: Sequence[int | None]
 ) -> list[Prefix]:
     """A prefix of each context with its own number of gists, in a pass for each of these numbers."""
     prefixes: dict[int, Prefix] = {}
     for count in dict.fromkeys(counts):
         own = [i for i, n in enumerate(counts) if n == count]
-        made = hypernetwork.compress([contexts[i] for i in own], [manifests[i] for i in own], gists=count)
+        made = maker.compress([contexts[i] for i in own], [manifests[i] for i in own], gists=count)
         prefixes |= dict(zip(own, made, strict=True))
     return [prefixes[i] for i in range(len(contexts))]
 
@@ -94,21 +122,32 @@ def compress_to_store(
     shots: int | None = None,
     base_path: str | None = None,
     dtype: str | None = None,
+    refine: int = 0,
     check_base: bool = False,
     batch_tokens: int = 16384,
 ) -> Summary:
     """Compress many files, or folders of them, into a store; what is there already is not compressed again.
 
-    A pass has at most `batch_tokens`. Ranks (torchrun, or RANK and WORLD_SIZE set by hand) take every n-th task.
+    `run` and `refine` as in `compress`. A pass has at most `batch_tokens`. Ranks (torchrun, or RANK and WORLD_SIZE set by hand)
+    take every n-th task.
     """
     tasks = task_files(files)
-    read_config(fetch(run))  # a store is not made for a run that is none
+    _check_maker(run, None, refine)  # a store is not made for a run that is none
     place = PrefixStore(store)
-    hypernetwork, encoder = load_hypernetwork(run, base_path, dtype=dtype, check_base=check_base)
+    hypernetwork, encoder = load_maker(run, base_path, gists=ROWS, dtype=dtype, check_base=check_base)
+    reader = Reader(hypernetwork.base, encoder.tokenizer)
+    maker = Refiner(hypernetwork, reader, encoder, refine) if refine else None
+    batch_tokens = min(batch_tokens, REFINED_TOKENS) if refine else batch_tokens
     ranks = {"rank": int(os.environ.get("RANK", 0)), "ranks": processes()}
-    settings = {"run": run, "shots": shots, "instruction": instruction, "progress": partial(print, file=sys.stderr), **ranks}
+    settings = {
+        "run": None if is_base(run) else run,
+        "shots": shots,
+        "instruction": instruction,
+        "progress": partial(print, file=sys.stderr),
+        **ranks,
+    }
     with place.writing():
-        return compress_into(place, hypernetwork, encoder, tasks, batch_tokens=batch_tokens, **settings)
+        return compress_into(place, hypernetwork, encoder, tasks, batch_tokens=batch_tokens, maker=maker, **settings)
 
 
 def compose(

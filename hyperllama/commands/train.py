@@ -134,7 +134,7 @@ def _stream(recipe: Recipe, source: Source, encoder: Encoder, arguments: Trainin
         seed=recipe.seed,
         length=arguments.max_steps * step if arguments.max_steps > 0 else max(1, len(source) // data.queries),
         shots=data.shots,
-        min_shots=data.shots if data.min_shots is None else data.min_shots,
+        min_shots=data.fewest_shots,
         queries=data.queries,
     )
 

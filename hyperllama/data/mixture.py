@@ -14,21 +14,29 @@ from hyperllama.files import sha256
 
 
 class MixtureSource:
-    """Each episode comes from one of `sources`, drawn by `weights`; the episode's own random numbers decide which."""
+    """Each episode comes from one of `sources`, drawn by `weights`; the episode's own random numbers decide which.
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
+    `shots` are (fewest, most) of the sources that have their own.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], weights: Sequence[float], shots: Sequence[tuple[int, int] | None] | None = None
+    ):
         if not sources or len(sources) != len(weights) or not all(weight > 0 for weight in weights):
             raise UserError("data.mixture: needs at least one source, each with a weight above 0")
         self.sources = list(sources)
+        self.shots = list(shots or [None] * len(self.sources))
         self._cumulative = list(accumulate(weights))
 
     def draw(self, rng: Random, shots: int, queries: int, index: int) -> Episode:
-        (source,) = rng.choices(self.sources, cum_weights=self._cumulative)
-        return source.draw(rng, shots, queries, index)
+        ((source, own),) = rng.choices(list(zip(self.sources, self.shots, strict=True)), cum_weights=self._cumulative)
+        return source.draw(rng, rng.randint(*own) if own else shots, queries, index)
 
     def evaluation(self, *, shots: int, queries: int, episodes: int, seed: int) -> list[Episode]:
         """The evaluation episodes of all sources, one source after the other."""
-        return [e for s in self.sources for e in s.evaluation(shots=shots, queries=queries, episodes=episodes, seed=seed)]
+        asked = {"queries": queries, "episodes": episodes, "seed": seed}
+        pairs = zip(self.sources, self.shots, strict=True)
+        return [e for source, own in pairs for e in source.evaluation(shots=own[1] if own else shots, **asked)]
 
     def __len__(self) -> int:
         sizes = [len(source) for source in self.sources]

@@ -110,10 +110,11 @@ def filled(text: str, value: str) -> list[Piece]:
 
 
 class ContextIds(list):
-    """Token ids of a context; its demonstrations, of those given the `shown`, end at the places `ends` in it."""
+    """Token ids of a context; its demonstrations, `examples`, of those given the `shown`, end at the places `ends` in it."""
 
     ends: tuple[int, ...] = ()
     shown: tuple[int, ...] = ()
+    examples: tuple[Example, ...] = ()
 
 
 class Encoder:
@@ -220,6 +221,7 @@ class Encoder:
                 shown = shown[:-1]
                 ids, spans = self._context(instruction, [demonstrations[i] for i in shown])
         ids.ends, ids.shown = tuple(end for _, end in spans), tuple(shown)
+        ids.examples = tuple(demonstrations[i] for i in shown)
         return ids, spans
 
     def _context(self, instruction: str, demonstrations: Sequence[Example]) -> tuple[ContextIds, list[tuple[int, int]]]:

@@ -12,8 +12,9 @@ from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.errors import UserError
 from hyperllama.files import from_fields
 from hyperllama.hypernetworks.base import Hypernetwork
-from hyperllama.hypernetworks.config import read_config
+from hyperllama.hypernetworks.config import CONFIG, read_config
 from hyperllama.hypernetworks.hub import fetch
+from hyperllama.hypernetworks.pooling import PoolingHypernetwork
 from hyperllama.hypernetworks.registry import KINDS
 
 NOTED = {"format": TextFormat, "limits": Limits}  # what a hypernetwork's notes say of text
@@ -39,6 +40,36 @@ def load_hypernetwork(
     if check_base:
         hypernetwork.check_base(from_fields(BaseIdentity, config["base"], str(run)), str(run))
     return hypernetwork, encoder
+
+
+def load_maker(
+    run: str | Path, base_path: str | None = None, *, gists: int = 16, dtype: str | None = None, check_base: bool = False
+) -> tuple[Hypernetwork, Encoder]:
+    """As `load_hypernetwork`; of a base model, in place of a hypernetwork, `untrained` with `gists` rows.
+
+    The text format is then the default one, and limits are the base's positions.
+    """
+    if not is_base(run):
+        return load_hypernetwork(run, base_path, dtype=dtype, check_base=check_base)
+    if base_path is not None or check_base:
+        raise UserError(f"{run}: a base model, not a hypernetwork; leave {'--base' if base_path else '--check-base'} out")
+    base, tokenizer = load_base(str(run), dtype=dtype or "float32"), load_tokenizer(str(run))
+    limits = Limits(context_tokens=base.config.max_position_embeddings - gists)
+    return untrained(base, gists, tokenizer), Encoder(tokenizer, TextFormat(), limits)
+
+
+def is_base(run: str | Path) -> bool:
+    """Whether a local path is a model's, and no hypernetwork's run."""
+    path = Path(run).expanduser()
+    return path.suffix == ".gguf" or ((path / "config.json").is_file() and not (path / CONFIG).is_file())
+
+
+def untrained(base: PreTrainedModel, gists: int, tokenizer: PreTrainedTokenizerBase | None = None) -> PoolingHypernetwork:
+    """What keeps tokens as they are: for each head the first, and those that the second half of a context attends to most.
+
+    It is of use without any training.
+    """
+    return PoolingHypernetwork(base, gists=gists, attended=0.5, sharpness=1e4, elastic=True, tokenizer=tokenizer)
 
 
 def load_hypernetwork_onto(

@@ -21,6 +21,7 @@ class KindSettings:
     fewest_rows: ClassVar[int] = 1
     # Whether a context is compressed in a pass of its own, for whose keys and values gradient checkpointing has no room.
     own_pass: ClassVar[bool] = True
+    makes_modules: ClassVar[bool] = False  # whether what it makes has adapters, which prefix tuning does not know
     planned: ClassVar[bool] = False  # whether `check --gpus` knows its memory
 
     @classmethod

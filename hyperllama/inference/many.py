@@ -14,23 +14,36 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 from attention_masks import GistLayout
 from hyperllama.base.identity import BaseIdentity
 from hyperllama.data.episode import Example, Task, said_twice
 from hyperllama.data.sni import read_task
-from hyperllama.data.text import Encoder
+from hyperllama.data.text import ContextIds, Encoder
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import written
 from hyperllama.hypernetworks.base import Hypernetwork, context_sha256
 from hyperllama.prefixes.manifest import Manifest
+from hyperllama.prefixes.prefix import Prefix
 from hyperllama.prefixes.store import PrefixStore
 
 TASK_FILES = (".json", ".jsonl")
 # A window of so many passes is sorted by length; the prefixes of a pass, at most so many, are in memory together.
 WINDOW, PASS_TASKS = 8, 256
 PROGRESS_SECONDS = 5
-Context = tuple[list[int], Manifest]
+Context = tuple[ContextIds, Manifest]
+
+
+class Maker(Protocol):
+    """What makes prefixes in place of a hypernetwork; `settings` are how, beside the hypernetwork's own."""
+
+    settings: dict
+
+    def compress(
+        self, contexts: Sequence[ContextIds], manifests: Sequence[Manifest], *, gists: int | None = None
+    ) -> list[Prefix]:
+        """As `Hypernetwork.compress`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Shown:
     demonstrations: tuple[Example, ...]
     repetition: tuple[int, int] = (0, 0)
 
-    def encode(self, encoder: Encoder, base: BaseIdentity, run: str | Path) -> tuple[list[int], Manifest]:
+    def encode(self, encoder: Encoder, base: BaseIdentity, run: str | Path | None) -> tuple[ContextIds, Manifest]:
         """Token ids of the context, and the manifest of the prefix that the hypernetwork of `run` makes of them for `base`.
 
         Demonstrations that do not fit are left out whole and counted in the manifest. Raises UserError if none fits, or the
@@ -62,7 +75,7 @@ class Shown:
             )
         return context, Manifest(
             base=base,
-            hypernetwork=written(run),
+            hypernetwork=None if run is None else written(run),
             task=self.task,
             instruction=self.instruction or None,
             examples=len(answers),
@@ -127,42 +140,43 @@ def compress_into(
     encoder: Encoder,
     tasks: Iterable[Task | str | Path],
     *,
-    run: str | Path,
+    run: str | Path | None,
     batch_tokens: int = 16384,
     rank: int = 0,
     ranks: int = 1,
     shots: int | None = None,
     instruction: str | None = None,
+    maker: Maker | None = None,
     progress: Callable[[str], object] = print,
 ) -> Summary:
     """Compress tasks, or files of tasks, into a store, in packed passes of at most `batch_tokens` tokens and gists.
 
     A task whose context this hypernetwork has already compressed for this base is skipped. This rank takes every
-    `ranks`-th task, so all ranks must be given the same tasks in the same order. `progress` gets a line every few seconds and
-    in the end. A task that cannot be read, leaves nothing to compress or is longer than the model does not stop the others:
-    it is in the summary's `failed`. Raises UserError for settings that make no sense, OSError when the disk refuses.
+    `ranks`-th task, so all ranks must be given the same tasks in the same order. `maker` makes prefixes in place of the
+    hypernetwork. `progress` gets a line every few seconds and in the end. A task that cannot be read, leaves nothing to
+    compress or is longer than the model does not stop the others: it is in the summary's `failed`. Raises UserError for
+    settings that make no sense, OSError when the disk refuses.
     """
     if not 0 <= rank < ranks or batch_tokens < 1:
         raise UserError(f"rank {rank} of {ranks} ranks with batch_tokens={batch_tokens}: count ranks from 0, and tokens from 1")
-    total = f" of {len(range(rank, len(tasks), ranks))}" if isinstance(tasks, Sized) else ""
-    summary = Summary()
+    total, summary = f" of {len(range(rank, len(tasks), ranks))}" if isinstance(tasks, Sized) else "", Summary()
     tell = _Teller(lambda: progress(f"{store.folder}: {summary.done}{total} tasks: {summary}"), summary)
 
-    def remembered(shown: Shown) -> Shown:
+    def remembered(task: Task | str | Path) -> Shown:
+        shown = shown_of(task, shots=shots, instruction=instruction)
         summary.repetition[shown.where] = shown.repetition
         return shown
 
     new = _new_contexts(
         islice(tasks, rank, None, ranks),
-        lambda task: fitting(remembered(shown_of(task, shots=shots, instruction=instruction)), hypernetwork, encoder, run),
+        lambda task: fitting(remembered(task), hypernetwork, encoder, run, maker),
         lambda manifest: store.path_of(manifest) if not store.remember(manifest, rank=rank) else None,
         hypernetwork.fingerprint(),
         tell,
     )
-    for batch in passes(new, hypernetwork.num_gists, batch_tokens):
-        contexts, manifests = zip(*batch)
-        store.add_all(hypernetwork.compress(contexts, manifests), rank=rank)
-        summary.made += len(batch)
+    for contexts, manifests in (zip(*batch) for batch in passes(new, hypernetwork.num_gists, batch_tokens)):
+        store.add_all((maker or hypernetwork).compress(contexts, manifests), rank=rank)
+        summary.made += len(contexts)
         summary.tokens += sum(map(len, contexts))
         tell()
     tell(silence=0)
@@ -215,9 +229,16 @@ def _new_contexts(
         yield context, manifest
 
 
-def fitting(shown: Shown, hypernetwork: Hypernetwork, encoder: Encoder, run: str | Path) -> Context:
+def fitting(
+    shown: Shown,
+    hypernetwork: Hypernetwork,
+    encoder: Encoder,
+    run: str | Path | None,
+    maker: Maker | None = None,
+) -> Context:
     """The context of `shown` and its manifest; UserError, named by its file, for one that the model has no positions for."""
     context, manifest = shown.encode(encoder, hypernetwork.identity, run)
+    manifest = manifest if maker is None else dataclasses.replace(manifest, refined=maker.settings)
     layout, positions = GistLayout(hypernetwork.cut(context)[1]), hypernetwork.base.config.max_position_embeddings
     if layout.last_position >= positions:
         raise UserError(

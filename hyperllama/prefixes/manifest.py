@@ -24,7 +24,8 @@ class Manifest:
     `hyperllama.data.text.TextFormat`). `context_tokens` counts the tokens that the gists stand for, `context_sha256` is a
     hash of them. `sink` is the token whose row, computed by the base alone, stands first, or None.
     `elastic` says that its first rows were trained to do without the others. `positions` is how many the base has, which no
-    prefix may fill. `metrics` is free for what was measured about it.
+    prefix may fill. `refined` is how a prefix was to be tuned on its own examples (see `hyperllama.tuning.refining`), or empty.
+    `metrics` is free for what was measured about it.
     """
 
     base: BaseIdentity
@@ -41,6 +42,7 @@ class Manifest:
     elastic: bool = False
     positions: int | None = None
     text_format: dict = field(default_factory=dict)
+    refined: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
     created: str | None = None
     made_with: dict = field(default_factory=dict)

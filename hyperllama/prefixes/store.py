@@ -96,6 +96,7 @@ class PrefixStore:
             raise UserError("a store keeps prefixes by task, but the manifest of this one names none; give it a task")
         base, hashes = manifest.base, (manifest.context_sha256, manifest.hypernetwork_sha256)
         known = [manifest.task, base.weights, base.config, base.tokenizer, *hashes]
+        known += [manifest.refined] if manifest.refined else []
         return self.folder / f"{plain_name(manifest.task)}-{sha256(canonical_json(known))[:16]}{SUFFIX}"
 
     def add(self, prefix: Prefix, *, rank: int = 0) -> Path:

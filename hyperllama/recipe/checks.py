@@ -52,11 +52,20 @@ class _Checks(list):
 
 
 def _data(data: Any, check: _Checks, *, there: bool) -> None:
-    fewest = data.shots if data.min_shots is None else data.min_shots
-    check(0 <= fewest <= data.shots, f"data.min_shots: between 0 and data.shots={data.shots}, not {fewest}")
     check(data.queries >= 1, f"data.queries: at least 1, not {data.queries}")
+    _shots(data, "data", check)
     for i, part in enumerate(data.parts):
-        _source(part, f"data.mixture[{i}]" if data.mixture else "data", check, there=there)
+        key = f"data.mixture[{i}]" if data.mixture else "data"
+        _source(part, key, check, there=there)
+        if data.mixture and (part.shots, part.min_shots) != (None, None):
+            check(part.shots is not None, f"{key}.shots: give it beside min_shots")
+            _shots(part, key, check)
+
+
+def _shots(data: Any, key: str, check: _Checks) -> None:
+    if data.shots is not None:
+        fewest = data.fewest_shots
+        check(0 <= fewest <= data.shots, f"{key}.min_shots: between 0 and {key}.shots={data.shots}, not {fewest}")
 
 
 def _source(part: Any, key: str, check: _Checks, *, there: bool) -> None:
@@ -184,6 +193,7 @@ def _backend(backend: str, check: _Checks) -> None:
 def _evaluation(recipe: Any, check: _Checks) -> None:
     check(recipe.episodes >= 1, f"episodes: at least 1, not {recipe.episodes}")
     check(recipe.gists is None or recipe.gists >= 1, f"gists: at least 1, or null for all, not {recipe.gists}")
+    check(recipe.refine >= 0, f"refine: steps, 0 or more, not {recipe.refine}")
     check(recipe.batch_tokens >= 1, f"batch_tokens: at least 1, not {recipe.batch_tokens}")
     check(recipe.resamples >= 100, f"resamples: at least 100 for an interval, not {recipe.resamples}")
     check.extend(f"generation.{problem}" for problem in contradictions(recipe.generation))

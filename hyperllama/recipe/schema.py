@@ -90,7 +90,8 @@ class SourceRecipe:
     "text" (windows of plain text), or "jsonl" (a file, or a folder of files). `root` is a local folder or file, `hub` a name
     for the `datasets` library instead. At most `instances_per_task` examples of a task are used. `task_weights`: every task is
     equally likely, or by its number of examples (sni, p3, templates and jsonl). `own_demonstrations`: show only those that a
-    task's file means to be shown (S-NI's positive examples), not its other examples. `weight` counts in a mixture.
+    task's file means to be shown (S-NI's positive examples), not its other examples. In a mixture `weight` counts, and `shots`
+    and `min_shots` replace the mixture's if they are given.
     """
 
     source: str = "synthetic"
@@ -102,6 +103,13 @@ class SourceRecipe:
     task_weights: Literal["equal", "size"] = "equal"
     own_demonstrations: bool = False
     weight: float = 1.0
+    shots: int | None = None
+    min_shots: int | None = None
+
+    @property
+    def fewest_shots(self) -> int | None:
+        """How many demonstrations an episode has at least."""
+        return self.shots if self.min_shots is None else self.min_shots
 
 
 SourceRecipe = with_sections(SourceRecipe, source_sections())
@@ -117,7 +125,6 @@ class DataRecipe(SourceRecipe):
 
     mixture: list[SourceRecipe] = field(default_factory=list)
     shots: int = 16
-    min_shots: int | None = None
     queries: int = 4
 
     @property
@@ -175,7 +182,8 @@ class EvaluationRecipe:
     alone is evaluated. The base is loaded in `dtype`, that of the run unless given. `multi_task` is the run of a full-attention
     model, `prefixes` a folder of prefix files named by task.
     `gists` asks an elastic hypernetwork for fewer than it has. `budget` is the number of key-value rows of the methods that
-    have one, those of a prefix (gists and sink) unless given: for contexts cut in chunks, give it. `methods` are names of
+    have one, those of a prefix (gists and sink) unless given: for contexts cut in chunks, give it. `refine` is the most
+    steps of methods that tune prefixes on their own examples. `methods` are names of
     `eval.methods.METHODS`; empty for all that apply. `metric`: "text" generates and scores ROUGE-L and exact match,
     "exact_match" the same with exact match first, "choices" ranks the choices of a query by likelihood, "loss" is that of the
     continuation; "auto" goes by the data. `format` and `limits` are those of the hypernetwork unless given. At most `episodes`
@@ -195,6 +203,7 @@ class EvaluationRecipe:
     episodes: int = 100
     gists: int | None = None
     budget: int | None = None
+    refine: int = 0
     methods: list[str] = field(default_factory=list)
     metric: Literal["auto", "text", "exact_match", "choices", "loss"] = "auto"
     format: TextFormat | None = None

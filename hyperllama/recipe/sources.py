@@ -11,4 +11,7 @@ from hyperllama.recipe.schema import DataRecipe
 def make_source(data: DataRecipe) -> Source:
     """The source that a recipe's `data` describes: one, or the mixture of several. UserError where its data is wrong."""
     made = [SOURCES[part.source].make()(part) for part in data.parts]
-    return MixtureSource(made, [part.weight for part in data.parts]) if data.mixture else made[0]
+    if not data.mixture:
+        return made[0]
+    shots = [None if part.shots is None else (part.fewest_shots, part.shots) for part in data.parts]
+    return MixtureSource(made, [part.weight for part in data.parts], shots)

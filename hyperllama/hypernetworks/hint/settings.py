@@ -22,6 +22,7 @@ class HintSettings(KindSettings):
     kind = "hint"
     home = "hyperllama.hypernetworks.hint.hypernetwork:HintHypernetwork"
     summary = "modules of an encoded instruction: prefix rows, adapters and rows of its encoding"
+    makes_modules = True
     fewest_rows = 0
 
     adapter_size: int = 16
