@@ -39,6 +39,7 @@ setup(
         "filelock>=3.16",
         "numpy",
         "packaging",
+        "psutil",
         "pyyaml",
         "rouge-score>=0.1.2",
         "matplotlib>=3.9",

@@ -12,7 +12,7 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks.measure import machine, write_json
+from benchmarks.measure import write_json
 from hyperllama.base.loading import load_base, load_tokenizer
 from hyperllama.data.json_lines import read_json_lines_tasks
 from hyperllama.data.text import Encoder, Limits, TextFormat
@@ -65,7 +65,7 @@ def main() -> None:
         print(f"{folder}\n\n{table(tasks)}\n", flush=True)
     if arguments.json:
         seconds = time.perf_counter() - start
-        write_json(arguments.json, {"machine": machine(), "queries": arguments.queries, "seconds": seconds, "tasks": found})
+        write_json(arguments.json, {"queries": arguments.queries, "seconds": seconds, "tasks": found})
 
 
 if __name__ == "__main__":

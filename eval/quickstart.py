@@ -38,12 +38,12 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--recipes", type=Path, default=RECIPES, help="folder with hypernetwork.yaml and evaluate.yaml")
     recipes = options.parse_args().recipes
-    recipe = load_recipe(recipes / "evaluate.yaml", schema=EvaluationRecipe)
-    folder = Path(recipe.output).parent
     fetch_model("smollm2")
 
     print("1/2  SmolLM2-135M stays as it is. A hypernetwork learns to turn examples into a prefix.", flush=True)
     train(recipes / "hypernetwork.yaml")
+    recipe = load_recipe(recipes / "evaluate.yaml", schema=EvaluationRecipe)
+    folder = Path(recipe.output).parent
     print("\n2/2  Sixteen examples of each of some unseen tasks become a prefix, which is then refined.\n", flush=True)
     summary = evaluate(recipes / "evaluate.yaml")
     figures = {name: method["metrics"]["exact_match"]["mean"] for name, method in summary["methods"].items()}
