@@ -10,6 +10,7 @@ import math
 import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from unittest import mock
 
 import peft
@@ -18,6 +19,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval import quickstart
 from hyperllama import cli
 from hyperllama.base import fetching as base_fetching
 from hyperllama.base.decoder import cache_argument
@@ -29,6 +31,7 @@ from hyperllama.prefixes.prefix import Prefix
 
 pytestmark = pytest.mark.real
 
+ROOT = Path(__file__).parent.parent
 TRAIN, CAPITALS, PLURALS = "recipes/words/train", "recipes/words/test/capital.jsonl", "recipes/words/test/plural.jsonl"
 CONTEXT = "Input: France\nOutput: Paris\n\nInput: Japan\nOutput: Tokyo\n\nInput: Egypt\nOutput: Cairo\n\n"
 PROMPTS = ["Input: Italy\nOutput:", "Input: Spain\nOutput:", "Input: the largest city of the north of Norway\nOutput:"]
@@ -241,3 +244,36 @@ def test_push(prefix, run, hub_stand_in):
     for path, name in ((prefix, "me/prefix"), (run, "me/run")):
         assert verb("push", path, name) == f"https://hub/{name}\n"
     assert verb("generate", "me/prefix", "--input", "Norway")
+
+
+def test_rows_of_the_base_are_refined_and_answer(smollm2, tmp_path):
+    """A base in place of a hypernetwork: a file as any other, tuned on its own examples; 4 of them, each held back once."""
+    examples = tmp_path / "plural.jsonl"
+    examples.write_text("\n".join(Path(PLURALS).read_text().splitlines()[:4]))
+    said = verb("compress", smollm2, examples, "--gists", 8, "--refine", 4, "--output", tmp_path / "x.safetensors")
+    manifest = Prefix.load(tmp_path / "x.safetensors").manifest
+    assert "-> 8 rows" in said and ("refined for" in said) == (manifest.metrics["refined_steps"] > 0)
+    assert manifest.hypernetwork is None and manifest.refined["steps"] == 4 and manifest.metrics["held_back"] == 4
+    assert manifest.metrics["loss_refined"] <= manifest.metrics["loss_unrefined"]
+    assert verb("generate", tmp_path / "x.safetensors", "--input", "wolf").strip()
+
+
+def test_the_quickstart_leaves_figures_and_a_picture(smollm2, tmp_path, monkeypatch):
+    """As `make quickstart`, with one short training step and two inputs of two tasks."""
+    for name in ("hypernetwork", "evaluate"):
+        recipe = yaml.safe_load((ROOT / "recipes" / "quickstart" / f"{name}.yaml").read_text())
+        recipe["output"] = str(tmp_path / name)
+        recipe["data"] |= {"shots": 2, "queries": 2}
+        if name == "evaluate":
+            recipe["data"]["mixture"] = recipe["data"]["mixture"][:2]
+            recipe |= {"hypernetwork": str(tmp_path / "hypernetwork"), "refine": 1}
+        else:
+            recipe["training"] |= {"max_steps": 1, "per_device_train_batch_size": 1}
+            recipe["model"]["name_or_path"] = str(smollm2)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr("sys.argv", ["quickstart", "--recipes", str(tmp_path)])
+    quickstart.main()
+    results = json.loads((tmp_path / "results.json").read_text())
+    figures = ("no_context", "swapped_prefix", "fewer_demonstrations", "prefix", "refined_prefix", "full_context")
+    assert all(0 <= results[name] <= 1 for name in figures) and results["seconds"] > 0
+    assert results["evaluation"]["queries"] == 4 and (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
