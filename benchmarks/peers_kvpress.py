@@ -150,7 +150,7 @@ def answer(model, tokenizer, asked: Sequence[tuple[Memory, Sequence[int]]]) -> l
         ids[i, start:] = torch.tensor(prompt)
         mask[i, before[i] : size] = mask[i, size + start :] = 1
         positions[i, start:] = memory.position + torch.arange(len(prompt))
-    cache, hidden_rows = DynamicCache(), []
+    cache, hidden = DynamicCache(), []
     for n in range(len(asked[0][0].layers)):
         pair = []
         for part in (0, 1):
@@ -158,28 +158,35 @@ def answer(model, tokenizer, asked: Sequence[tuple[Memory, Sequence[int]]]) -> l
             pair.append(torch.cat([torch.nn.functional.pad(x, (0, 0, more, 0)) for x, more in zip(whole, before)]))
         cache.update(*pair, n)
         if asked[0][0].masked:
-            places = [
-                (torch.full_like(memory.masked[n][0], i), memory.masked[n][0], memory.masked[n][1] + before[i])
-                for i, (memory, _) in enumerate(asked)
-            ]
-            hidden_rows.append(tuple(map(torch.cat, zip(*places))))
-    hide(model, hidden_rows or None)
+            places = [(torch.full_like(m.masked[n][0], i), m.masked[n][0], m.masked[n][1]) for i, (m, _) in enumerate(asked)]
+            batch, heads, rows = map(torch.cat, zip(*places))
+            hidden.append((batch, heads, rows + torch.tensor(before)[batch]))
+    hide(model, hidden or None)
     tokens: list[list[int]] = [[] for _ in asked]
-    done = [False] * len(asked)
+    going = torch.arange(len(asked))  # those whose answers have not ended
     for _ in range(NEW_TOKENS):
         with torch.no_grad():
-            hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
-            ids = model.lm_head(hidden.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
-        for i, token in enumerate(ids[:, 0].tolist()):
-            if not done[i]:
-                done[i] = token == tokenizer.eos_token_id
-                tokens[i] += [] if done[i] else [token]
-                done[i] = done[i] or SEPARATOR in tokenizer.decode(tokens[i])
-        if all(done):
+            output = model.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            ids = model.lm_head(output.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
+        for i, token in zip(going.tolist(), ids[:, 0].tolist()):
+            tokens[i].append(token)
+        left = torch.tensor([not ends(tokens[i], tokenizer) for i in going.tolist()])
+        if not left.any():
             break
         mask, positions = torch.nn.functional.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
+        if not left.all():
+            cache.batch_select_indices(left.nonzero()[:, 0])
+            going, ids, mask, positions = going[left], ids[left], mask[left], positions[left]
+            place = left.cumsum(0) - 1
+            hidden = [(place[batch[left[batch]]], heads[left[batch]], rows[left[batch]]) for batch, heads, rows in hidden]
+            hide(model, hidden or None)
     hide(model, None)
     return [tokenizer.decode(each, skip_special_tokens=True).split(SEPARATOR)[0].strip() for each in tokens]
+
+
+def ends(tokens: Sequence[int], tokenizer) -> bool:
+    """Whether an answer has ended: with the end token, or with the separator in its text."""
+    return tokens[-1] == tokenizer.eos_token_id or SEPARATOR in tokenizer.decode(tokens)
 
 
 def normalise(text: str) -> str:

@@ -40,6 +40,7 @@ def main(run: Path, folder: Path, results: Path | None = None) -> None:
         if name.endswith(".safetensors"):
             tensors = {key: x.to(torch.bfloat16).contiguous() for key, x in load_file(run / name).items()}
             save_file(tensors, folder / name, {"format": "pt"})
+            shutil.copymode(folder / CONFIG, folder / name)  # safetensors gives its files to their owner alone
     card = (run / CARD).read_text(encoding="utf-8").rstrip() + "\n" + DATA
     if results is not None:
         card += "\n" + evaluation(json.loads(results.read_text(encoding="utf-8")))

@@ -82,13 +82,21 @@ def contexts(setting, refine):
 def test_tasks_that_are_tuned_together_become_what_each_becomes_alone(setting):
     refine = refiner(setting)
     together = made(setting, refine, TASKS[:2])
-    alone = [made(setting, dataclasses.replace(refine, batch_tokens=1), [task])[0] for task in TASKS[:2]]
+    alone = [made(setting, refine, [task])[0] for task in TASKS[:2]]
     for a, b in zip(together, alone, strict=True):
         (told, counted), (same, too) = (({**p.manifest.metrics}, p.manifest.metrics["tuned_on"]) for p in (a, b))
         assert told.pop("tuned_on") == same.pop("tuned_on") == counted == too and counted[0] > 0
         assert told == pytest.approx(same, rel=1e-3)
         for x, y in zip((*a.keys, *a.values), (*b.keys, *b.values), strict=True):
             torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-3)
+
+
+def test_what_is_too_long_for_a_pass_is_tuned_on_fewer_examples_a_step(setting):
+    refine = refiner(setting, steps=3, batch_tokens=40)
+    prefixes = made(setting, refine, TASKS[:2])
+    tokens = [p.manifest.metrics["tuned_on"][0] for p in prefixes]
+    (whole,) = made(setting, refiner(setting, steps=3), TASKS[:1])
+    assert all(0 < n <= 3 * 40 for n in tokens) and tokens[0] < whole.manifest.metrics["tuned_on"][0]
 
 
 def test_it_is_plain_prefix_tuning_of_what_was_made(setting):

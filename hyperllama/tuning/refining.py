@@ -93,7 +93,7 @@ class Refiner:
         group: list[_Trial] = []
         tokens = 0
         for trial in trials:
-            own = sum(self._tokens(one) for one in trial.all)
+            own = self._tokens(trial)
             if group and tokens + own > self.batch_tokens:
                 yield group
                 group, tokens = [], 0
@@ -102,15 +102,20 @@ class Refiner:
         if group:
             yield group
 
-    def _tokens(self, one: _Part) -> int:
-        """Of a step: as many of the longest examples as it draws."""
-        sizes = sorted(len(self.encoder.prompt(e.input)) + len(self.encoder.answer(e.output)) for e in one.examples)
-        return one.start.rows + sum(sizes[-self.examples :])
+    def _tokens(self, trial: _Trial) -> int:
+        """Of a step, at most: as many of the longest examples as are drawn, for the task and for each of its parts."""
+        sizes = sorted(len(self.encoder.prompt(e.input)) + len(self.encoder.answer(e.output)) for e in trial.examples)
+        return len(trial.all) * sum(sizes[-self.examples :])
+
+    def _drawn(self, group: Sequence[_Trial]) -> int:
+        """How many examples a step sees of each task: fewer of one task whose examples alone are too long for a pass."""
+        tokens = sum(map(self._tokens, group))
+        return self.examples if tokens <= self.batch_tokens else max(1, self.examples * self.batch_tokens // tokens)
 
     def _tune(self, group: Sequence[_Trial]) -> None:
         """Tune the prefixes of a group, and those of parts of their examples beside them, and note what is best."""
         tuners = self._tuners(group)
-        looks = {round(self.steps * (i + 1) / self.looks) for i in range(self.looks)} - {0}
+        looks, examples = {round(self.steps * (i + 1) / self.looks) for i in range(self.looks)} - {0}, self._drawn(group)
         optimizer = torch.optim.AdamW(
             [p for t in tuners for p in t.trainable().values()], lr=self.learning_rate, weight_decay=0.0
         )
@@ -123,10 +128,9 @@ class Refiner:
                 tasks = [TuningTask(name, going[name].examples) for name in tuner.names if name in going]
                 if not tasks:
                     continue
-                stream = TuningStream(
-                    tasks, self.encoder, examples=self.examples, seed=self.seed, length=len(tasks) * self.steps
-                )
-                drawn = [stream[i] for i in range((step - 1) * len(tasks), step * len(tasks))]
+                places = range((step - 1) * len(tasks), step * len(tasks))
+                stream = TuningStream(tasks, self.encoder, examples=examples, seed=self.seed, length=places.stop)
+                drawn = [stream[i] for i in places]
                 for episode in drawn:
                     going[episode.task].count(episode)
                 with torch.enable_grad():
