@@ -10,7 +10,7 @@ kvpress==0.5.5`, and imports nothing of ours.
 Each context is read once under a press, which keeps `--rows` rows of every layer and key-value head. All queries are then
 answered greedily behind what it has kept, up to the separator. As in kvpress's own pipeline their positions go on behind those
 of the whole context; only where keys are rotated again do they go on behind the rows. No compression is measured too: it must
-agree with the method "all demonstrations" of our evaluation.
+agree with the same in our evaluation. Presses that the file of figures has already are not measured again.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import platform
 import string
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 SHOTS = QUERIES = 16
@@ -56,30 +57,31 @@ def write_episodes(path: Path, model: str, root: str, seeds: Sequence[int]) -> i
     return len(lines)
 
 
-def presses(rows: int) -> dict[str, Callable[[float], Any]]:
-    """Presses by name, each made from a compression ratio.
+def presses(rows: int) -> dict[str, Any]:
+    """Presses by name, made for so many rows.
 
-    Some defaults protect more tokens than there are rows: SnapKV a window of 64, Compactor 12 at both ends. Which of these stay
-    is then chance, so both are measured with a window of half the rows, and with a quarter and an eighth of them, as well.
+    Some defaults are made for more memory than this: SnapKV protects a window of 64 tokens and Compactor 12 at both ends, so
+    that nothing says which of these stay, and StreamingLLM and KVzip spend 4 rows on the first tokens. Smaller ones are
+    measured too.
     """
     import kvpress as kv
 
     return {
-        "KVzip": lambda ratio: kv.KVzipPress(ratio),
-        "KVzip+": lambda ratio: kv.KVzipPress(ratio, kvzip_plus_normalization=True),
-        "KeyDiff": lambda ratio: kv.KeyDiffPress(ratio),
-        "Compactor": lambda ratio: kv.CompactorPress(ratio),
-        "Compactor, fewer protected": lambda ratio: kv.CompactorPress(
-            ratio, sink_size_start=rows // 4, sink_size_end=rows // 8
-        ),
-        "StreamingLLM": lambda ratio: kv.StreamingLLMPress(ratio),
-        "StreamingLLM, keys rotated again": lambda ratio: kv.KeyRerotationPress(kv.StreamingLLMPress(ratio)),
-        "SnapKV": lambda ratio: kv.SnapKVPress(ratio),
-        "SnapKV, smaller window": lambda ratio: kv.SnapKVPress(ratio, window_size=rows // 2),
-        "ExpectedAttention": lambda ratio: kv.ExpectedAttentionPress(ratio),
-        "Knorm": lambda ratio: kv.KnormPress(ratio),
-        "TOVA": lambda ratio: kv.TOVAPress(ratio),
-        "ObservedAttention": lambda ratio: kv.ObservedAttentionPress(ratio),
+        "KVzip": kv.KVzipPress(),
+        "KVzip, one sink": kv.KVzipPress(n_sink=1),
+        "KVzip+": kv.KVzipPress(kvzip_plus_normalization=True),
+        "KeyDiff": kv.KeyDiffPress(),
+        "Compactor": kv.CompactorPress(),
+        "Compactor, fewer protected": kv.CompactorPress(sink_size_start=rows // 4, sink_size_end=rows // 8),
+        "StreamingLLM": kv.StreamingLLMPress(),
+        "StreamingLLM, one sink": kv.StreamingLLMPress(n_sink=1),
+        "StreamingLLM, keys rotated again": kv.KeyRerotationPress(kv.StreamingLLMPress()),
+        "SnapKV": kv.SnapKVPress(),
+        "SnapKV, smaller window": kv.SnapKVPress(window_size=rows // 2),
+        "ExpectedAttention": kv.ExpectedAttentionPress(),
+        "Knorm": kv.KnormPress(),
+        "TOVA": kv.TOVAPress(),
+        "ObservedAttention": kv.ObservedAttentionPress(),
     }
 
 
@@ -104,15 +106,14 @@ class Memory:
         return counts
 
 
-def compress(model, make: Callable[[float], Any] | None, context: Sequence[int], rows: int) -> Memory:
+def compress(model, press, context: Sequence[int], rows: int) -> Memory:
     """Read a context under a press that keeps `rows` rows of it; without one keep it whole."""
     import torch
     from kvpress import KeyRerotationPress, KVzipPress, ObservedAttentionPress
     from transformers import DynamicCache
 
-    length, cache, press = len(context), DynamicCache(), None
-    if make is not None:
-        press = make(1 - rows / length)
+    length, cache = len(context), DynamicCache()
+    if press is not None:
         # Presses round down, KVzip what it takes and the others what they keep: a little more, or a row would be missing.
         press.compression_ratio = 1 - rows / length + (1e-9 if isinstance(press, KVzipPress) else -1e-9)
     eager = isinstance(press, ObservedAttentionPress)  # it needs the attention's weights
@@ -194,10 +195,10 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
-def measure(model, tokenizer, episodes: Sequence[dict], make: Callable[[float], Any] | None, rows: int, batch: int) -> dict:
+def measure(model, tokenizer, episodes: Sequence[dict], press, rows: int, batch: int) -> dict:
     """What is answered behind what a press keeps of each episode's context, and how long that takes."""
     start = time.perf_counter()
-    memories = [compress(model, make, episode["context"], rows) for episode in episodes]
+    memories = [compress(model, press, episode["context"], rows) for episode in episodes]
     compressed = time.perf_counter()
     asked = [(memory, query["prompt"]) for memory, e in zip(memories, episodes) for query in e["queries"]]
     answers = iter([said for i in range(0, len(asked), batch) for said in answer(model, tokenizer, asked[i : i + batch])])
@@ -211,7 +212,7 @@ def measure(model, tokenizer, episodes: Sequence[dict], make: Callable[[float], 
             answered.append(place | {"answer": said, "right": letter})
     kept = [count for memory in memories for count in memory.kept()]
     seconds = {"compress": round(compressed - start, 1), "answer": round(time.perf_counter() - compressed, 1)}
-    shares = {"kept": {"mean": mean(kept), "least": min(kept), "most": max(kept)}, "seconds": seconds}
+    shares = {"kept": {"mean": round(mean(kept), 2), "least": min(kept), "most": max(kept)}, "seconds": seconds}
     seeds = sorted({episode["seed"] for episode in episodes})
     for place, name in enumerate(("to_the_letter", "exact_match")):
         tasks = {task: {seed: mean([x[place] for x in each[seed]]) for seed in seeds} for task, each in scores.items()}
@@ -246,43 +247,57 @@ def read_episodes(arguments: argparse.Namespace) -> None:
 
     import torch
     import transformers
+    from kvpress.presses import kvzip_press
 
     logging.getLogger("kvpress").setLevel(logging.ERROR)
-    start = time.perf_counter()
     episodes = [json.loads(line) for line in arguments.read.read_text(encoding="utf-8").splitlines()]
     episodes = [e for e in episodes if e["seed"] in arguments.seeds and (not arguments.tasks or e["task"] in arguments.tasks)]
     lengths = [len(episode["context"]) for episode in episodes]
     versions = {"kvpress": version("kvpress"), "torch": torch.__version__, "transformers": transformers.__version__}
     machine = versions | {"python": platform.python_version(), "threads": torch.get_num_threads()}
-    facts = {"model": arguments.model, "dtype": "bfloat16", "seeds": arguments.seeds, "episodes": len(episodes)}
+    facts = {"machine": machine, "model": arguments.model, "dtype": "bfloat16", "seeds": arguments.seeds}
+    facts |= {"tasks": sorted({episode["task"] for episode in episodes}), "episodes": len(episodes)}
     facts |= {"queries": sum(len(e["queries"]) for e in episodes), "context_tokens": [min(lengths), max(lengths)]}
-    found: list[dict] = []
+    there = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json and arguments.json.exists() else {}
+    found = there["results"] if facts.items() <= there.items() else []
     with without_chat_template(arguments.model) as folder:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        todo = [(NOTHING, None, None)] + [(name, m, rows) for rows in arguments.rows for name, m in presses(rows).items()]
-        for name, make, rows in todo:
-            if arguments.presses and name not in arguments.presses:
+        # KVzip loads the tokenizer again for every context, which takes longer than the context.
+        kvzip_press.AutoTokenizer = SimpleNamespace(from_pretrained=lambda name: tokenizer)
+        names = [NOTHING, *presses(1)]
+        todo = [(NOTHING, None, None)] + [
+            (name, press, rows) for rows in arguments.rows for name, press in presses(rows).items()
+        ]
+        for name, press, rows in todo:
+            seeds = arguments.seeds[:1] if name in arguments.one_seed else arguments.seeds
+            before = [one for one in found if (one["press"], one["rows"]) == (name, rows)]
+            if (arguments.presses and name not in arguments.presses) or any(set(seeds) <= set(one["seeds"]) for one in before):
                 continue
-            result = measure(model, tokenizer, episodes, make, rows or max(lengths), arguments.batch)
+            some = [episode for episode in episodes if episode["seed"] in seeds]
+            result = measure(model, tokenizer, some, press, rows or max(lengths), arguments.batch)
             answers = [{"press": name, "rows": rows} | line for line in result.pop("answers")]
-            found.append({"press": name, "rows": rows} | result)
-            print(json.dumps({k: v for k, v in found[-1].items() if k != "tasks"}), flush=True)
+            found = [one for one in found if one not in before] + [{"press": name, "rows": rows, "seeds": seeds} | result]
+            found.sort(key=lambda one: (-(one["rows"] or max(lengths)), names.index(one["press"])))
+            print(table([{"press": name, **result}]).splitlines()[-1], result["seconds"], flush=True)
             if arguments.answers:
                 with arguments.answers.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in answers)
             if arguments.json:
-                whole = {"machine": machine, **facts, "seconds": round(time.perf_counter() - start, 1), "results": found}
+                seconds = round(sum(sum(one["seconds"].values()) for one in found), 1)
+                whole = facts | {"seconds": seconds, "results": found}
                 arguments.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     print(f"\n{table(found)}")
+    if few := sorted({one["press"] for one in found if one["seeds"] != arguments.seeds}):
+        print(f"\nNot with every seed, to save time, at least with some rows: {', '.join(few)}.")
 
 
 def table(found: Sequence[dict]) -> str:
-    """The means over tasks in %, a press and a number of rows a line, as Markdown."""
-    lines = ["|press|rows kept (least to most)|to the letter|exact match|seeds|", "|---|---|---|---|---|"]
+    """The means over tasks in %, a press and a number of rows a line, as Markdown; the last column is exact match."""
+    lines = ["|press|rows kept (least to most)|to the letter|exact match|of each seed|", "|---|---|---|---|---|"]
     for one in found:
         kept, letter, sni = one["kept"], one["to_the_letter"], one["exact_match"]
-        seeds = " ".join(f"{100 * each:.1f}" for each in sni["seeds"].values())
+        seeds = ", ".join(f"{seed}: {100 * each:.1f}" for seed, each in sni["seeds"].items())
         rows = f"{kept['mean']:.1f} ({kept['least']} to {kept['most']})"
         lines.append(f"|{one['press']}|{rows}|{100 * letter['mean']:.1f}|{100 * sni['mean']:.1f}|{seeds}|")
     return "\n".join(lines)
@@ -299,6 +314,9 @@ def main() -> None:
     options.add_argument("--rows", type=int, nargs="+", default=[16, 8])
     options.add_argument("--tasks", nargs="+", help="only these")
     options.add_argument("--presses", nargs="+", help="only these")
+    options.add_argument(
+        "--one-seed", nargs="+", default=[], help="presses to measure with the first seed only, as they are slow"
+    )
     options.add_argument("--batch", type=int, default=64, help="queries that are answered together")
     options.add_argument("--json", type=Path, help="write the figures here too")
     options.add_argument("--answers", type=Path, help="add every answer to this file")

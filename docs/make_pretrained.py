@@ -23,7 +23,7 @@ DATA = """
   most 512 tokens and queries of at most 128. Nothing of its test tasks.
 - Eleven labelled sets for symbol tuning (Wei et al. 2023, arXiv 2305.08298); names in `recipe.yaml`.
 
-The texts are not in this folder, and the weights are 5.8 million numbers that turn keys and values of the base into others. The
+The texts are not in this folder, and the weights are 5.7 million numbers that turn keys and values of the base into others. The
 base is SmolLM2-135M-Instruct (Apache-2.0), which reads and writes English; so does this.
 """
 

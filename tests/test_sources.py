@@ -21,6 +21,7 @@ from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.data.windows import WindowSettings, WindowSource, load_text_column, read_text_files
 from hyperllama.errors import UserError
 from hyperllama.recipe.loading import load_recipe
+from hyperllama.recipe.schema import DataRecipe
 from hyperllama.recipe.sources import make_source
 
 
@@ -349,6 +350,19 @@ class TestMixture:
         for sources, weights in (([], []), ([source], [0]), ([source], [1, 2])):
             with pytest.raises(UserError, match="at least one source, each with a weight above 0"):
                 MixtureSource(sources, weights)
+
+    def test_tasks_may_be_left_out_by_name(self, tmp_path):
+        for name in "abc":
+            write(tmp_path / f"{name}.jsonl", lines([{"input": f"{name}{i}", "output": "x"} for i in range(3)]))
+        settings = {"source": "jsonl", "root": str(tmp_path)}
+        source = make_source(DataRecipe(**settings, leave_out=["b"]))
+        assert [task.name for task in source.tasks] == ["a", "c"] and not {"b0"} & source.provenance().inputs
+        assert {source.draw(Random(i), 1, 1, i).task for i in range(40)} == {"a", "c"}
+        for names, problem in ((["d"], "there is no task d"), (["a", "b", "c"], "leaves no task")):
+            with pytest.raises(UserError, match=f"data.leave_out: {problem}"):
+                make_source(DataRecipe(**settings, leave_out=names))
+        with pytest.raises(UserError, match=r"data\.leave_out: source synthetic has no tasks by name"):
+            make_source(DataRecipe(leave_out=["a"]))
 
     def test_a_part_may_have_shots_of_its_own(self):
         whole = self.mixture()

@@ -11,6 +11,8 @@ from itertools import accumulate
 from random import Random
 from typing import Any, Literal, Protocol
 
+from hyperllama.errors import UserError
+
 
 @dataclass(frozen=True)
 class Example:
@@ -200,7 +202,17 @@ class TaskSource:
 
     def __init__(self, tasks: Sequence[Task], *, weights: Weights = "equal", own_demonstrations: bool = False):
         self.tasks, self.own_demonstrations = [task.distinct() for task in tasks], own_demonstrations
+        self.weights: Weights = weights
         self._cumulative = list(accumulate(len(task.examples) if weights == "size" else 1 for task in self.tasks))
+
+    def without(self, names: Sequence[str]) -> TaskSource:
+        """The same without the tasks of these names; UserError for a name that no task has, or if none is left."""
+        if unknown := sorted(set(names) - {task.name for task in self.tasks}):
+            raise UserError(f"data.leave_out: there is no task {unknown[0]}; remove it, or correct the name")
+        kept = [task for task in self.tasks if task.name not in names]
+        if not kept:
+            raise UserError("data.leave_out: leaves no task; name fewer")
+        return TaskSource(kept, weights=self.weights, own_demonstrations=self.own_demonstrations)
 
     def draw(self, rng: Random, shots: int, queries: int, index: int) -> Episode:
         (task,) = rng.choices(self.tasks, cum_weights=self._cumulative)

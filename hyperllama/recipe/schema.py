@@ -90,7 +90,8 @@ class SourceRecipe:
     "text" (windows of plain text), or "jsonl" (a file, or a folder of files). `root` is a local folder or file, `hub` a name
     for the `datasets` library instead. At most `instances_per_task` examples of a task are used. `task_weights`: every task is
     equally likely, or by its number of examples (sni, p3, templates and jsonl). `own_demonstrations`: show only those that a
-    task's file means to be shown (S-NI's positive examples), not its other examples. In a mixture `weight` counts, and `shots`
+    task's file means to be shown (S-NI's positive examples), not its other examples. `leave_out` names tasks that are not used,
+    such as those whose inputs an evaluation has. In a mixture `weight` counts, and `shots`
     and `min_shots` replace the mixture's if they are given.
     """
 
@@ -102,6 +103,7 @@ class SourceRecipe:
     instances_per_task: int = 100
     task_weights: Literal["equal", "size"] = "equal"
     own_demonstrations: bool = False
+    leave_out: list[str] = field(default_factory=list)
     weight: float = 1.0
     shots: int | None = None
     min_shots: int | None = None

@@ -230,7 +230,7 @@ def held_back_parts(examples: int, *, seed: str) -> list[frozenset[int]]:
     Of many a quarter, once; of fewer each example in turn, in at most four parts; of one nothing.
 
     >>> [sorted(part) for part in held_back_parts(3, seed="")]
-    [[2], [0], [1]]
+    [[2], [1], [0]]
     >>> [len(part) for part in held_back_parts(6, seed="")], [len(part) for part in held_back_parts(16, seed="")]
     ([2, 2, 1, 1], [4])
     """
