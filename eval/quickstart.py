@@ -80,7 +80,8 @@ def show_answers(evaluation: Path) -> None:
     tasks = list(dict.fromkeys(line["task"] for line in lines))
     for task in tasks[:: max(1, len(tasks) // SHOWN_TASKS)][:SHOWN_TASKS]:
         alone, refined = (found[name, task, 0] for name in ("no_context", "refined_prefix"))
-        print(f"  {task:20} {refined['input']:14} -> {refined['answer']:14} (without examples: {alone['answer'][:40]!r})")
+        wrong = "" if refined["metrics"]["exact_match"] else f", wrong: {refined['references'][0]}"
+        print(f"  {task:12} {refined['input']:12} -> {refined['answer']}{wrong} (without examples: {alone['answer'][:30]!r})")
 
 
 if __name__ == "__main__":
