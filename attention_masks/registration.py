@@ -102,7 +102,7 @@ def gist_attention_forward(
     absent = gist_layout.tokens - query.shape[2]
     if gist_states:
         key, value = (_replace(rows, states, absent) for rows, states in zip((key, value), gist_states[module.layer_idx]))
-        query = pad(query, (0, 0, absent, 0))
+        query = pad(query, (0, 0, absent, 0)) if absent else query
     if dropout:
         raise ValueError("gist attention has no dropout: set attention_dropout to 0 in the model's config")
     settings = {"backend": gist_backend, "scale": scaling, "inv_freq": gist_inv_freq, "unread": max(gist_unread, absent)}

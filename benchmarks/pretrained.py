@@ -20,8 +20,7 @@ import numpy as np
 from benchmarks.measure import write_json
 from eval.intervals import Bootstrap
 from eval.methods import METHODS
-from eval.run import EXAMPLES, evaluate
-from hyperllama.files import whole_json_lines
+from eval.run import evaluate, result_lines
 
 RECIPE = "recipes/pretrained/evaluate.yaml"
 SEEDS = (0, 1, 2)
@@ -51,10 +50,9 @@ def results(run: str | None, name: str, output: Path) -> dict[str, dict[str, lis
         folder = output / name.replace(", ", "-").replace(" ", "_") / str(seed)
         own = [*overrides, f"seed={seed}", f"output={folder}", f"methods=[{','.join(methods)}]"]
         evaluate(RECIPE, own + ([f"hypernetwork={run}"] if run else []))
-        for path in sorted((folder / EXAMPLES).glob("rank*.jsonl")):
-            for line in whole_json_lines(path):
-                if line["method"] in found:
-                    found[line["method"]][line["task"]].append(line["metrics"]["exact_match"])
+        for line in result_lines(folder):
+            if line["method"] in found:
+                found[line["method"]][line["task"]].append(line["metrics"]["exact_match"])
     return found
 
 

@@ -50,17 +50,15 @@ class Bench:
     """A base, a hypernetwork and an encoder, and one task at a time."""
 
     def __init__(self, run: str):
-        self.run = run
         self.hypernetwork, self.encoder = load_hypernetwork(run)
         self.reader = Reader(self.hypernetwork.base, self.encoder.tokenizer)
         self.rows = 16 + (self.hypernetwork.sink is not None)
 
-    def answers(self, inputs: Sequence[str], prefix: Prefix | None = None, before: Sequence[int] = (), model=None) -> list[str]:
+    def answers(self, inputs: Sequence[str], prefix: Prefix | None = None, before: Sequence[int] = ()) -> list[str]:
         """Greedy answers behind a prefix, or behind `before` in every prompt."""
         prompts = [[*before, *self.encoder.prompt(text)] for text in inputs]
-        reader = self.reader if model is None else Reader(model, self.encoder.tokenizer)
         settings = {"max_new_tokens": 12, "stop": self.encoder.format.separator}
-        made = reader.generate(prompts, None if prefix is None else [prefix] * len(prompts), **settings)
+        made = self.reader.generate(prompts, None if prefix is None else [prefix] * len(prompts), **settings)
         return [self.encoder.answer_of(tokens) for tokens in made]
 
     def measure(self, episode: Episode, seed: int) -> Iterator[dict]:

@@ -22,10 +22,10 @@ if __name__ == "__main__":
     quiet()  # before any library is imported
 
 from eval.report import draw_quality
-from eval.run import EXAMPLES, evaluate
+from eval.run import evaluate, result_lines
 from hyperllama.base.fetching import fetch_model
 from hyperllama.commands.train import train
-from hyperllama.files import whole_json_lines, write_atomically
+from hyperllama.files import write_atomically
 from hyperllama.recipe.loading import load_recipe
 from hyperllama.recipe.schema import EvaluationRecipe
 
@@ -75,7 +75,7 @@ def tell(summary: dict, figures: dict[str, float]) -> None:
 
 def show_answers(evaluation: Path) -> None:
     """Print an input of some tasks, with what is answered without context and behind the refined prefix."""
-    lines = [line for path in sorted((evaluation / EXAMPLES).glob("rank*.jsonl")) for line in whole_json_lines(path)]
+    lines = result_lines(evaluation)
     found = {(line["method"], line["task"], line["query"]): line for line in lines}
     tasks = list(dict.fromkeys(line["task"] for line in lines))
     for task in tasks[:: max(1, len(tasks) // SHOWN_TASKS)][:SHOWN_TASKS]:

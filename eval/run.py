@@ -198,6 +198,11 @@ def readable(episodes: Sequence[Episode], encoder: Encoder) -> list[Episode]:
     return kept
 
 
+def result_lines(output: Path) -> list[dict]:
+    """All lines of the results of an evaluation in a folder, of all ranks."""
+    return [line for path in sorted((output / EXAMPLES).glob("rank*.jsonl")) for line in whole_json_lines(path)]
+
+
 class Run:
     """The result lines of an evaluation on disk: what is there already is not computed again."""
 

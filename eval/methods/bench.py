@@ -102,7 +102,7 @@ class Bench:
         """States of what `maker` makes of episodes, refined on their demonstrations."""
         refiner = Refiner(maker, self.reader, self.encoder, self.refine, batch_tokens=self.batch_tokens)
         episodes = [self.episodes[i] for i in indices]
-        contexts = [self.encoder.context(episode.instruction, episode.demonstrations)[0] for episode in episodes]
+        contexts = [self.context(episode) for episode in episodes]
         manifests = [Manifest(base=self.reader.identity, instruction=episode.instruction or None) for episode in episodes]
         made = refiner.compress(contexts, manifests, gists=gists)
         return [

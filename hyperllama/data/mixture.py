@@ -25,18 +25,17 @@ class MixtureSource:
         if not sources or len(sources) != len(weights) or not all(weight > 0 for weight in weights):
             raise UserError("data.mixture: needs at least one source, each with a weight above 0")
         self.sources = list(sources)
-        self.shots = list(shots or [None] * len(self.sources))
+        self._parts = list(zip(self.sources, shots or [None] * len(self.sources), strict=True))
         self._cumulative = list(accumulate(weights))
 
     def draw(self, rng: Random, shots: int, queries: int, index: int) -> Episode:
-        ((source, own),) = rng.choices(list(zip(self.sources, self.shots, strict=True)), cum_weights=self._cumulative)
+        ((source, own),) = rng.choices(self._parts, cum_weights=self._cumulative)
         return source.draw(rng, rng.randint(*own) if own else shots, queries, index)
 
     def evaluation(self, *, shots: int, queries: int, episodes: int, seed: int) -> list[Episode]:
         """The evaluation episodes of all sources, one source after the other."""
         asked = {"queries": queries, "episodes": episodes, "seed": seed}
-        pairs = zip(self.sources, self.shots, strict=True)
-        return [e for source, own in pairs for e in source.evaluation(shots=own[1] if own else shots, **asked)]
+        return [e for source, own in self._parts for e in source.evaluation(shots=own[1] if own else shots, **asked)]
 
     def __len__(self) -> int:
         sizes = [len(source) for source in self.sources]

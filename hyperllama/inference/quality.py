@@ -12,7 +12,6 @@ from hyperllama.errors import UserError
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.inference.reader import Reader
 from hyperllama.inference.scoring import Question, answer_distributions
-from hyperllama.prefixes.prefix import Prefix
 
 MOST_CHOICES = 20  # more different outputs than that are not a choice among labels
 
@@ -49,7 +48,10 @@ def leave_one_out(
         "no_context": [nothing] * len(contexts),
     }
     shown = [demonstrations[i] for i in held_back]
-    asked = {name: _questions(encoder, shown, prefixes, choices) for name, prefixes in states.items()}
+    asked = {
+        name: [Question.of(encoder, *pair, choices) for pair in zip(shown, prefixes, strict=True)]
+        for name, prefixes in states.items()
+    }
     tokens = sum(len(question.continuations[0]) for question in asked["prefix"])
     found = {"held_back": len(held_back)}
     full = list(answer_distributions(reader.model, asked["full_context"]))
@@ -62,18 +64,6 @@ def leave_one_out(
             pairs = zip(full, answer_distributions(reader.model, questions), strict=True)
             found[f"kl_{name}"] = sum((p.exp() * (p - q)).sum().item() for p, q in pairs) / tokens
     return found
-
-
-def _questions(
-    encoder: Encoder, examples: Sequence[Example], prefixes: Sequence[Prefix | None], choices: Sequence[str]
-) -> list[Question]:
-    """An example behind each prefix, its own answer first among the choices."""
-    questions = []
-    for example, prefix in zip(examples, prefixes, strict=True):
-        answers = [example.output, *(choice for choice in choices if choice != example.output)]
-        continuations = tuple(tuple(encoder.answer(answer)) for answer in answers)
-        questions.append(Question(tuple(encoder.prompt(example.input)), continuations, prefix))
-    return questions
 
 
 def fewest_gists(

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from attention_masks import GistLayout, Segment, rotate
 from hyperllama.base.adapters import Stack, adapted
 from hyperllama.base.decoder import inverse_frequencies, packed_arguments
+from hyperllama.data.episode import Example
+from hyperllama.data.text import Encoder
 from hyperllama.errors import UserError
 from hyperllama.prefixes.prefix import Prefix
 
@@ -30,6 +32,12 @@ class Question:
     prompt: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
     prefix: Prefix | None = None
+
+    @classmethod
+    def of(cls, encoder: Encoder, example: Example, prefix: Prefix | None = None, choices: Sequence[str] = ()) -> Question:
+        """An example behind a prefix, its own answer first among the choices."""
+        answers = [example.output, *(choice for choice in choices if choice != example.output)]
+        return cls(tuple(encoder.prompt(example.input)), tuple(tuple(encoder.answer(a)) for a in answers), prefix)
 
 
 @torch.no_grad()

@@ -142,9 +142,7 @@ def score_tasks(
     questions, owners = [], []
     for i, (prefix, asked) in enumerate(zip(prefixes, examples, strict=True)):
         for example in asked:
-            answers = [example.output, *(choice for choice in example.choices if choice != example.output)]
-            continuations = tuple(tuple(encoder.answer(answer)) for answer in answers)
-            questions.append(Question(tuple(encoder.prompt(example.input)), continuations, prefix))
+            questions.append(Question.of(encoder, example, prefix, example.choices))
             owners.append(i)
     found: list[dict[str, float]] = [{} for _ in prefixes]
     sums = [[0.0, 0, 0, 0] for _ in prefixes]  # loss, tokens, right, with choices

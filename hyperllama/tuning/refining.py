@@ -153,10 +153,10 @@ class Refiner:
         """Note what held-back answers cost after `step` steps."""
         now = {name: prefix for tuner in tuners for name, prefix in tuner.prefixes().items()}
         asked = [
-            (trial, Question(tuple(self.encoder.prompt(e.input)), (tuple(self.encoder.answer(e.output)),), now[part.name]))
+            (trial, Question.of(self.encoder, example, now[part.name]))
             for trial in group
             for part in trial.parts
-            for e in part.held_back
+            for example in part.held_back
         ]
         scores = self.reader.score([question for _, question in asked], batch_tokens=self.batch_tokens)
         costs: dict[str, list[float]] = {trial.name: [] for trial in group}
