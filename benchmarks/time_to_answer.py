@@ -6,31 +6,31 @@ One task at a time, on one machine, every method with the same 16 examples. Tune
 that need no hypernetwork (the demonstrations' first rows, the most attended ones, means of neighbours, random numbers), behind
 the first token's row; and what stock PEFT and the Trainer make of the examples, prefix tuning and LoRA, for as many seconds as
 the longest of these takes, and for ten times as many. Nothing is held back: accuracy is measured at fixed steps.
+
+    python -m benchmarks.time_to_answer --table FILE     # the table and the picture of figures that are there
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from torch import nn
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.measure import write_json
-from hyperllama.base.loading import load_base
+from benchmarks.stock_peft import RATES, Adapted
 from hyperllama.data.episode import Episode
 from hyperllama.data.json_lines import read_json_lines_tasks
 from hyperllama.data.packing import pack_gist
-from hyperllama.data.text import Encoder
 from hyperllama.files import append, whole_json_lines
 from hyperllama.hypernetworks.base import Hypernetwork
+from hyperllama.hypernetworks.hub import SHIPPED
 from hyperllama.hypernetworks.loading import load_hypernetwork, untrained
 from hyperllama.inference.reader import Reader
 from hyperllama.prefixes.prefix import Prefix
@@ -40,9 +40,21 @@ from hyperllama.tuning.starts import demonstrations_start, random_start
 
 STEPS = (0, 5, 10, 20)
 LEARNING_RATE = 1e-2
-# The best of 3e-4, 1e-3, 3e-3 and 1e-2 for LoRA, and of 1e-3, 3e-3, 1e-2 and 3e-2 for prefixes, after 30 s on each of three
-# training tasks. For LoRA the first two are alike (90 and 88 % of 48 queries), and the larger one is quicker.
-PEFT_RATES = {"peft prefix tuning": 1e-2, "peft lora": 1e-3}
+PICTURE = Path(__file__).parent.parent / "docs" / "assets" / "time_to_answer.png"
+LABELS = {
+    "prompt": "prompt, read every time",
+    "prefix": "the prefix",
+    "most attended rows": "untrained: most attended rows",
+    "first rows": "untrained: first rows",
+    "pooled rows": "untrained: pooled rows",
+    "random": "random rows",
+    "peft prefix tuning": "PEFT prefix tuning",
+    "peft prefix tuning, 1 x": "PEFT prefix tuning, as many seconds",
+    "peft prefix tuning, 10 x": "PEFT prefix tuning, ten times as many",
+    "peft lora": "PEFT LoRA",
+    "peft lora, 1 x": "PEFT LoRA, as many seconds",
+    "peft lora, 10 x": "PEFT LoRA, ten times as many",
+}
 Answer = Callable[[Sequence[str]], list[str]]
 
 
@@ -82,12 +94,11 @@ class Bench:
             for steps, seconds, prefix in self.tuned(episode, make):
                 yield line(method, steps, seconds, lambda texts, prefix=prefix: self.answers(texts, prefix))
             budget = max(budget, seconds)
-        for method in PEFT_RATES:
-            model, trained = self.peft(method, seed), 0.0
+        for method in RATES:
             for times in (1, 10):
-                steps, seconds = train_peft(model, self.encoder, episode, PEFT_RATES[method], times * budget - trained)
-                trained += seconds
-                yield line(f"{method}, {times} x", steps, trained, lambda texts, model=model: self.peft_answers(model, texts))
+                adapted = Adapted(method, self.reader.identity.name, self.encoder, rows=self.rows, seed=seed)
+                steps, seconds = adapted.train(episode, times * budget)
+                yield line(f"{method}, {times} x", steps, seconds, adapted.answers)
 
     def starts(self, context: Sequence[int], seed: int) -> dict[str, Callable[[], Prefix]]:
         """What makes the prefixes that are tuned, all of as many rows."""
@@ -125,92 +136,75 @@ class Bench:
                 tuner(pack_gist([stream[step]], tuner.rows)).mean.backward()
                 optimizer.step()
 
-    def peft(self, method: str, seed: int) -> nn.Module:
-        """The base with a new adapter of stock PEFT, as transformers loads it."""
-        set_seed(seed)
-        base = load_base(self.reader.identity.name, dtype="bfloat16")
-        base.set_attn_implementation("sdpa")
-        if method == "peft prefix tuning":
-            settings = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.rows)
-        else:
-            settings = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-        return get_peft_model(base, settings)
 
-    @torch.no_grad()
-    def peft_answers(self, model: nn.Module, inputs: Sequence[str]) -> list[str]:
-        """Greedy answers of an adapted model, one by one: PEFT's generate and padding on the left do not agree on positions."""
-        model.eval()
-        ends, answers = {self.encoder.tokenizer.eos_token_id}, []
-        for text in inputs:
-            ids = list(self.encoder.prompt(text))
-            for _ in range(12):
-                token = model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()
-                ids.append(token)
-                said = ids[len(self.encoder.prompt(text)) :]
-                if token in ends or self.encoder.format.separator in self.encoder.tokenizer.decode(said):
-                    break
-            answers.append(self.encoder.answer_of(said))
-        return answers
+def rows(lines: Sequence[dict]) -> list[dict]:
+    """Of each method at each of its points, over tasks: mean share of exact answers, and median seconds and steps."""
+    points: dict[tuple[str, int], list[dict]] = {}
+    for line in lines:
+        points.setdefault((line["method"], 0 if line["method"].startswith("peft") else line["steps"]), []).append(line)
+    return [
+        {
+            "method": method,
+            "steps": round(statistics.median(line["steps"] for line in each)),
+            "seconds": statistics.median(line["seconds"] for line in each),
+            "first_answer": statistics.median(line["first_answer"] for line in each),
+            "exact": statistics.fmean(line["exact"] for line in each),
+        }
+        for (method, _), each in points.items()
+    ]
 
 
-class Examples(Dataset):
-    """Each example as a padded row of prompt and answer, with the loss on the answer."""
-
-    def __init__(self, encoder: Encoder, episode: Episode):
-        self.rows = []
-        for example in episode.demonstrations:
-            prompt, answer = encoder.prompt(example.input), encoder.answer(example.output)
-            self.rows.append(([*prompt, *answer], [*[-100] * len(prompt), *answer]))
-        self.width = max(len(ids) for ids, _ in self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict:
-        ids, labels = self.rows[i]
-        more = self.width - len(ids)
-        mask = [1] * len(ids) + [0] * more
-        padded = {"input_ids": ids + [0] * more, "attention_mask": mask, "labels": labels + [-100] * more}
-        return {name: torch.tensor(values) for name, values in padded.items()}
+def table(lines: Sequence[dict]) -> str:
+    """The same as Markdown."""
+    head = ["|from 16 examples|steps|seconds|seconds to the first answer|exact answers, %|", "|---|---|---|---|---|"]
+    body = [
+        f"|{LABELS.get(row['method'], row['method'])}|{row['steps'] or ''}|{row['seconds']:.1f}|{row['first_answer']:.1f}"
+        f"|{100 * row['exact']:.0f}|"
+        for row in rows(lines)
+    ]
+    return "\n".join([*head, *body])
 
 
-class Deadline(TrainerCallback):
-    """Stops training after so many seconds."""
-
-    def __init__(self, seconds: float):
-        self.seconds, self.start = seconds, 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Start the clock."""
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Look at the clock."""
-        control.should_training_stop = time.perf_counter() - self.start >= self.seconds
-
-
-def train_peft(model: nn.Module, encoder: Encoder, episode: Episode, rate: float, seconds: float) -> tuple[int, float]:
-    """Train an adapter with the stock Trainer for so many seconds; returns its steps and the seconds that it took."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, per_device_train_batch_size=16, learning_rate=rate, lr_scheduler_type="constant", max_steps=10_000,
-            report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
-        trainer = Trainer(model, arguments, train_dataset=Examples(encoder, episode), callbacks=[Deadline(seconds)])
-        model.train()
-        start = time.perf_counter()
-        trainer.train()
-        return trainer.state.global_step, time.perf_counter() - start
+def draw(lines: Sequence[dict], path: str | Path) -> None:
+    """Exact answers over seconds: a line for each start, a point for each number of steps."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axis = figure.subplots()
+    curves: dict[str, list[dict]] = {}
+    for row in rows(lines):
+        curves.setdefault(row["method"].partition(",")[0], []).append(row)
+    for method, points in curves.items():
+        label, exact = LABELS.get(method, method), [100 * point["exact"] for point in points]
+        if method in ("no context", "prompt"):
+            axis.axhline(exact[0], color="#777777", linewidth=1, linestyle="--" if exact[0] else ":")
+            place = {"xycoords": ("axes fraction", "data"), "ha": "right", "fontsize": 8}
+            axis.annotate(f"{label}: {exact[0]:.0f} %", (0.99, exact[0] + 1), **place)
+            continue
+        style = {"linewidth": 2.6, "zorder": 3} if method == "prefix" else {"linewidth": 1.3}
+        style |= {"linestyle": "--", "marker": "s"} if method.startswith("peft") else {"marker": "o"}
+        axis.plot([point["seconds"] for point in points], exact, markersize=4, label=label, **style)
+    axis.set(xscale="log", xlabel="seconds on two cores", ylabel="exact answers, %", ylim=(-3, 103))
+    axis.set_title("From 16 examples of an unseen task to good answers, SmolLM2-135M", fontsize=10)
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("run")
+    options.add_argument("run", nargs="?", default=SHIPPED["smollm2"])
+    options.add_argument("--table", type=Path, help="measure nothing, but print these figures and draw them")
     options.add_argument("--root", default="recipes/words/test")
     options.add_argument("--tasks", nargs="*", help="names of tasks; all unless given")
     options.add_argument("--seeds", nargs="*", type=int, default=[0])
     options.add_argument("--json", type=Path, help="write the figures here, and each task's beside it as it is done")
     arguments = options.parse_args()
+    if arguments.table:
+        lines = json.loads(arguments.table.read_text(encoding="utf-8"))["lines"]
+        draw(lines, PICTURE)
+        print(table(lines))
+        return
     bench, lines = Bench(arguments.run), []
     log = Path(f"{arguments.json}l") if arguments.json else None
     done = whole_json_lines(log) if log and log.exists() else []
@@ -227,6 +221,7 @@ def main() -> None:
             print(seed, episode.task, {f"{x['method']} {x['steps']}": x["exact"] for x in new}, flush=True)
     if arguments.json:
         write_json(arguments.json, {"run": arguments.run, "lines": lines})
+    print(table(lines))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from hyperllama.base.checks import check_config
 from hyperllama.base.environment import versions
 from hyperllama.base.loading import load_base, load_config, load_tokenizer
 from hyperllama.data.episode import Episode, Source, repetition_of, tell_twice
+from hyperllama.data.grouping import in_groups
 from hyperllama.data.leaks import find_leaks
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.errors import UserError
@@ -260,17 +261,11 @@ def _complete(lines: Sequence[dict]) -> list[dict]:
 
 def _groups(bench: Bench, asked: dict[int, list[Query]], indices: Sequence[int]) -> Iterator[list[int]]:
     """Neighbouring episodes whose contexts together have at most `batch_tokens` tokens, or one alone."""
-    group: list[int] = []
-    tokens = queries = 0
-    for i in indices:
-        context = len(bench.context(bench.episodes[i])) if bench.encoder is not None else 0
-        if group and (tokens + context > bench.batch_tokens or queries + len(asked[i]) > GROUP_QUERIES):
-            yield group
-            group, tokens, queries = [], 0, 0
-        group.append(i)
-        tokens, queries = tokens + context, queries + len(asked[i])
-    if group:
-        yield group
+
+    def sizes(i: int) -> tuple[int, int]:
+        return len(bench.context(bench.episodes[i])) if bench.encoder is not None else 0, len(asked[i])
+
+    return in_groups(indices, sizes, (bench.batch_tokens, GROUP_QUERIES))
 
 
 def make_bench(recipe: EvaluationRecipe, episodes: Sequence[Episode]) -> Bench:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from hyperllama.data.episode import Episode
+from hyperllama.data.grouping import in_groups
 from hyperllama.data.text import Encoder
 from hyperllama.errors import UserError
 from hyperllama.hypernetworks.base import Hypernetwork
@@ -87,14 +88,8 @@ class Bench:
     def compressed(self, contexts: Sequence[list[int]], maker: Hypernetwork | None = None) -> list[State]:
         """States of prefixes by the hypernetwork, or by another `maker`, in passes of at most `batch_tokens` tokens."""
         maker, gists = (self.hypernetwork, self.gists) if maker is None else (maker, None)
-        prefixes: list[Prefix] = []
-        batch: list[list[int]] = []
-        for context in contexts:
-            if batch and sum(len(c) + self.budget for c in batch) + len(context) > self.batch_tokens:
-                prefixes += maker.compress(batch, gists=gists)
-                batch = []
-            batch.append(context)
-        prefixes += maker.compress(batch, gists=gists) if batch else []
+        batches = in_groups(contexts, lambda context: (len(context) + self.budget,), (self.batch_tokens,))
+        prefixes = [prefix for batch in batches for prefix in maker.compress(batch, gists=gists)]
         pairs = zip(prefixes, contexts, strict=True)
         return [State(prefix, len(context), prefix.rows, maker=maker) for prefix, context in pairs]
 

@@ -19,6 +19,7 @@ from typing import Protocol
 from attention_masks import GistLayout
 from hyperllama.base.identity import BaseIdentity
 from hyperllama.data.episode import Example, Task, said_twice
+from hyperllama.data.grouping import in_groups
 from hyperllama.data.sni import read_task
 from hyperllama.data.text import ContextIds, Encoder
 from hyperllama.errors import UserError, in_one_line
@@ -254,15 +255,7 @@ def passes(contexts: Iterable[Context], gists: int, batch_tokens: int) -> Iterat
     while window := list(_window(contexts, gists, WINDOW * batch_tokens)):
         # The longest first: what does not fit into memory fails at once, not in the end.
         window.sort(key=lambda context: len(context[0]), reverse=True)
-        batch, tokens = [], 0
-        for context in window:
-            size = len(context[0]) + gists
-            if batch and (tokens + size > batch_tokens or len(batch) == PASS_TASKS):
-                yield batch
-                batch, tokens = [], 0
-            batch.append(context)
-            tokens += size
-        yield batch
+        yield from in_groups(window, lambda context: (len(context[0]) + gists, 1), (batch_tokens, PASS_TASKS))
 
 
 def _window(contexts: Iterator[Context], gists: int, most: int) -> Iterator[Context]:

@@ -12,6 +12,7 @@ from hyperllama.base.adapters import Stack, adapted
 from hyperllama.base.checks import check_vocabulary
 from hyperllama.base.decoder import cache_argument
 from hyperllama.base.identity import identify
+from hyperllama.data.grouping import in_groups
 from hyperllama.errors import UserError
 from hyperllama.inference.sampling import contradictions
 from hyperllama.inference.scoring import Question, continuation_scores
@@ -31,14 +32,8 @@ class Reader:
 
     def encode(self, contexts: Sequence[Sequence[int]], *, batch_tokens: int = 8192) -> list[Prefix]:
         """Prefixes that keep every token of the contexts (token ids, at least one each): full attention, encoded once."""
-        prefixes: list[Prefix] = []
-        batch: list[Sequence[int]] = []
-        for context in contexts:
-            if batch and sum(map(len, batch)) + len(context) > batch_tokens:
-                prefixes += encode_whole(self.model, batch)
-                batch = []
-            batch.append(context)
-        return prefixes + (encode_whole(self.model, batch) if batch else [])
+        batches = in_groups(contexts, lambda context: (len(context),), (batch_tokens,))
+        return [prefix for batch in batches for prefix in encode_whole(self.model, batch)]
 
     def score(self, questions: Sequence[Question], *, batch_tokens: int = 8192) -> list[list[float]]:
         """The log-probability in nats of each continuation of each question, summed over its tokens.

@@ -8,13 +8,14 @@ rest say whether, and after how many steps, to stop.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 
 import torch
 
 from hyperllama.data.episode import Example
+from hyperllama.data.grouping import in_groups
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.text import ContextIds, EncodedEpisode, Encoder
 from hyperllama.hypernetworks.base import Hypernetwork
@@ -73,7 +74,9 @@ class Refiner:
             part.start = prefix
         for trial, prefix in zip(trials, made, strict=True):
             trial.start = trial.best = prefix
-        for group in self._groups([trial for trial in trials if trial.parts]):
+        # Trials that are tuned together: as many as a pass has room for.
+        tried = [trial for trial in trials if trial.parts]
+        for group in in_groups(tried, lambda trial: (self._tokens(trial),), (self.batch_tokens,)):
             self._tune(group)
         return [self._signed(trial) for trial in trials]
 
@@ -87,20 +90,6 @@ class Refiner:
             asked = tuple(examples[i] for i in held_back)
             trial.parts.append(_Part(f"{place}/{len(trial.parts)}", tuple(shown), asked, rest))
         return trial
-
-    def _groups(self, trials: Sequence[_Trial]) -> Iterator[list[_Trial]]:
-        """Trials that are tuned together: as many as a pass has room for."""
-        group: list[_Trial] = []
-        tokens = 0
-        for trial in trials:
-            own = self._tokens(trial)
-            if group and tokens + own > self.batch_tokens:
-                yield group
-                group, tokens = [], 0
-            group.append(trial)
-            tokens += own
-        if group:
-            yield group
 
     def _tokens(self, trial: _Trial) -> int:
         """Of a step, at most: as many of the longest examples as are drawn, for the task and for each of its parts."""
