@@ -30,7 +30,7 @@ from hyperllama.data.json_lines import read_json_lines_tasks
 from hyperllama.data.packing import pack_gist
 from hyperllama.files import append, whole_json_lines
 from hyperllama.hypernetworks.base import Hypernetwork
-from hyperllama.hypernetworks.hub import SHIPPED
+from hyperllama.hypernetworks.config import SHIPPED
 from hyperllama.hypernetworks.loading import load_hypernetwork, untrained
 from hyperllama.inference.reader import Reader
 from hyperllama.prefixes.prefix import Prefix

@@ -115,3 +115,13 @@ def test_the_check_reads_weights_of_16_bits_as_float32():
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     with pytest.raises(UserError, match="gives other results"):
         prepare(tiny_model("nemotron").bfloat16(), "a model in bf16")
+
+
+@pytest.mark.parametrize("family", sorted(LISTED))
+def test_a_family_is_read_in_16_bits_too(family):
+    model = tiny_model(family)
+    frequencies = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.bfloat16()
+    for name, buffer in model.named_buffers():  # as from_pretrained leaves them
+        buffer.data = frequencies[name]
+    prepare(model, family)

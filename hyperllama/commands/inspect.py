@@ -8,7 +8,7 @@ from pathlib import Path
 from hyperllama.commands.train import RESULT, VERSIONS
 from hyperllama.errors import UserError
 from hyperllama.files import read_json
-from hyperllama.hypernetworks.config import CONFIG, read_config
+from hyperllama.hypernetworks.config import CONFIG, local, read_config
 from hyperllama.hypernetworks.hub import fetch
 from hyperllama.prefixes.prefix import Prefix
 from hyperllama.runs import RECIPE
@@ -17,7 +17,7 @@ from hyperllama.training.checkpoints import CHECKPOINTS, newest_checkpoint
 
 def inspect(path: str | Path) -> dict:
     """What a prefix file or a run's folder is, for people: what made it, for which base, how large."""
-    path = fetch(path, prefix=True)
+    path = fetch(local(path), prefix=True)
     if not path.is_dir():
         prefix = Prefix.load(path)
         sizes = {"rows": prefix.rows, "layers": prefix.layers, "kv_heads": prefix.kv_heads, "head_dim": prefix.head_dim}

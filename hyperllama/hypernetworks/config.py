@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ from hyperllama.hypernetworks.registry import KINDS
 CONFIG, CARD, GISTS = "hypernetwork.json", "README.md", "gists.safetensors"
 
 FORMAT_VERSION = 4
+SHIPPED = {"smollm2": "pretrained/smollm2-135m"}  # hypernetworks that come with this package, by name
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,16 @@ class _Config(_Files):
     sink: int | None = None
     chunking: Chunking = SINGLE
     notes: dict = field(default_factory=dict)
+
+
+def local(name: str | Path) -> str | Path:
+    """The folder of a hypernetwork that comes with this package, if it is named and nothing here has that name; else `name`."""
+    if str(name) not in SHIPPED or Path(name).exists():
+        return name
+    folder = SHIPPED[str(name)]
+    # Beside the source, or where an installation puts its data.
+    places = [Path(__file__).parents[2], Path(sysconfig.get_path("data")) / "share" / "hyperllama"]
+    return next((place for place in places if (place / folder).is_dir()), places[0]) / folder
 
 
 def read_config(folder: str | Path) -> dict:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import sysconfig
 import tempfile
 from pathlib import Path
 
 from hyperllama.base.loading import meant_here
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import is_path, write_atomically
-from hyperllama.hypernetworks.config import CARD, CONFIG, read_config
+from hyperllama.hypernetworks.config import CARD, CONFIG, local, read_config
 from hyperllama.prefixes.prefix import Prefix
 
 PARTS = ("*.safetensors", "*.json", CARD)  # of a hypernetwork's repository
 PREFIX = "prefix.safetensors"
-SHIPPED = {"smollm2": "pretrained/smollm2-135m"}  # hypernetworks that come with this package, by name
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+$")
 
 
@@ -50,10 +48,9 @@ def push(path: str | Path, repository: str, *, private: bool = False) -> str:
 def fetch(name: str | Path, *, prefix: bool = False) -> Path:
     """Where a hypernetwork's folder (or with `prefix` a prefix file) is: a local path as it is, else downloaded by repository.
 
-    A hypernetwork may be one of `SHIPPED`, by its name. Raises UserError if there is none of these.
+    A hypernetwork may also be one that comes with this package, by its name. Raises UserError if there is none of these.
     """
-    if not prefix and name in SHIPPED and not Path(name).exists():
-        return shipped(str(name))
+    name = name if prefix else local(name)
     if Path(name).exists() or not _REPOSITORY.match(str(name)) or meant_here(name):
         return Path(name)
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -64,12 +61,6 @@ def fetch(name: str | Path, *, prefix: bool = False) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=list(PARTS)))
     except Exception as error:  # as above
         raise UserError(f"{name}: neither here nor on the hub ({in_one_line(error)}); correct the name, or log in") from error
-
-
-def shipped(name: str) -> Path:
-    """The folder of a hypernetwork that comes with this package: beside the source, or where an installation puts its data."""
-    places = [Path(__file__).parents[2], Path(sysconfig.get_path("data")) / "share" / "hyperllama"]
-    return next((place for place in places if (place / SHIPPED[name]).is_dir()), places[0]) / SHIPPED[name]
 
 
 def prefix_card(prefix: Prefix, repository: str) -> str:

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from hyperllama.errors import UserError, in_one_line
+from hyperllama.hypernetworks.config import local
 from hyperllama.recipe.checks import recipe_problems
 from hyperllama.recipe.schema import (
     AnyRecipe,
@@ -60,11 +61,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, schema: type
             problems.append(f"command line: {override!r} is not of the form dotted.key=value")
             continue
         merged = _merge(merged, OmegaConf.from_dotlist([override]), schema, "command line", problems)
-    recipe = OmegaConf.to_object(merged)
+    recipe = _with_shipped(OmegaConf.to_object(merged))
     problems += [f"{path}: {problem}" for problem in recipe_problems(recipe, data=data)]
     if problems:
         raise UserError("\n".join(problems))
     return recipe
+
+
+def _with_shipped(recipe: Any) -> Any:
+    """A recipe in which a hypernetwork that comes with this package is named by its folder."""
+    if dataclasses.is_dataclass(start := getattr(recipe, "start", None)):
+        recipe = dataclasses.replace(recipe, start=_with_shipped(start))
+    named = {key: name for key in ("hypernetwork", "start_from") if (name := getattr(recipe, key, None))}
+    return dataclasses.replace(recipe, **{key: str(local(name)) for key, name in named.items()})
 
 
 def load_any_recipe(path: str | Path, overrides: Sequence[str] = (), *, data: bool = True) -> AnyRecipe:
