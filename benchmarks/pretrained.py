@@ -30,6 +30,7 @@ WHOLE = ("no_context", "full_context")
 EVALUATIONS: dict[str, tuple[list[str], Sequence[str]]] = {
     "16 rows": ([], (*WHOLE, *UNTRAINED, "swapped_prefix", "shuffled_prefix", "prefix", "refined_prefix")),
     "16 rows, 5 steps": (["refine=5"], ("refined_prefix",)),
+    "16 rows, 5 steps, untrained start": (["refine=5"], ("refined_attended",)),
     "16 rows, 10 steps": (["refine=10"], ("refined_attended",)),
     "16 rows, 20 steps": ([], ("refined_attended",)),
     "8 rows": (["gists=8"], ("attended_tokens", "prefix")),
@@ -40,6 +41,15 @@ EVALUATIONS: dict[str, tuple[list[str], Sequence[str]]] = {
     ),
     "4 demonstrations, 16 rows": (["data.shots=4"], (*WHOLE, "prefix", "refined_prefix")),
 }
+# Which method is held against which, both by the evaluation that they are from.
+COMPARED = (
+    (("16 rows", "refined_prefix"), ("16 rows", "full_context")),
+    (("16 rows, 5 steps", "refined_prefix"), ("16 rows, 5 steps, untrained start", "refined_attended")),
+    (("16 rows, 5 steps", "refined_prefix"), ("16 rows, 10 steps", "refined_attended")),
+    (("16 rows", "refined_prefix"), ("16 rows, 20 steps", "refined_attended")),
+    (("4 demonstrations, 16 rows", "refined_prefix"), ("4 demonstrations, 16 rows", "prefix")),
+    (("4 demonstrations, 16 rows", "refined_prefix"), ("4 demonstrations, 16 rows", "full_context")),
+)
 
 
 def results(run: str | None, name: str, output: Path) -> dict[str, dict[str, list[float]]]:
@@ -74,6 +84,20 @@ def figures(found: dict[str, dict[str, list[float]]], whole: dict[str, dict[str,
     return rows
 
 
+def compared(found: dict[str, dict[str, dict[str, list[float]]]], with_headroom: Sequence[str]) -> list[dict]:
+    """The differences of `COMPARED` whose evaluations are there, over all tasks and over those with headroom."""
+    differences = []
+    for one, other in COMPARED:
+        if one[0] not in found or other[0] not in found:
+            continue
+        a, b = (found[evaluation][method] for evaluation, method in (one, other))
+        for tasks in (list(a), with_headroom):
+            bootstrap = Bootstrap(np.array([float(len(a[task])) for task in tasks]), resamples=2000, seed=0)
+            difference = bootstrap.difference(*(np.array([sum(side[task]) for task in tasks]) for side in (a, b)))
+            differences.append({"one": one, "other": other, "tasks": len(tasks), **dataclasses.asdict(difference)})
+    return differences
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--run", help="another folder of a hypernetwork than the one that ships")
@@ -94,7 +118,11 @@ def main() -> None:
             share = row["share"] or {"mean": float("nan")}
             mean, low, high = (100 * row[key] for key in ("mean", "low", "high"))
             print(f"  {row['label']:45} {mean:5.1f} [{low:.1f}, {high:.1f}]  share {100 * share['mean']:5.1f} %", flush=True)
-    write_json(arguments.json, {"seeds": list(SEEDS), "evaluations": made})
+    differences = compared(found, made["16 rows"]["tasks"]) if "16 rows" in made else []
+    for x in differences:
+        mean, low, high = (100 * x[key] for key in ("mean", "low", "high"))
+        print(f"{', '.join(x['one'])} minus {', '.join(x['other'])}, {x['tasks']} tasks: {mean:.1f} [{low:.1f}, {high:.1f}]")
+    write_json(arguments.json, {"seeds": list(SEEDS), "evaluations": made, "compared": differences})
 
 
 if __name__ == "__main__":
