@@ -39,7 +39,7 @@ EVALUATION = """
 
 {tasks} word tasks of families that training has not seen (`recipes/words/test`) and that the base can learn from examples: with
 all of them in its prompt it answers a tenth more than without, or better. {draws} draws of examples, {queries} answers a row,
-exact to the letter. 95 % intervals by bootstrap over tasks. The gain is full attention's over no context.
+exact but for case and punctuation. 95 % intervals by bootstrap over tasks. The gain is full attention's over no context.
 
 """
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.time_to_answer import rows, table
+from docs.make_pretrained import evaluation, main
 from hyperllama import compress
 from hyperllama.commands.generate import Session
 from hyperllama.commands.inspect import inspect
 from hyperllama.data.leaks import find_leaks
 from hyperllama.errors import UserError
-from hyperllama.hypernetworks.config import SHIPPED, read_config
+from hyperllama.hypernetworks.config import CARD, SHIPPED, read_config
 from hyperllama.hypernetworks.hub import fetch
 from hyperllama.recipe.loading import differences, load_recipe, save_recipe
 from hyperllama.recipe.schema import EvaluationRecipe, TuneRecipe
@@ -48,6 +50,12 @@ def test_without_its_base_one_sentence_says_how_to_get_it(tmp_path, monkeypatch)
         compress("smollm2", ["examples.jsonl"], "out.safetensors")
 
 
+def test_the_card_tells_data_use_and_the_measured_figures():
+    card = (FOLDER / CARD).read_text()
+    assert card.index("## Data") < card.index("## Evaluation")
+    assert card.endswith(evaluation(json.loads(RESULTS.read_text())))
+
+
 def test_it_was_trained_by_the_recipe_that_is_there():
     trained, recipe = (FOLDER / "recipe.yaml").read_text(), load_recipe(RECIPE)
     assert not differences(trained, save_recipe(recipe))
@@ -60,6 +68,12 @@ def test_nothing_that_it_is_evaluated_on_was_in_its_training(real_data, monkeypa
     assert not find_leaks(make_source(recipe.data).provenance(), make_source(asked.data).provenance())
 
 
+def test_its_folder_is_made_of_a_run(tmp_path):
+    main(FOLDER, tmp_path / "made", RESULTS)
+    again = {file.name: file.read_bytes() for file in (tmp_path / "made").iterdir() if file.name != CARD}
+    assert again == {file.name: file.read_bytes() for file in FOLDER.iterdir() if file.name != CARD}
+
+
 @pytest.mark.real
 def test_it_compresses_and_refines(smollm2, tmp_path):
     examples = ROOT / "recipes" / "words" / "test" / "plural.jsonl"
@@ -69,3 +83,10 @@ def test_it_compresses_and_refines(smollm2, tmp_path):
     assert prefix.rows == 16 and prefix.manifest.refined["steps"] == 4
     answers = Session(tmp_path / "plural.safetensors", base_path=str(smollm2)).answer(["wolf", "story", "tiger", "lamp"])
     assert sum(map(str.__eq__, answers, ["wolves", "stories", "tigers", "lamps"])) >= 3
+
+
+def test_the_page_has_the_times_that_were_measured():
+    lines = json.loads((ROOT / "benchmarks" / "results" / "time_to_answer.json").read_text())["lines"]
+    assert table(lines) in (ROOT / "docs" / "performance.md").read_text()
+    tasks = {(line["task"], line["seed"]) for line in lines}
+    assert len(tasks) * len(rows(lines)) == len(lines), "every task went through every method"
