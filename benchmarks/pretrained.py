@@ -66,17 +66,22 @@ def results(run: str | None, name: str, output: Path) -> dict[str, dict[str, lis
     return found
 
 
+def _bootstrap(each: dict[str, list[float]], tasks: Sequence[str]) -> Bootstrap:
+    """Over tasks, each as heavy as its queries."""
+    return Bootstrap([len(each[task]) for task in tasks], resamples=2000, seed=0)
+
+
+def _sums(each: dict[str, list[float]], tasks: Sequence[str]) -> np.ndarray:
+    return np.array([sum(each[task]) for task in tasks])
+
+
 def figures(found: dict[str, dict[str, list[float]]], whole: dict[str, dict[str, list[float]]], tasks: Sequence[str]) -> dict:
     """Mean, difference from full attention and share of its gain, with intervals, of each method over some tasks."""
-    bootstrap = Bootstrap(np.array([float(len(whole["full_context"][task])) for task in tasks]), resamples=2000, seed=0)
-
-    def sums(each: dict[str, list[float]]) -> np.ndarray:
-        return np.array([sum(each[task]) for task in tasks])
-
-    nothing, full = (sums(whole[method]) for method in WHOLE)
+    bootstrap = _bootstrap(whole["full_context"], tasks)
+    nothing, full = (_sums(whole[method], tasks) for method in WHOLE)
     rows = {}
     for method, each in found.items():
-        own = sums(each)
+        own = _sums(each, tasks)
         rows[method] = {"label": METHODS[method].label, **dataclasses.asdict(bootstrap.mean(own))}
         rows[method]["minus_full"] = dataclasses.asdict(bootstrap.difference(own, full))
         share = bootstrap.recovered(own, nothing, full)
@@ -92,8 +97,7 @@ def compared(found: dict[str, dict[str, dict[str, list[float]]]], with_headroom:
             continue
         a, b = (found[evaluation][method] for evaluation, method in (one, other))
         for tasks in (list(a), with_headroom):
-            bootstrap = Bootstrap(np.array([float(len(a[task])) for task in tasks]), resamples=2000, seed=0)
-            difference = bootstrap.difference(*(np.array([sum(side[task]) for task in tasks]) for side in (a, b)))
+            difference = _bootstrap(a, tasks).difference(_sums(a, tasks), _sums(b, tasks))
             differences.append({"one": one, "other": other, "tasks": len(tasks), **dataclasses.asdict(difference)})
     return differences
 

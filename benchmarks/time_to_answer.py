@@ -87,7 +87,7 @@ class Bench:
             return facts | {"seconds": seconds, "first_answer": first, "exact": exact}
 
         context = self.encoder.context("", episode.demonstrations)[0]
-        yield line("no context", 0, 0.0, lambda texts: self.answers(texts))
+        yield line("no context", 0, 0.0, self.answers)
         yield line("prompt, read every time", 0, 0.0, lambda texts: self.answers(texts, before=context))
         budget = 0.0
         for method, make in self.starts(context, seed).items():
