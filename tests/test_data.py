@@ -303,8 +303,17 @@ class TestStream:
             for i in range(40)
         ]
         assert all(item.queries for item in items) and sum(item.skipped_queries for item in items) > 5
-        with pytest.raises(UserError, match="no query of 100 episodes in a row fits; raise it"):
+        with pytest.raises(UserError, match="query_tokens=2, .*of 100 episodes in a row no query fits"):
             self.stream(tokenizer, limits=Limits(query_tokens=2, too_long_query="skip"))[0]
+
+    def test_episodes_of_whose_demonstrations_none_fits_are_drawn_again_and_counted(self, tokenizer):
+        tight = {"shots": 1, "length": 40, "limits": Limits(context_tokens=34, query_tokens=60)}
+        items = [self.stream(tokenizer, min_shots=1, **tight)[i] for i in range(40)]
+        assert {item.demonstrations for item in items} == {1} and sum(item.dropped_demonstrations for item in items) > 5
+        without = [self.stream(tokenizer, **tight)[i].demonstrations for i in range(40)]
+        assert 0 in without, "an episode that asks for none is as it was"
+        with pytest.raises(UserError, match="context_tokens=3: of 100 episodes in a row .*or no demonstration; raise them"):
+            self.stream(tokenizer, min_shots=1, shots=1, limits=Limits(context_tokens=3, query_tokens=60))[0]
 
 
 @pytest.mark.parametrize("kind", ["words", "bytes"])

@@ -7,6 +7,7 @@ by taking different indices.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 from torch.utils.data import Dataset
@@ -18,7 +19,11 @@ from hyperllama.errors import UserError
 
 
 class EpisodeStream(Dataset):
-    """`length` encoded episodes of `source`; an episode none of whose queries fit is drawn again, and the skips counted."""
+    """`length` encoded episodes of `source`.
+
+    An episode none of whose queries fit, or whose context is only demonstrations of which none fits, is drawn again; what was
+    skipped and dropped counts.
+    """
 
     def __init__(self, source: Source, encoder: Encoder, *, seed: int, length: int, shots: int, min_shots: int, queries: int):
         self.source, self.encoder, self.seed, self.length = source, encoder, seed, length
@@ -33,15 +38,18 @@ class EpisodeStream(Dataset):
         return self.source.draw(rng, rng.randint(self.min_shots, self.shots), self.queries, index)
 
     def __getitem__(self, index: int) -> EncodedEpisode:
-        skipped = 0
+        skipped = dropped = 0
         for attempt in range(100):
             encoded = self.encoder.encode(self._drawn(index, attempt))
-            if encoded.queries:
-                skipped += encoded.skipped_queries
-                return EncodedEpisode(**{**vars(encoded), "skipped_queries": skipped, "index": index})
             skipped += encoded.skipped_queries
+            dropped += encoded.dropped_demonstrations
+            lost = encoded.dropped_demonstrations and len(encoded.context) <= len(self.encoder.start)
+            if encoded.queries and not lost:
+                return replace(encoded, skipped_queries=skipped, dropped_demonstrations=dropped, index=index)
+        limits = self.encoder.limits
         raise UserError(
-            f"limits.query_tokens={self.encoder.limits.query_tokens}: no query of 100 episodes in a row fits; raise it"
+            f"limits.query_tokens={limits.query_tokens}, context_tokens={limits.context_tokens}: of 100 episodes in a row no "
+            "query fits, or no demonstration; raise them"
         )
 
 
