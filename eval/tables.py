@@ -2,7 +2,8 @@
 
 Leaves in `output`: the evaluations of each row and seed, results.json, table.md; and in the folder `trained` beside it a run
 for each row and seed, named by what it was trained with. So it goes on where it stopped, and tables share the runs that they
-have in common.
+have in common. A table of systems, which has methods of the base itself beside the rows, leaves the results of every example in
+examples.jsonl.gz (see `eval.systems`) instead of results.json. What is in that file is neither trained nor evaluated again.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from typing import Any
 
 from eval.methods import METHODS
 from eval.metrics import METRICS
-from eval.run import evaluate
+from eval.run import evaluate, result_lines
 from eval.summary import OURS
+from eval.systems import BASE, EXAMPLES, Examples, Results
+from eval.systems import markdown as systems_markdown
 from hyperllama.commands.train import RESULT, train
 from hyperllama.files import read_json, sha256, write_atomically
+from hyperllama.hypernetworks.registry import kind_of
 from hyperllama.recipe.loading import load_recipe
 from hyperllama.recipe.schema import EvaluationRecipe, Recipe, TableRecipe
 from hyperllama.runs import owned
@@ -33,16 +37,53 @@ def table(recipe_path: str | Path, overrides: Sequence[str] = ()) -> str:
     """Run what is left of a table and write it; returns it as markdown."""
     recipe = load_recipe(recipe_path, overrides, schema=TableRecipe)
     planned = [(row, seed, *_run(recipe, row, seed)) for seed in recipe.seeds for row in recipe.rows]
-    for _, _, _, changes in planned:
+    trained = {}
+    for row, _, _, changes in planned:
         if changes is not None:  # a wrong row is told of now, not hours later
-            load_recipe(recipe.train, changes, schema=Recipe)
+            trained[row] = load_recipe(recipe.train, changes, schema=Recipe)
     evaluations = recipe.evaluations or {"": []}
     for more in evaluations.values():
         load_recipe(
             recipe.evaluate, [*more, "hypernetwork=null"], schema=EvaluationRecipe
         )  # that is a row's, and not there yet
     with owned(recipe.output):
+        if recipe.base_methods:
+            return _systems(recipe, planned, evaluations, trained)
         return _table(recipe, planned, evaluations)
+
+
+def _systems(
+    recipe: TableRecipe, planned: Sequence[tuple], evaluations: dict[str, list[str]], trained: dict[str, Recipe]
+) -> str:
+    """A table of systems: what the base does by itself, and then each row as soon as it is trained."""
+    examples = Examples(recipe.question, Path(recipe.output) / EXAMPLES)
+    own = [(BASE, seed, None, None) for seed in recipe.seeds]
+    for row, seed, run, changes in [*own, *planned]:
+        if row == BASE:
+            of_row = ["hypernetwork=null", f"methods=[{','.join(recipe.base_methods)}]"]
+        else:
+            of_row = _of_row(recipe, run, trained.get(row))
+        left = {n: [*more, *of_row] for n, more in evaluations.items() if not examples.has(row, seed, n, [*more, *of_row])}
+        if left and changes is not None:
+            train(recipe.train, changes)
+        for name, differs in left.items():
+            place = Path(recipe.output) / "evaluations" / _slug(f"{row} {seed} {name}")
+            summary = evaluate(recipe.evaluate, [*differs, f"output={place}", f"seed={seed}"])
+            examples.add(row, seed, name, differs, summary, result_lines(place))
+    found = Results.read(examples.path)
+    text = "\n".join(f"{results.evaluation or recipe.question}\n\n{systems_markdown(results)}" for results in found)
+    write_atomically(Path(recipe.output) / TABLE, text)
+    return text
+
+
+def _of_row(recipe: TableRecipe, run: Path, trained: Recipe | None) -> list[str]:
+    """What a row changes about the evaluation: which model it is, and the methods that it has."""
+    if trained is not None and trained.method == "full_attention":
+        return ["hypernetwork=null", f"multi_task={run}", "methods=[multi_task]"]
+    methods = load_recipe(recipe.evaluate, ["hypernetwork=null"], schema=EvaluationRecipe).methods
+    if trained is not None and kind_of(trained).makes_modules:  # there is no refining these
+        methods = [name for name in methods if "refine" not in METHODS[name].needs]
+    return [f"hypernetwork={run}", "model=null", f"methods=[{','.join(methods)}]"]
 
 
 def _table(recipe: TableRecipe, planned: Sequence[tuple], evaluations: dict[str, list[str]]) -> str:

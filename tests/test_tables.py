@@ -1,10 +1,14 @@
 """Tables of a study: small ones from recipes to markdown, which go on where they stopped."""
 
 import json
+import shutil
+from collections import Counter, defaultdict
 
 import pytest
 from data_files import write
 
+from eval.systems import FULL, Results
+from eval.systems import markdown as systems_markdown
 from eval.tables import markdown, table
 from hyperllama.commands.train import train
 from hyperllama.errors import UserError
@@ -127,3 +131,77 @@ def test_a_wrong_row_is_told_of_before_anything_is_trained(recipe, tmp_path):
     with pytest.raises(UserError, match="train: nowhere.yaml is not a recipe file"):
         load_any_recipe(recipe, ["train=nowhere.yaml"])
     assert not isinstance(load_any_recipe(recipe), StudyRecipe)
+
+
+@pytest.fixture
+def systems(recipe, tmp_path):
+    """A table of the base as it is, a multi-task model, a hypernetwork and one of modules."""
+    text = (tmp_path / "evaluate.yaml").read_text().replace("no_context, full_context, ", "")
+    write(tmp_path / "evaluate.yaml", f"{text}model: {tmp_path}/base\nbudget: 5\n")
+    return write(
+        tmp_path / "systems.yaml",
+        f"""
+method: table
+output: {tmp_path}/systems
+question: Which system?
+train: {tmp_path}/hyper.yaml
+evaluate: {tmp_path}/evaluate.yaml
+base_methods: [no_context, full_context, attended_tokens]
+rows:
+  multi-task: [method=full_attention]
+  gists: []
+  modules: [gist.kind=hint, gist.elastic=false]
+seeds: [0]
+""",
+    )
+
+
+def test_a_table_of_systems_goes_on_from_its_file_alone(systems, tmp_path):
+    text = systems.read_text()
+    fewer = [line for line in text.splitlines() if not line.startswith(("  multi-task:", "  modules:"))]
+    table(write(tmp_path / "fewer.yaml", "\n".join(fewer)))
+    path = tmp_path / "systems" / "examples.jsonl.gz"
+    (results,) = Results.read(path)
+    assert results.rows == ["gists"] and len(results.queries) == 6
+    before = path.stat().st_mtime_ns
+    whole = table(systems)
+    assert path.stat().st_mtime_ns > before
+    (results,) = Results.read(path)
+    systems_there = {"the base": 3, "multi-task": 1, "gists": 2, "modules": 2}
+    assert Counter(row for row, _ in results.systems) == systems_there
+    before = path.read_bytes()
+    for folder in ("systems/evaluations", "trained"):
+        shutil.rmtree(tmp_path / folder)
+    assert table(systems) == whole and path.read_bytes() == before and not (tmp_path / "trained").exists()
+
+
+def test_figures_of_systems_are_those_of_the_result_lines(systems, tmp_path):
+    """Computed again from the evaluation's own lines, without the code of tables."""
+    table(systems)
+    (results,) = Results.read(tmp_path / "systems" / "examples.jsonl.gz")
+    figures = results.figures(list(results.by_task))
+    for row, method in results.systems:
+        folder = tmp_path / "systems" / "evaluations" / f"{row.replace(' ', '-')}-0"
+        lines = [json.loads(line) for path in folder.glob("examples/*.jsonl") for line in path.read_text().splitlines()]
+        own = [line["metrics"]["accuracy"] for line in lines if line["method"] == method]
+        assert len(own) == 6 and figures.mean((row, method)).mean == pytest.approx(sum(own) / 6)
+
+
+def test_tasks_without_headroom_are_in_a_table_of_their_own():
+    def query(task, place, nothing, full, ours):
+        scores = {"the base/no_context": nothing, "the base/full_context": full, "gists/prefix": ours}
+        scores = {system: {"accuracy": value} for system, value in scores.items()}
+        return {"task": task, "place": [0, place], "evaluation": "", "scores": scores}
+
+    head = {"metrics": {"": {"kind": "choices", "metric": "auto"}}, "costs": {"": defaultdict(dict)}}
+    learns = [query("learns", i, 0, 1, i % 2) for i in range(4)]
+    also = [query("also learns", i, 0, 1, 1) for i in range(4)]
+    results = Results(head, "", [*learns, *also, *(query("flat", i, 1, 1, 0) for i in range(2))])
+    assert results.with_headroom == ["learns", "also learns"] and results.without_headroom == ["flat"]
+    figures = results.figures(results.with_headroom)
+    share, difference = figures.share(("gists", "prefix")), figures.difference(("gists", "prefix"), FULL)
+    assert (share.mean, share.low, share.high) == (0.75, 0.5, 1.0) and difference.mean == -0.25
+    text = systems_markdown(results)
+    assert "**2 tasks with headroom**, 8 queries, accuracy" in text and "**1 tasks whose context helps" in text
+    assert "| gists |  | 75.0 [50.0, 100.0] | 75.0 [50.0, 100.0] | -25.0 [-50.0, 0.0] |  |  |" in text
+    assert "| gists: the prefix | 0.0 |" in text

@@ -28,10 +28,11 @@ def recipe_problems(recipe: Any, *, data: bool = True) -> list[str]:
         check(bool(recipe.starts and recipe.sizes and recipe.seeds), "starts, sizes, seeds: at least one of each")
         return list(check)
     if recipe.method == "table":
-        for key in ("train", "evaluate"):
+        for key in ("train", "evaluate") if recipe.rows else ("evaluate",):
             file = getattr(recipe, key)
             check(bool(file) and Path(file).is_file(), f"{key}: {file} is not a recipe file; give one to vary")
-        check(bool(recipe.rows and recipe.seeds), "rows, seeds: at least one of each")
+        check(bool(recipe.rows or recipe.base_methods), "rows: at least one, or base_methods")
+        check(bool(recipe.seeds), "seeds: at least one")
         return list(check)
     _data(recipe.data, check, there=data)
     {"evaluate": _evaluation, "tune": _tuning}.get(recipe.method, _training)(recipe, check)

@@ -290,7 +290,10 @@ class TableRecipe:
     """One question of a study as a table: the recipe `train` with the overrides of each row, for each seed, evaluated alike.
 
     `rows` are names and overrides. A row whose only override is "run=FOLDER" is not trained: it is that run, for all seeds.
-    `evaluations` are names and overrides of the recipe `evaluate`; one, without overrides, unless given.
+    A row with "method=full_attention" is a model all of whose weights are trained: the multi-task baseline.
+    `evaluations` are names and overrides of the recipe `evaluate`; one, without overrides, unless given. `base_methods` are
+    evaluated once for all rows, with the `model` and the `budget` of that recipe, whose `methods` are then those of rows; the
+    table has intervals then, and leaves the results of every example in one file. Without rows, it is about the base alone.
     """
 
     method: Literal["table"] = "table"
@@ -300,6 +303,7 @@ class TableRecipe:
     evaluate: str | None = None
     rows: dict[str, list[str]] = field(default_factory=dict)
     evaluations: dict[str, list[str]] = field(default_factory=dict)
+    base_methods: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
 
 
