@@ -34,7 +34,7 @@ from hyperllama.hypernetworks.config import SHIPPED
 from hyperllama.hypernetworks.loading import load_hypernetwork, untrained
 from hyperllama.inference.reader import Reader
 from hyperllama.prefixes.prefix import Prefix
-from hyperllama.tuning.curves import TuningStream, TuningTask
+from hyperllama.tuning.curves import TuningStream, TuningTask, questions_of
 from hyperllama.tuning.prefix_tuner import PrefixTuner
 from hyperllama.tuning.starts import demonstrations_start, random_start
 
@@ -122,10 +122,10 @@ class Bench:
         """Steps, seconds until then without those of measuring, and the prefix."""
         start, seconds = time.perf_counter(), 0.0
         prefix = make()
-        task = TuningTask("task", tuple(episode.demonstrations))
+        task = TuningTask("task", questions_of(self.encoder, episode.demonstrations))
         tuner = PrefixTuner(self.reader.model, {"task": prefix}, tokenizer=self.encoder.tokenizer)
         optimizer = torch.optim.AdamW(tuner.trainable().values(), lr=LEARNING_RATE, weight_decay=0.0)
-        stream = TuningStream([task], self.encoder, examples=16, seed=0, length=max(STEPS))
+        stream = TuningStream([task], examples=16, seed=0, length=max(STEPS))
         for step in range(max(STEPS) + 1):
             if step in STEPS:
                 seconds += time.perf_counter() - start

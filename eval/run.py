@@ -271,7 +271,7 @@ def _groups(bench: Bench, asked: dict[int, list[Query]], indices: Sequence[int])
 def make_bench(recipe: EvaluationRecipe, episodes: Sequence[Episode]) -> Bench:
     """The models that a recipe names, loaded, with the text format of the hypernetwork unless the recipe has its own."""
     shared = {"episodes": episodes, "seed": recipe.seed, "batch_tokens": recipe.batch_tokens, "budget": recipe.budget}
-    shared["refine"] = recipe.refine
+    shared |= {"refine": recipe.refine, "refine_on": recipe.refine_on}
     shared["prefixes"] = Path(recipe.prefixes) if recipe.prefixes else None
     if not recipe.hypernetwork and not recipe.model:
         return Bench(**shared)
@@ -301,7 +301,7 @@ def applicable(recipe: EvaluationRecipe, episodes: Sequence[Episode], kind: Kind
     there = found_in(episodes) | {name for name in ("hypernetwork", "multi_task", "prefixes") if getattr(recipe, name)}
     there |= {"model"} if recipe.hypernetwork or recipe.model else set()
     there |= {"budget"} if recipe.hypernetwork or recipe.budget else set()
-    there |= {"refine"} if recipe.refine else set()
+    there |= {"refine"} if recipe.refine and ("demonstrations" in there or recipe.refine_on == "context") else set()
     if recipe.hypernetwork and read_config(recipe.hypernetwork).get("chunking", {}).get("graph", "single") != "single":
         there.add("chunks")
     there |= {"answers"} if kind == "text" else set()

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from attention_masks import rotate
 from hyperllama.base.decoder import cache_argument, inverse_frequencies
 from hyperllama.base.loading import load_base, load_tokenizer
-from hyperllama.commands.tune import _named_apart, tune
+from hyperllama.commands.tune import _named_apart, full_attention, tune
 from hyperllama.data.episode import Episode
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.text import EncodedEpisode
@@ -213,9 +213,9 @@ class TestTune:
         assert sum(after) < 0.95 * sum(before)
         assert tune(tune_recipe) is None, "a finished run is left alone"
 
-    @pytest.mark.parametrize("hidden", ["null", "8"])
-    def test_a_resumed_run_is_one_that_was_never_stopped(self, tune_recipe, tmp_path, hidden):
-        changes = [f"start.hidden={hidden}"]
+    @pytest.mark.parametrize("change", ["start.hidden=null", "start.hidden=8", "objective=context"])
+    def test_a_resumed_run_is_one_that_was_never_stopped(self, tune_recipe, tmp_path, change):
+        changes = [change, "passages.count=8", "passages.tokens=4"]
         tune(tune_recipe, changes)
         run = tmp_path / "run"
         whole, prefixes = curves(run), {path.name: Prefix.load(path) for path in (run / "prefixes").iterdir()}
@@ -233,10 +233,25 @@ class TestTune:
         tune(tune_recipe, ["patience=2", "training.learning_rate=1.0e-9", "measure_every=1", "training.max_steps=50"])
         assert max(line["step"] for line in curves(tmp_path / "run")) < 50
 
-    @pytest.mark.parametrize("kind", ["demonstrations", "pooled_demonstrations", "vocabulary"])
+    @pytest.mark.parametrize("kind", ["demonstrations", "pooled_demonstrations", "attended", "vocabulary"])
     def test_other_starts(self, tune_recipe, tmp_path, kind):
         made = tune(tune_recipe, [f"start.kind={kind}", "training.max_steps=2", f"output={tmp_path}/{kind}"])
         assert all(Prefix.load(path).manifest.metrics["tuned_from"] == kind for path, _ in made.values())
+
+    def test_a_text_is_studied_until_its_prefix_says_what_its_context_says(self, tune_recipe, tmp_path):
+        write(tmp_path / "text.txt", "a few words to learn from, and their answers. " * 40)
+        windows = "{source: text, text: {context_tokens: 24, continuation_tokens: 8}}"
+        text = tune_recipe.read_text().replace(f"{{source: jsonl, root: {tmp_path}/data, shots: 12, queries: 6}}", windows)
+        recipe = write(tmp_path / "text.yaml", text)
+        changes = [f"data.root={tmp_path}/text.txt", "episodes=2", "objective=context", "start.kind=attended"]
+        made = tune(recipe, [*changes, "passages.count=16", "passages.tokens=6", "validation=0.5", "training.max_steps=16"])
+        measured = curves(tmp_path / "run")
+        for name, (path, facts) in made.items():
+            at = {line["step"]: line for line in measured if line["task"] == name}
+            assert facts["tuned_on"] == 8 and Prefix.load(path).rows == 4 and "test_loss" in at[0]
+            assert facts["validation_loss"] < at[0]["validation_loss"]
+        levels = full_attention(recipe, changes)
+        assert set(levels) == set(made) and all(set(level) == {"test_loss"} for level in levels.values())
 
     def test_prefix_files_are_a_start(self, tune_recipe, tmp_path):
         first = tune(tune_recipe)

@@ -18,7 +18,7 @@ from hyperllama.hypernetworks.loading import untrained
 from hyperllama.inference.reader import Reader
 from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.prefix import Prefix
-from hyperllama.tuning.refining import Refiner
+from hyperllama.tuning.refiners import refining
 
 Role = Literal["ours", "context", "budget", "control", "copy"]
 
@@ -44,7 +44,7 @@ class Bench:
     """The models, the episodes of an evaluation, and what methods share about them.
 
     `gists` is how many the hypernetwork makes, `budget` the number of key-value rows that a compressed context may have,
-    `refine` for how many steps prefixes are refined.
+    `refine` for how many steps prefixes are refined, and `refine_on` on what.
     """
 
     episodes: Sequence[Episode]
@@ -56,6 +56,7 @@ class Bench:
     gists: int | None = None
     budget: int | None = None
     refine: int = 0
+    refine_on: str = "answers"
     seed: int = 0
     batch_tokens: int = 8192
     _whole: dict = dataclasses.field(default_factory=dict)
@@ -94,8 +95,9 @@ class Bench:
         return [State(prefix, len(context), prefix.rows, maker=maker) for prefix, context in pairs]
 
     def refined(self, indices: Sequence[int], maker: Hypernetwork, gists: int | None = None) -> list[State]:
-        """States of what `maker` makes of episodes, refined on their demonstrations."""
-        refiner = Refiner(maker, self.reader, self.encoder, self.refine, batch_tokens=self.batch_tokens)
+        """States of what `maker` makes of episodes, refined on their own contexts."""
+        models = (maker, self.reader, self.encoder)
+        refiner = refining(self.refine_on, *models, self.refine, batch_tokens=self.batch_tokens)
         episodes = [self.episodes[i] for i in indices]
         contexts = [self.context(episode) for episode in episodes]
         manifests = [Manifest(base=self.reader.identity, instruction=episode.instruction or None) for episode in episodes]
@@ -122,7 +124,7 @@ NEEDS = {
     "chunks": "hypernetwork, the folder of a run that reads contexts in chunks (gist.chunking)",
     "multi_task": "multi_task, the run of a full-attention model",
     "prefixes": "prefixes, a folder of prefix files",
-    "refine": "refine, for how many steps",
+    "refine": "refine, for how many steps, and data with demonstrations unless refine_on is context",
     "budget": "budget, or a hypernetwork whose gists are one",
     "instructions": "data whose tasks have instructions",
     "demonstrations": "data with demonstrations",

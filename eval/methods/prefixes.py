@@ -17,13 +17,13 @@ def prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
     return bench.compressed([bench.context(bench.episodes[i]) for i in indices])
 
 
-@method("the prefix, refined", "ours", "model", "hypernetwork", "demonstrations", "refine")
+@method("the prefix, refined", "ours", "model", "hypernetwork", "refine")
 def refined_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
-    """The prefix, tuned for a few steps on its own demonstrations, if those that were held back are the better for it."""
+    """The prefix, tuned for a few steps on its own context, if what was held back is the better for it."""
     return bench.refined(indices, bench.hypernetwork, bench.gists)
 
 
-@method("most attended keys and values, refined", "budget", "model", "budget", "demonstrations", "refine")
+@method("most attended keys and values, refined", "budget", "model", "budget", "refine")
 def refined_attended(bench: Bench, indices: Sequence[int]) -> list[State]:
     """Most attended keys and values, tuned as the prefix is: what a hypernetwork's start adds to tuning."""
     return bench.refined(indices, bench.chooser)

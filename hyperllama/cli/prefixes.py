@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -45,6 +45,10 @@ def compress(
         float | None, typer.Option(min=0, help="Or the fewest that cost at most this many nats a token on held-back examples.")
     ] = None,
     refine: Annotated[int, typer.Option(min=0, help="Tune each prefix on its own examples for at most so many steps.")] = 0,
+    refine_on: Annotated[
+        Literal["answers", "context"],
+        typer.Option(help="--refine on its examples' answers, or on what the model says with its whole context."),
+    ] = "answers",
     batch_tokens: Annotated[int, typer.Option(min=1, help="With --store: at most so many tokens a pass.")] = 16384,
     overwrite: Overwrite = False,
     base: Base = None,
@@ -60,7 +64,7 @@ def compress(
 
     quiet_libraries()
     settings = {"instruction": instruction, "shots": shots, "base_path": base, "dtype": dtype, "check_base": check_base}
-    settings["refine"] = refine
+    settings |= {"refine": refine, "refine_on": refine_on}
     if store is not None:
         summary = compress_to_store(run, examples, store, batch_tokens=batch_tokens, **settings)
         typer.echo(f"{store}: {summary}")
@@ -92,6 +96,10 @@ def _tell_refined(manifest: Manifest) -> str:
     if not manifest.refined:
         return ""
     metrics = manifest.metrics
+    if "divergence_refined" in metrics:
+        before, after = (f"{metrics[name]:.3f}" for name in ("divergence_unrefined", "divergence_refined"))
+        kept = f"refined for {metrics['refined_steps']} steps"
+        return f"; {kept}: {after} nats a token from what the model says with its whole context, not {before}"
     if not metrics["held_back"]:
         return "; not refined: of one example nothing can be held back"
     before, after = (f"{metrics[name]:.2f}" for name in ("loss_unrefined", "loss_refined"))

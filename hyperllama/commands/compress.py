@@ -19,13 +19,13 @@ from hyperllama.hypernetworks.config import check_gists, read_config
 from hyperllama.hypernetworks.hub import fetch
 from hyperllama.hypernetworks.loading import is_base, load_maker
 from hyperllama.hypernetworks.registry import KINDS
-from hyperllama.inference.many import Shown, Summary, compress_into, fitting, shown_of, task_files
+from hyperllama.inference.many import Maker, Shown, Summary, compress_into, fitting, shown_of, task_files
 from hyperllama.inference.quality import fewest_gists, leave_one_out
 from hyperllama.inference.reader import Reader
 from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.prefix import Prefix, is_prefix
 from hyperllama.prefixes.store import PrefixStore
-from hyperllama.tuning.refining import Refiner
+from hyperllama.tuning.refiners import refining
 
 ROWS = 16  # of a prefix that is made without a hypernetwork, unless given
 REFINED_TOKENS = 2048  # of a pass into a store: what is refined takes long, and is written after each pass
@@ -44,6 +44,7 @@ def compress(
     gists: int | None = None,
     budget: float | None = None,
     refine: int = 0,
+    refine_on: Literal["answers", "context"] = "answers",
     check_base: bool = False,
     overwrite: bool = False,
 ) -> list[tuple[Path, Prefix]]:
@@ -54,8 +55,9 @@ def compress(
     replaces that of the file. `output` is a folder if there are several files, if it exists as one, or ends in a slash.
     `report` measures each prefix on held-back examples (see `leave_one_out`) and keeps the figures in its manifest.
     An elastic hypernetwork makes prefixes of `gists` gists, or of the fewest that cost at most `budget` nats a token.
-    `refine` tunes prefixes on their own examples for at most so many steps, and keeps what held-back ones find better
-    (`Refiner`); `report` measures what was made before.
+    `refine` tunes prefixes for at most so many steps, on the "answers" of their own examples (`Refiner`) or, with `refine_on`
+    "context", on what the model says with the whole context (`SelfStudy`), and keeps what is better by what was held back;
+    `report` measures what was made before.
     `check_base` compares all weights of the base with those of the training. A prefix file may be replaced, another file only
     with `overwrite`. Raises UserError for what cannot be compressed, named by its file, before anything is written.
     """
@@ -68,7 +70,7 @@ def compress(
     made_by = None if is_base(run) else run
     hypernetwork, encoder = load_maker(run, base_path, gists=gists or ROWS, dtype=dtype, check_base=check_base)
     reader = Reader(hypernetwork.base, encoder.tokenizer)
-    refiner = Refiner(hypernetwork, reader, encoder, refine) if refine else None
+    refiner = refining(refine_on, hypernetwork, reader, encoder, refine) if refine else None
     contexts, manifests = zip(*(fitting(one, hypernetwork, encoder, made_by, refiner) for one in shown))
     asked = [(hypernetwork, reader, encoder, one.instruction, one.demonstrations) for one in shown]
     counts = [gists if budget is None else fewest_gists(*one, budget=budget) for one in asked]
@@ -102,7 +104,7 @@ def _check_maker(run: str | Path, gists: int | None, refine: int) -> None:
 
 
 def _in_passes(
-    maker: Hypernetwork | Refiner, contexts: Sequence[list[int]], manifests: Sequence[Manifest], counts: Sequence[int | None]
+    maker: Hypernetwork | Maker, contexts: Sequence[list[int]], manifests: Sequence[Manifest], counts: Sequence[int | None]
 ) -> list[Prefix]:
     """A prefix of each context with its own number of gists, in a pass for each of these numbers."""
     prefixes: dict[int, Prefix] = {}
@@ -123,20 +125,21 @@ def compress_to_store(
     base_path: str | None = None,
     dtype: str | None = None,
     refine: int = 0,
+    refine_on: Literal["answers", "context"] = "answers",
     check_base: bool = False,
     batch_tokens: int = 16384,
 ) -> Summary:
     """Compress many files, or folders of them, into a store; what is there already is not compressed again.
 
-    `run` and `refine` as in `compress`. A pass has at most `batch_tokens`. Ranks (torchrun, or RANK and WORLD_SIZE set by hand)
-    take every n-th task.
+    `run`, `refine` and `refine_on` as in `compress`. A pass has at most `batch_tokens`. Ranks (torchrun, or RANK and
+    WORLD_SIZE set by hand) take every n-th task.
     """
     tasks = task_files(files)
     _check_maker(run, None, refine)  # a store is not made for a run that is none
     place = PrefixStore(store)
     hypernetwork, encoder = load_maker(run, base_path, gists=ROWS, dtype=dtype, check_base=check_base)
     reader = Reader(hypernetwork.base, encoder.tokenizer)
-    maker = Refiner(hypernetwork, reader, encoder, refine) if refine else None
+    maker = refining(refine_on, hypernetwork, reader, encoder, refine) if refine else None
     batch_tokens = min(batch_tokens, REFINED_TOKENS) if refine else batch_tokens
     ranks = {"rank": int(os.environ.get("RANK", 0)), "ranks": processes()}
     settings = {

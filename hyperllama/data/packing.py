@@ -238,6 +238,16 @@ def _teacher(contexts: Sequence[EncodedEpisode], queries) -> GistBatch:
     return _batch(pieces, segments, rows, [token for _, answer, _ in queries for token in answer], contexts)
 
 
+def pack_taught(episodes: Sequence[EncodedEpisode], rows: int) -> GistBatch:
+    """Queries behind `rows` placeholder rows in place of their contexts; `teacher` is the same behind the whole contexts.
+
+    Both have the same targets in the same places: contexts are in the order of their lengths.
+    """
+    episodes = sorted(episodes, key=lambda e: len(e.context))
+    batch = pack_gist([dataclasses.replace(episode, context=()) for episode in episodes], rows)
+    return dataclasses.replace(batch, teacher=pack_gist(episodes, Packing(rows, teach=True)).teacher)
+
+
 def gist_tokens(episode: EncodedEpisode, packing: Packing | int) -> int:
     """Rows that an episode takes at most in `pack_gist`."""
     packing = Packing(packing) if isinstance(packing, int) else packing

@@ -173,6 +173,10 @@ class Encoder:
             )
         return first[0]
 
+    def query_head(self) -> list[int]:
+        """Token ids with which every query begins behind a context; none where the template begins with the input."""
+        return self.behind_context(self._head) if self._head else []
+
     def without_start(self, ids: Sequence[int]) -> list[int]:
         """Token ids of what another template wrote, such as a chat template, without the start token that it begins with.
 

@@ -223,6 +223,7 @@ def _tuning(recipe: Any, check: _Checks) -> None:
     check(recipe.patience is None or recipe.patience >= 1, f"patience: at least 1, or null, not {recipe.patience}")
     check(recipe.tasks_per_step >= 0, f"tasks_per_step: at least 1, or 0 for all, not {recipe.tasks_per_step}")
     check(recipe.data.shots >= 1, "data.shots: at least 1, the examples that a task is tuned on")
+    check.extend(f"passages.{problem}" for problem in recipe.passages.problems())
     check("output_dir" not in training, "training.output_dir: is set by output; remove it")
     check("per_device_train_batch_size" not in training, "training.per_device_train_batch_size: is set by tasks_per_step")
     check(training.get("max_steps", -1) > 0, "training.max_steps: say how many steps at most")

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Literal
 
 from hyperllama.data.chunking import Chunking
+from hyperllama.data.passages import Passages
 from hyperllama.data.registry import SOURCES
 from hyperllama.data.text import Limits, TextFormat
 from hyperllama.hypernetworks.registry import KINDS, kind_of
@@ -185,7 +186,8 @@ class EvaluationRecipe:
     model, `prefixes` a folder of prefix files named by task.
     `gists` asks an elastic hypernetwork for fewer than it has. `budget` is the number of key-value rows of the methods that
     have one, those of a prefix (gists and sink) unless given: for contexts cut in chunks, give it. `refine` is the most
-    steps of methods that tune prefixes on their own examples. `methods` are names of
+    steps of methods that tune prefixes, `refine_on` what on: "answers" of their own examples, or "context", what the model says
+    with the whole of it. `methods` are names of
     `eval.methods.METHODS`; empty for all that apply. `metric`: "text" generates and scores ROUGE-L and exact match,
     "exact_match" the same with exact match first, "choices" ranks the choices of a query by likelihood, "loss" is that of the
     continuation; "auto" goes by the data. `format` and `limits` are those of the hypernetwork unless given. At most `episodes`
@@ -206,6 +208,7 @@ class EvaluationRecipe:
     gists: int | None = None
     budget: int | None = None
     refine: int = 0
+    refine_on: Literal["answers", "context"] = "answers"
     methods: list[str] = field(default_factory=list)
     metric: Literal["auto", "text", "exact_match", "choices", "loss"] = "auto"
     format: TextFormat | None = None
@@ -222,13 +225,16 @@ class StartRecipe:
 
     kind: "hypernetwork" (the prefix that the run `hypernetwork` makes of a task's examples), "demonstrations" (the keys and
     values of their first `gists` tokens) or "pooled_demonstrations" (means of neighbours), "vocabulary" (the activations of
-    `words`, or of tokens drawn from the examples), "random" (with the statistics of real keys and values), or "prefix" (the
+    `words`, or of tokens drawn from the examples), "attended" (the keys and values to which the second half of the examples
+    attends most, as a base by itself compresses), "random" (with the statistics of real keys and values), or "prefix" (the
     file `prefix`, or TASK.safetensors in that folder). `gists` counts where no hypernetwork decides it. With `sink` a start
     begins with one row more, the base's own of its first token, which is not tuned; prefixes of a hypernetwork or a file
     stay as they are. `hidden` puts an MLP of that width before the prefix while it is trained, and folds it away in the end.
     """
 
-    kind: Literal["hypernetwork", "demonstrations", "pooled_demonstrations", "vocabulary", "random", "prefix"] = "hypernetwork"
+    kind: Literal["hypernetwork", "demonstrations", "pooled_demonstrations", "attended", "vocabulary", "random", "prefix"] = (
+        "hypernetwork"
+    )
     hypernetwork: str | None = None
     prefix: str | None = None
     words: list[str] = field(default_factory=list)
@@ -247,6 +253,10 @@ class TuneRecipe:
     `measure_every` steps apart, without improvement of any task; null never stops early. A step sees `examples_per_task`
     examples of each of `tasks_per_step` tasks (0: all), on each rank. `training` is transformers' TrainingArguments,
     verbatim; `deepspeed` as in a `Recipe`.
+
+    `objective`: "answers" trains on those of the examples; "context" trains a prefix to say what the model says with the whole
+    context, on `passages` that the model makes up behind it (Eyuboglu et al. 2025, arXiv 2506.06266). Then all examples are
+    context, a share `validation` of the passages decides when to stop, and data may be windows of plain text too.
     """
 
     method: Literal["tune"] = "tune"
@@ -257,6 +267,8 @@ class TuneRecipe:
     start: StartRecipe = field(default_factory=StartRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     episodes: int = 20
+    objective: Literal["answers", "context"] = "answers"
+    passages: Passages = field(default_factory=Passages)
     validation: float = 0.25
     patience: int | None = 5
     measure_every: int = 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -25,19 +25,28 @@ CURVES, CURVES_PLOT = "curves.jsonl", "curves.png"
 
 @dataclass(frozen=True)
 class TuningTask:
-    """The examples of one task: to train on, to stop by, and to report on."""
+    """What one task is tuned with: questions to train on, to stop by, and to report on, the right answer of each first.
+
+    `context`, token ids, is what a teacher reads before the questions, if there is one.
+    """
 
     name: str
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...] = ()
-    test: tuple[Example, ...] = ()
+    train: tuple[Question, ...]
+    validation: tuple[Question, ...] = ()
+    test: tuple[Question, ...] = ()
+    context: tuple[int, ...] = ()
+
+
+def questions_of(encoder: Encoder, examples: Sequence[Example]) -> tuple[Question, ...]:
+    """Examples as questions, with their choices."""
+    return tuple(Question.of(encoder, example, choices=example.choices) for example in examples)
 
 
 class TuningStream(Dataset):
-    """Item i is some training examples of task i modulo the number of tasks; a function of the seed and i alone."""
+    """Item i is some training questions of task i modulo the number of tasks; a function of the seed and i alone."""
 
-    def __init__(self, tasks: Sequence[TuningTask], encoder: Encoder, *, examples: int, seed: int, length: int):
-        self.tasks, self.encoder, self.examples, self.seed, self.length = list(tasks), encoder, examples, seed, length
+    def __init__(self, tasks: Sequence[TuningTask], *, examples: int, seed: int, length: int):
+        self.tasks, self.examples, self.seed, self.length = list(tasks), examples, seed, length
 
     def __len__(self) -> int:
         return self.length
@@ -45,8 +54,8 @@ class TuningStream(Dataset):
     def __getitem__(self, index: int) -> EncodedEpisode:
         task = self.tasks[index % len(self.tasks)]
         drawn = Random(f"{self.seed}/{index}").sample(task.train, min(self.examples, len(task.train)))
-        queries = tuple((tuple(self.encoder.prompt(e.input)), tuple(self.encoder.answer(e.output))) for e in drawn)
-        return EncodedEpisode((), queries, task=task.name, index=index)
+        queries = tuple((question.prompt, question.continuations[0]) for question in drawn)
+        return EncodedEpisode(task.context, queries, task=task.name, index=index)
 
 
 class Curves(TrainerCallback):
@@ -58,10 +67,10 @@ class Curves(TrainerCallback):
     """
 
     def __init__(
-        self, tuner: PrefixTuner, reader: Reader, encoder: Encoder, tasks: Sequence[TuningTask], run: Path, *, every: int,
-        patience: int | None, batch_tokens: int = 8192,
+        self, tuner: PrefixTuner, reader: Reader, tasks: Sequence[TuningTask], run: Path, *, every: int, patience: int | None,
+        batch_tokens: int = 8192,
     ):  # fmt: skip
-        self.tuner, self.reader, self.encoder, self.tasks = tuner, reader, encoder, list(tasks)
+        self.tuner, self.reader, self.tasks = tuner, reader, list(tasks)
         self.path, self.every, self.patience, self.batch_tokens = run / CURVES, every, patience, batch_tokens
         self.best: dict[str, tuple[float, int, Prefix]] = {}
         self.writes = True  # the first process; all measure, so that all stop at the same step
@@ -100,8 +109,8 @@ class Curves(TrainerCallback):
         self.tuner.eval()
         ordered = [prefixes[task.name] for task in self.tasks]
         validation, test = (
-            score_tasks(self.reader, self.encoder, ordered, examples, batch_tokens=self.batch_tokens)
-            for examples in ([task.validation for task in self.tasks], [task.test for task in self.tasks])
+            score_tasks(self.reader, ordered, asked, batch_tokens=self.batch_tokens)
+            for asked in ([task.validation for task in self.tasks], [task.test for task in self.tasks])
         )
         self.tuner.train(training)
         lines = []
@@ -131,19 +140,13 @@ class Curves(TrainerCallback):
 
 
 def score_tasks(
-    reader: Reader,
-    encoder: Encoder,
-    prefixes: Sequence[Prefix],
-    examples: Sequence[Sequence[Example]],
-    *,
-    batch_tokens: int = 8192,
+    reader: Reader, prefixes: Sequence[Prefix], asked: Sequence[Sequence[Question]], *, batch_tokens: int = 8192
 ) -> list[dict[str, float]]:
-    """For each prefix its loss (nats per target token) on some examples, and accuracy over choices where they have some."""
+    """For each prefix its loss (nats per target token) on some questions, and accuracy over choices where they have some."""
     questions, owners = [], []
-    for i, (prefix, asked) in enumerate(zip(prefixes, examples, strict=True)):
-        for example in asked:
-            questions.append(Question.of(encoder, example, prefix, example.choices))
-            owners.append(i)
+    for i, (prefix, own) in enumerate(zip(prefixes, asked, strict=True)):
+        questions += [replace(question, prefix=prefix) for question in own]
+        owners += [i] * len(own)
     found: list[dict[str, float]] = [{} for _ in prefixes]
     sums = [[0.0, 0, 0, 0] for _ in prefixes]  # loss, tokens, right, with choices
     for owner, question, scores in zip(owners, questions, reader.score(questions, batch_tokens=batch_tokens)):

@@ -23,10 +23,12 @@ from hyperllama.data.packing import GistBatch
 from hyperllama.errors import UserError
 from hyperllama.files import write_atomically
 from hyperllama.objectives.losses import TokenLoss
+from hyperllama.objectives.mix import ANSWERS, Mix
 from hyperllama.objectives.packed_model import PackedModel
 from hyperllama.prefixes.prefix import Prefix
 
 WEIGHTS = "tuner.safetensors"
+TAUGHT = Mix(answer=0.0, distillation=1.0)
 
 
 class PrefixTuner(PackedModel):
@@ -91,8 +93,14 @@ class PrefixTuner(PackedModel):
         """The parameters that training changes, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def forward(self, batch: GistBatch) -> TokenLoss:
-        """Cross entropy of a packed batch whose contexts are the G placeholder rows of its `tasks`, all named in this tuner."""
+    def forward(self, batch: GistBatch, taught: Tensor | None = None) -> TokenLoss:
+        """Cross entropy of a packed batch whose contexts are the G placeholder rows of its `tasks`, all named in this tuner.
+
+        Of a batch with a teacher, the divergence from what that one says; `taught` (n, hidden size) are its hidden states at
+        the targets, if they are known already.
+        """
+        if taught is None and batch.teacher is not None:
+            taught = self.taught(batch.teacher)
         # Indices are the host's, so nothing is copied to the device and nothing there has to be looked at.
         places = [self.names[name] for name in batch.tasks]
         each = (x.unbind(1) for x in self._current())  # P of (L, N, G, D)
@@ -101,7 +109,9 @@ class PrefixTuner(PackedModel):
             gists = torch.arange(self.rows, device=keys.device).repeat(len(places))
             shifts = batch.layout.positions[: len(gists)] - gists
             keys = rotate(keys, shifts, inverse_frequencies(self.base))
-        return self.answer_loss(batch, list(zip(keys, values)), apart=True, input_ids=batch.ids[:, keys.shape[2] :])
+        states, ids = list(zip(keys, values)), batch.ids[:, keys.shape[2] :]
+        mix = ANSWERS if taught is None else TAUGHT
+        return self.answer_loss(batch, states, mix=mix, teacher=taught, apart=True, input_ids=ids)
 
     def _current(self) -> tuple[Tensor, Tensor]:
         keys, values = self.keys, self.values

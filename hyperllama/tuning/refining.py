@@ -14,7 +14,6 @@ from random import Random
 
 import torch
 
-from hyperllama.data.episode import Example
 from hyperllama.data.grouping import in_groups
 from hyperllama.data.packing import pack_gist
 from hyperllama.data.text import ContextIds, EncodedEpisode, Encoder
@@ -83,17 +82,18 @@ class Refiner:
     def _trial(self, place: int, context: ContextIds, instruction: str) -> _Trial:
         """What is tuned for one task: all of its examples, and parts of them."""
         examples = tuple(getattr(context, "examples", ()))
-        trial = _Trial(f"{place}", examples)
+        asked = tuple(Question.of(self.encoder, example) for example in examples)
+        trial = _Trial(f"{place}", asked)
         for held_back in held_back_parts(len(examples), seed=f"{self.seed}/{len(context)}"):
-            shown = [example for i, example in enumerate(examples) if i not in held_back]
-            rest, _ = self.encoder.context(instruction, shown)
-            asked = tuple(examples[i] for i in held_back)
-            trial.parts.append(_Part(f"{place}/{len(trial.parts)}", tuple(shown), asked, rest))
+            shown = [i for i in range(len(examples)) if i not in held_back]
+            rest, _ = self.encoder.context(instruction, [examples[i] for i in shown])
+            own, others = (tuple(asked[i] for i in places) for places in (shown, held_back))
+            trial.parts.append(_Part(f"{place}/{len(trial.parts)}", own, others, rest))
         return trial
 
     def _tokens(self, trial: _Trial) -> int:
         """Of a step, at most: as many of the longest examples as are drawn, for the task and for each of its parts."""
-        sizes = sorted(len(self.encoder.prompt(e.input)) + len(self.encoder.answer(e.output)) for e in trial.examples)
+        sizes = sorted(len(question.prompt) + len(question.continuations[0]) for question in trial.questions)
         return len(trial.all) * sum(sizes[-self.examples :])
 
     def _drawn(self, group: Sequence[_Trial]) -> int:
@@ -114,11 +114,11 @@ class Refiner:
             if not going:
                 break
             for tuner in tuners:
-                tasks = [TuningTask(name, going[name].examples) for name in tuner.names if name in going]
+                tasks = [TuningTask(name, going[name].questions) for name in tuner.names if name in going]
                 if not tasks:
                     continue
                 places = range((step - 1) * len(tasks), step * len(tasks))
-                stream = TuningStream(tasks, self.encoder, examples=examples, seed=self.seed, length=places.stop)
+                stream = TuningStream(tasks, examples=examples, seed=self.seed, length=places.stop)
                 drawn = [stream[i] for i in places]
                 for episode in drawn:
                     going[episode.task].count(episode)
@@ -142,10 +142,10 @@ class Refiner:
         """Note what held-back answers cost after `step` steps."""
         now = {name: prefix for tuner in tuners for name, prefix in tuner.prefixes().items()}
         asked = [
-            (trial, Question.of(self.encoder, example, now[part.name]))
+            (trial, replace(question, prefix=now[part.name]))
             for trial in group
             for part in trial.parts
-            for example in part.held_back
+            for question in part.held_back
         ]
         scores = self.reader.score([question for _, question in asked], batch_tokens=self.batch_tokens)
         costs: dict[str, list[float]] = {trial.name: [] for trial in group}
@@ -173,11 +173,11 @@ class Refiner:
 
 @dataclass
 class _Part:
-    """A prefix that is tuned on `examples`, of which `context` is made; `held_back` is what it is asked then."""
+    """A prefix that is tuned on `questions`, of whose examples `context` is made; `held_back` is what it is asked then."""
 
     name: str
-    examples: tuple[Example, ...]
-    held_back: tuple[Example, ...] = ()
+    questions: tuple[Question, ...]
+    held_back: tuple[Question, ...] = ()
     context: ContextIds | None = None
     start: Prefix | None = None
     tokens: int = 0
