@@ -55,9 +55,8 @@ def compress(
     replaces that of the file. `output` is a folder if there are several files, if it exists as one, or ends in a slash.
     `report` measures each prefix on held-back examples (see `leave_one_out`) and keeps the figures in its manifest.
     An elastic hypernetwork makes prefixes of `gists` gists, or of the fewest that cost at most `budget` nats a token.
-    `refine` tunes prefixes for at most so many steps, on the "answers" of their own examples (`Refiner`) or, with `refine_on`
-    "context", on what the model says with the whole context (`SelfStudy`), and keeps what is better by what was held back;
-    `report` measures what was made before.
+    `refine` tunes prefixes for at most so many steps on what `refine_on` says (`hyperllama.tuning.refiners`), and keeps what is
+    better by what was held back; `report` measures what was made before.
     `check_base` compares all weights of the base with those of the training. A prefix file may be replaced, another file only
     with `overwrite`. Raises UserError for what cannot be compressed, named by its file, before anything is written.
     """
