@@ -1,8 +1,10 @@
 """Tables of a study: small ones from recipes to markdown, which go on where they stopped."""
 
+import gzip
 import json
 import shutil
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
 from data_files import write
@@ -205,3 +207,25 @@ def test_tasks_without_headroom_are_in_a_table_of_their_own():
     assert "**2 tasks with headroom**, 8 queries, accuracy" in text and "**1 tasks whose context helps" in text
     assert "| gists |  | 75.0 [50.0, 100.0] | 75.0 [50.0, 100.0] | -25.0 [-50.0, 0.0] |  |  |" in text
     assert "| gists: the prefix | 0.0 |" in text
+
+
+def test_kept_results_computed_again_without_the_code_of_tables():
+    path = Path(__file__).parents[1] / "benchmarks/results/papers/sni.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        queries = [json.loads(line) for line in file][1:]
+    (results,) = Results.read(path)
+
+    def mean(system, tasks):
+        own = [query["scores"][system]["rouge_l"] for query in queries if query["task"] in tasks]
+        return sum(own) / len(own)
+
+    none, full = "the base/no_context", "the base/full_context"
+    tasks = {query["task"] for query in queries}
+    tasks = {task for task in tasks if mean(full, {task}) - mean(none, {task}) > 0.1}
+    assert tasks == set(results.with_headroom) and len(tasks) == 55
+    figures = results.figures(results.with_headroom)
+    for row in results.rows:
+        ours = f"{row}/prefix"
+        share = (mean(ours, tasks) - mean(none, tasks)) / (mean(full, tasks) - mean(none, tasks))
+        assert figures.mean((row, "prefix")).mean == pytest.approx(mean(ours, tasks))
+        assert figures.share((row, "prefix")).mean == pytest.approx(share)
