@@ -37,7 +37,7 @@ from hyperllama.recipe.sources import make_source
 from hyperllama.runs import RECIPE, check_folder, check_same, digest_of, owned, remember
 from hyperllama.training.checkpoints import CHECKPOINTS, newest_checkpoint, settings_to_go_on
 from hyperllama.training.deepspeed import deepspeed_file
-from hyperllama.training.full_attention import FullAttention
+from hyperllama.training.full_attention import FullAttention, lora_config
 from hyperllama.training.trainer import METRICS, GistTrainer, training_arguments
 
 VERSIONS, BASE, RESULT = "versions.json", "base", "result.json"
@@ -144,7 +144,8 @@ def _packed_model(
 ) -> tuple[PackedModel, Collator, Callable[[EncodedEpisode], int]]:
     """What is trained, how its batches are packed, and how many rows an episode takes in one."""
     if recipe.method == "full_attention":
-        model = FullAttention(base, tokenizer, recipe.gist.backend)
+        lora = lora_config(recipe.model.name_or_path, **vars(recipe.lora)) if recipe.full_attention.lora else None
+        model = FullAttention(base, tokenizer, recipe.gist.backend, lora)
         return model, Collator(pack_full, recipe.full_attention.supervise_demonstrations), full_tokens
     model, packing = make_hypernetwork(recipe, base, tokenizer), packing_of(recipe)
     model.know_all_of_base()  # while all ranks are here: under ZeRO-3 none has the weights alone

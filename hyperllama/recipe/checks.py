@@ -133,7 +133,8 @@ def _training(recipe: Any, check: _Checks) -> None:
         fits = model.tokenizer == "bytes" or all(part.source == "synthetic" for part in data.parts)
         check(fits, "model.tokenizer: words knows the synthetic language only; choose bytes")
     _hypernetwork(recipe, check)
-    changed = recipe.method == "full_attention" or (recipe.gist.kind in KINDS and kind_of(recipe).trains_weights)
+    full = recipe.method == "full_attention"
+    changed = not recipe.full_attention.lora if full else recipe.gist.kind in KINDS and kind_of(recipe).trains_weights
     check(
         not (changed and recipe.model.dtype != "float32" and not recipe.deepspeed),
         f"model.dtype: {recipe.model.dtype} weights lose small updates when all of them are trained; set it to float32 with "

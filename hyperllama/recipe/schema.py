@@ -141,9 +141,10 @@ class DataRecipe(SourceRecipe):
 
 @dataclass(frozen=True)
 class FullAttentionRecipe:
-    """For method full_attention: whether answers of demonstrations are targets too."""
+    """For method full_attention: whether answers of demonstrations are targets too; `lora` (of that recipe) or all weights."""
 
     supervise_demonstrations: bool = False
+    lora: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ class Recipe:
     `start_from` is the run of a hypernetwork of the same base and kind whose weights training starts from, as after pretraining
     on text. `objectives` weigh what a hypernetwork is trained for.
 
-    method "hypernetwork" freezes the base and trains gists and LoRA; "full_attention" trains all weights of the base with
-    demonstrations in plain sight: the multi-task baseline, or the base of a toy.
+    method "hypernetwork" freezes the base and trains gists and LoRA; "full_attention" trains all weights of the base, or LoRA
+    on them, with demonstrations in plain sight: the multi-task baseline, or the base of a toy.
     """
 
     method: Literal["hypernetwork", "full_attention"] = "hypernetwork"
