@@ -130,6 +130,8 @@ def largest_episode(recipe: Recipe) -> EncodedEpisode:
 
 def memory(recipe: Recipe, cost: ModelCost, counts: Parameters, batches: Sequence[GistBatch], hardware: Hardware) -> list[Row]:
     """Memory of a GPU under every setting, for the worst of `batches`."""
+    if recipe.full_attention.lora:
+        raise UserError("full_attention.lora: its memory cannot be planned; plan all weights, which need more, with false")
     if recipe.model.quantize and counts.full:
         raise UserError("model.quantize: method full_attention trains the base's weights, which 4 bits cannot be; remove it")
     training, lora, rows = recipe.training, recipe.lora, []

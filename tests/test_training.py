@@ -12,7 +12,10 @@ import pytest
 import torch
 from conftest import tiny_architecture, tiny_base, trained_hypernetwork
 from launch import torchrun
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
 
+from hyperllama.base.loading import load_base, load_tokenizer
 from hyperllama.commands import compress as commands_compress
 from hyperllama.commands import generate as commands_generate
 from hyperllama.commands import train as commands_train
@@ -22,7 +25,10 @@ from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
 from hyperllama.files import whole_json_lines
 from hyperllama.hypernetworks import loading as hypernetworks_loading
+from hyperllama.hypernetworks.row_lora import ADAPTER_WEIGHTS
+from hyperllama.recipe.loading import load_recipe
 from hyperllama.training.checkpoints import newest_checkpoint
+from hyperllama.training.full_attention import ADAPTER, FullAttention, lora_config
 from hyperllama.training.trainer import GistTrainer, training_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -276,3 +282,55 @@ training: {{use_cpu: true, disable_tqdm: true, max_steps: 3, per_device_train_ba
     ((path, prefix),) = commands_compress.compress(tmp_path / "hyper", [example], tmp_path / "e.safetensors")
     assert path.is_file() and prefix.manifest.examples == 1
     assert len(commands_generate.generate(path, [source_word, source_word])) == 2
+
+
+def test_lora_with_full_attention_is_stock_peft(tmp_path, saved_base):
+    """The adapter alone is trained, in PEFT's files, and the model beside it is what stock PEFT makes of base and adapter."""
+    data = tmp_path / "data" / "a.jsonl"
+    data.parent.mkdir()
+    data.write_text("".join(json.dumps({"input": f"word {i}", "output": str(i)}) + "\n" for i in range(9)))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"""
+method: full_attention
+full_attention: {{lora: true}}
+lora: {{rank: 4, alpha: 8}}
+output: {tmp_path}/run
+model: {{name_or_path: {saved_base}, dtype: bfloat16}}
+data: {{source: jsonl, root: {tmp_path}/data, shots: 4, queries: 2}}
+limits: {{context_tokens: 200, query_tokens: 60}}
+training: {{use_cpu: true, disable_tqdm: true, bf16: true, learning_rate: 0.01, max_steps: 4, logging_steps: 1, save_steps: 2,
+  per_device_train_batch_size: 2}}
+""")
+    assert commands_train.train(recipe).global_step == 4
+    run = tmp_path / "run"
+    plain = AutoModelForCausalLM.from_pretrained(saved_base, dtype=torch.bfloat16)
+    stock = PeftModel.from_pretrained(plain, run / ADAPTER)
+    updates = {name: p for name, p in stock.named_parameters() if "lora_B" in name}
+    assert updates and all(p.abs().max() > 0 for p in updates.values()) and not any("lm_head" in name for name in updates)
+    ours, theirs = load_base(str(run)).state_dict(), stock.merge_and_unload().state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    # What a checkpoint holds is read again, bit for bit.
+    base, tokenizer = load_base(str(saved_base), dtype="bfloat16"), load_tokenizer(str(saved_base))
+    model = FullAttention(base, tokenizer, lora=LoraConfig.from_pretrained(run / ADAPTER))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    model.load_weights(run)
+    model.save_pretrained(tmp_path / "again")
+    for name in (f"{ADAPTER}/{ADAPTER_WEIGHTS}", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (run / name).read_bytes()
+    other = FullAttention(load_base(str(saved_base)), tokenizer, lora=lora_config(None, rank=2, alpha=8, dropout=0, targets=[]))
+    with pytest.raises(UserError, match="lora_A.weight is .*other settings"):
+        other.load_weights(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["method=hypernetwork"], "full_attention.lora: belongs to method full_attention"),
+        (["model.quantize=nf4"], "full_attention.lora: .*remove model.quantize"),
+        (["deepspeed=zero3"], "full_attention.lora: .*zero2 or zero1"),
+    ],
+)
+def test_lora_with_full_attention_is_refused_where_it_cannot_be_merged(recipe, changes, said):
+    with pytest.raises(UserError, match=said):
+        load_recipe(recipe, ["method=full_attention", "full_attention.lora=true", *changes])

@@ -13,7 +13,7 @@ from hyperllama.files import read_json
 from hyperllama.hypernetworks.config import read_config
 from hyperllama.hypernetworks.registry import KINDS, kind_of
 from hyperllama.inference.sampling import contradictions, unknown
-from hyperllama.training.deepspeed import DEEPSPEED, deepspeed_file
+from hyperllama.training.deepspeed import DEEPSPEED, deepspeed_file, zero_stage
 
 
 def recipe_problems(recipe: Any, *, data: bool = True) -> list[str]:
@@ -140,6 +140,11 @@ def _training(recipe: Any, check: _Checks) -> None:
         f"model.dtype: {recipe.model.dtype} weights lose small updates when all of them are trained; set it to float32 with "
         "training.bf16=true, or deepspeed, which keeps float32 weights beside them",
     )
+    if recipe.full_attention.lora:
+        check(full, "full_attention.lora: belongs to method full_attention; for a hypernetwork it is gist.kind=lora")
+        whole = "full_attention.lora: is merged into the model that is written, so"
+        check(not model.quantize, f"{whole} that cannot be in 4 bits; remove model.quantize")
+        check(zero_stage(recipe.deepspeed) < 3, f"{whole} every process needs all of it; set deepspeed to zero2 or zero1")
     _format(recipe, check)
     _deepspeed(recipe, check)
     _kernels(recipe.training, check)

@@ -19,6 +19,8 @@ from hyperllama.hypernetworks.row_lora import ADAPTER_WEIGHTS
 from hyperllama.objectives.losses import TokenLoss
 from hyperllama.objectives.packed_model import PackedModel
 
+ADAPTER = "adapter"
+
 
 class FullAttention(PackedModel):
     """A causal LM on packed batches of segments without gists: all of its weights are trained, or PEFT's LoRA on every row.
@@ -48,30 +50,32 @@ class FullAttention(PackedModel):
     def save_pretrained(self, folder: str | Path, notes: dict | None = None) -> None:
         """Write the model and its tokenizer as transformers do, so that `model.name_or_path` of a recipe can be this folder.
 
-        LoRA is merged into that model, and beside it in PEFT's two files.
+        LoRA is merged into that model, and in the folder `adapter` in PEFT's two files: beside the model transformers would
+        add it once more.
         """
         folder = Path(folder)
         (self.base if self.lora is None else merged(self.base)).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if self.lora is not None:
             adapter = {name: weight.cpu().contiguous() for name, weight in self._adapter().items()}
-            write_atomically(folder / ADAPTER_WEIGHTS, save(adapter, {"format": "pt"}))
-            self.lora.save_pretrained(str(folder))
+            (folder / ADAPTER).mkdir(exist_ok=True)
+            write_atomically(folder / ADAPTER / ADAPTER_WEIGHTS, save(adapter, {"format": "pt"}))
+            self.lora.save_pretrained(str(folder / ADAPTER))
 
     def load_weights(self, folder: str | Path) -> None:
         """Read weights that `save_pretrained` wrote."""
         if self.lora is None:
             load_weights_into(self.base, folder)
         else:
-            load_parameters(Path(folder) / ADAPTER_WEIGHTS, self._adapter(), "a whole safetensors file of LoRA")
+            load_parameters(Path(folder) / ADAPTER / ADAPTER_WEIGHTS, self._adapter(), "a whole safetensors file of LoRA")
 
     def _adapter(self) -> dict[str, torch.Tensor]:
-        """PEFT's names and the tensors themselves."""
-        return get_peft_model_state_dict(self.base)
+        """The tensors themselves, by stock PEFT's names: it wraps a model where they are put into one here."""
+        return {f"base_model.model.{name}": weight for name, weight in get_peft_model_state_dict(self.base).items()}
 
 
 def lora_config(base_name: str | None, *, rank: int, alpha: float, dropout: float, targets: list[str]) -> LoraConfig:
-    """PEFT's settings for LoRA on every row: of the linear layers `targets`, or where there are none of all but the output head."""
+    """PEFT's settings for LoRA on every row: of the linear layers `targets`; where it is empty, of all but the output head."""
     chosen = list(targets) or "all-linear"
     settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": chosen}
     return LoraConfig(**settings, task_type=TaskType.CAUSAL_LM, base_model_name_or_path=base_name)
