@@ -17,10 +17,6 @@ HERE = Path(__file__).parent
 FOLDER, PAGE = HERE / "study", HERE / "study.md"
 # The order of the page: what a reader asks first.
 TABLES = (
-    "sni-kinds",
-    "sni-seeds",
-    "sni-objectives",
-    "sni-pretraining",
     "text-kinds",
     "text-gists",
     "text-objectives",

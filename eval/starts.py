@@ -1,10 +1,12 @@
 """`hyperllama study`: from where should prefix tuning start? Every start, number of examples and seed, on the same tasks.
 
-Leaves in `output`: a tuning run for each combination (so it goes on where it stopped), summary.json, report.md, starts.png.
+Leaves in `output`: a tuning run for each combination (so it goes on where it stopped), tasks.jsonl.gz (the curve of every
+task, from which the rest can be made again), summary.json, report.md, starts.png.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,7 +25,15 @@ from hyperllama.runs import owned
 from hyperllama.tuning.curves import CURVES
 
 COLOURS = ("#f58518", "#4c78a8", "#72b7b2", "#b279a2", "#9d755d", "#54a24b", "#bab0ac")
-FULL, TOLERANCE = "full_attention.json", 0.01
+FULL, TASKS, TOLERANCE = "full_attention.json", "tasks.jsonl.gz", 0.01
+METRICS = {  # what a study reports: the first that all of its tasks have
+    "test_accuracy": "accuracy on unseen inputs",
+    "test_exact": "the share of unseen inputs whose whole answer is the likeliest, token by token",
+    "test_loss": "loss on unseen inputs, nats per target token, lower is better",
+}
+
+Runs = dict[tuple[str, int, int], list[dict]]  # of a start, a size and a seed: lines with step, task and figures
+Levels = dict[tuple[int, int], dict[str, dict]]  # of a size and a seed: figures of full attention for each task
 
 
 def study(recipe_path: str | Path, overrides: Sequence[str] = ()) -> str:
@@ -44,8 +54,8 @@ def study(recipe_path: str | Path, overrides: Sequence[str] = ()) -> str:
 
 def _study(recipe: StudyRecipe, planned: dict[tuple[str, int, int], list[str]]) -> str:
     folder = Path(recipe.output)
-    runs: dict[tuple[str, int, int], list[dict]] = {}
-    full: dict[tuple[int, int], dict[str, dict]] = {}
+    runs: Runs = {}
+    full: Levels = {}
     for (start, size, seed), changes in planned.items():
         tune(recipe.tune, changes)
         place = _place(folder, start, size, seed)
@@ -55,6 +65,7 @@ def _study(recipe: StudyRecipe, planned: dict[tuple[str, int, int], list[str]]) 
             if not path.is_file():
                 write_atomically(path, json.dumps(full_attention(recipe.tune, changes)))
             full[size, seed] = read_json(path, "the level of full attention")
+    keep(folder / TASKS, runs, full)
     summary = summarise(runs, full, recipe)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     report = "\n".join(_markdown(summary)) + "\n"
@@ -74,22 +85,50 @@ def _changes(folder: Path, start: str, size: int, seed: int) -> list[str]:
     return changes + [change for change in more.split(",") if change]
 
 
-def summarise(
-    runs: dict[tuple[str, int, int], list[dict]], full: dict[tuple[int, int], dict[str, dict]], recipe: StudyRecipe
-) -> dict[str, Any]:
+def _metric(runs: Runs, full: Levels) -> str:
+    """The figure that all lines have; UserError if there is none."""
+    measured = [line for lines in runs.values() for line in lines] + [t for tasks in full.values() for t in tasks.values()]
+    for metric in METRICS:
+        if all(metric in line for line in measured):
+            return metric
+    raise UserError("a study needs test examples in every task; raise data.queries in the tuning recipe")
+
+
+def keep(path: Path, runs: Runs, full: Levels) -> None:
+    """Write a line for each task of each run: its steps, its values, and the level of full attention."""
+    metric = _metric(runs, full)
+    kept = [{"metric": metric}]
+    for (start, size, seed), lines in runs.items():
+        for task, figures in full[size, seed].items():
+            at = {line["step"]: round(line[metric], 5) for line in lines if line["task"] == task}
+            about = {"start": start, "size": size, "seed": seed, "task": task, "full_attention": round(figures[metric], 5)}
+            kept.append({**about, "steps": list(at), "values": list(at.values())})
+    write_atomically(path, gzip.compress("".join(json.dumps(line) + "\n" for line in kept).encode(), mtime=0))
+
+
+def read_kept(path: Path) -> tuple[Runs, Levels, StudyRecipe]:
+    """What `summarise` needs, from a file that `keep` wrote."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        head, *kept = map(json.loads, file)
+    runs, full = defaultdict(list), defaultdict(dict)
+    for line in kept:
+        start, size, seed, task = (line[key] for key in ("start", "size", "seed", "task"))
+        at = zip(line["steps"], line["values"], strict=True)
+        runs[start, size, seed] += [{"step": step, "task": task, head["metric"]: value} for step, value in at]
+        full[size, seed][task] = {head["metric"]: line["full_attention"]}
+    starts, sizes, seeds = (list(dict.fromkeys(line[key] for line in kept)) for key in ("start", "size", "seed"))
+    return dict(runs), dict(full), StudyRecipe(starts=starts, sizes=sizes, seeds=seeds)
+
+
+def summarise(runs: Runs, full: Levels, recipe: StudyRecipe) -> dict[str, Any]:
     """Curves and figures for each number of examples and start, with intervals over all tasks of all seeds.
 
     For each: quality at the start and the end, the mean over the curve (area), and the first step at which the mean over tasks
     comes within one point (a hundredth, for a loss too) of full attention over the same examples; null if it never does. The
     interval of that step is the bootstrap's too, each resample with its own means.
     """
-    measured = [line for lines in runs.values() for line in lines] + [
-        task for tasks in full.values() for task in tasks.values()
-    ]
-    metric = "test_accuracy" if all("test_accuracy" in line for line in measured) else "test_loss"
-    if not all(metric in line for line in measured):
-        raise UserError("a study needs test examples in every task; raise data.queries in the tuning recipe")
-    sign = 1 if metric == "test_accuracy" else -1
+    metric = _metric(runs, full)
+    sign = -1 if metric == "test_loss" else 1
     found: dict[str, Any] = {"metric": metric, "sizes": {}}
     for size in recipe.sizes:
         levels = [task[metric] for seed in recipe.seeds for task in full[size, seed].values()]
@@ -157,8 +196,8 @@ def _examples(found: dict, sign: int) -> dict[str, dict]:
 
 
 def _markdown(summary: dict):
-    share = summary["metric"] == "test_accuracy"
-    what = "accuracy on unseen inputs" if share else "loss on unseen inputs, nats per target token, lower is better"
+    share = summary["metric"] != "test_loss"
+    what = METRICS[summary["metric"]]
     yield "# From where should prefix tuning start?\n"
     yield (
         f"Quality is {what}; 95 % intervals by bootstrap over tasks. Every start sees the same tasks, examples and steps. "
@@ -196,7 +235,7 @@ def draw(summary: dict, path: str | Path) -> None:
     """Quality over steps with intervals, a panel for each number of examples, full attention as a dashed line."""
     from matplotlib.figure import Figure
 
-    share = summary["metric"] == "test_accuracy"
+    share = summary["metric"] != "test_loss"
     scale = 100 if share else 1
     figure = Figure(figsize=(3.4 * len(summary["sizes"]) + 0.6, 4.2), layout="constrained")
     panels = figure.subplots(1, len(summary["sizes"]), sharey=True, squeeze=False)[0]
@@ -212,7 +251,7 @@ def draw(summary: dict, path: str | Path) -> None:
         panel.set(xlabel="step", title=f"{size} shots")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set(ylabel="accuracy on unseen inputs (%)" if share else "loss on unseen inputs (nats per token)")
+    panels[0].set(ylabel="right answers to unseen inputs (%)" if share else "loss on unseen inputs (nats per token)")
     if share:
         panels[0].set_ylim(0, 102)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)

@@ -40,7 +40,7 @@ def test_packed_scores_are_those_of_plain_passes(base):
     for batch_tokens in (4, 30, 8192):
         scores = continuation_scores(base, questions, batch_tokens=batch_tokens)
         for found, wanted in zip(scores, expected, strict=True):
-            assert found == pytest.approx(wanted, abs=2e-4)
+            assert [answer.likelihood for answer in found] == pytest.approx(wanted, abs=2e-4)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -54,7 +54,23 @@ def test_any_packing_scores_alike(contexts, asked):
     questions = [Question(p, tuple(answers), prefixes[c % len(prefixes)]) for c, p, answers in asked]
     expected = [[plain(model, contexts[c % len(contexts)], p, a) for a in answers] for c, p, answers in asked]
     for found, wanted in zip(continuation_scores(model, questions, batch_tokens=25), expected, strict=True):
-        assert found == pytest.approx(wanted, abs=2e-4)
+        assert [answer.likelihood for answer in found] == pytest.approx(wanted, abs=2e-4)
+
+
+def test_an_answer_is_greedy_if_greedy_decoding_writes_it():
+    model, contexts, prompts = tiny_base(), [[3, 4, 5], [9, 8]], [(5, 6), (7,)]
+    prefixes, written = encode_whole(model, contexts), []
+    for context, prompt in zip(contexts, prompts):
+        ids = [*context, *prompt]
+        for _ in range(4):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        written.append(tuple(ids[-4:]))
+    questions = []
+    for prompt, prefix, (*start, last) in zip(prompts, prefixes, written):
+        answers = ((*start, last), tuple(start), (*start, (last + 1) % 40), ((start[0] + 1) % 40, *start[1:], last))
+        questions.append(Question(prompt, answers, prefix))
+    found = continuation_scores(model, questions, batch_tokens=12)
+    assert [[answer.greedy for answer in of_one] for of_one in found] == [[True, True, False, False]] * 2
 
 
 def test_choices_share_their_prompt_and_queries_their_prefix(monkeypatch):

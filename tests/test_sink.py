@@ -84,7 +84,7 @@ def test_a_module_of_hint_begins_with_it_too(hint):
         own = encode_whole(hypernetwork.base, [[SINK]])[0].values[0]
         torch.testing.assert_close(prefix.values[0][:, :1], own, atol=1e-6, rtol=1e-5)
     asked = [Question(p, (a,), prefix) for one, prefix in zip(RAGGED, prefixes) for p, a in one.queries]
-    stored = -sum(scores[0] for scores in continuation_scores(hypernetwork.base, asked))
+    stored = -sum(scores[0].likelihood for scores in continuation_scores(hypernetwork.base, asked))
     assert packed.sum.item() == pytest.approx(stored, abs=1e-3)
 
 

@@ -5,7 +5,8 @@ import json
 import pytest
 from data_files import WORDS, lines, write
 
-from eval.starts import study, summarise
+from eval.leads import leads
+from eval.starts import keep, read_kept, study, summarise
 from hyperllama.errors import UserError
 from hyperllama.recipe.schema import StudyRecipe
 
@@ -131,3 +132,46 @@ def test_a_wrong_start_is_told_of_before_the_first_run(recipe, tmp_path):
     with pytest.raises(UserError, match="start.kind: Invalid value 'hyper'"):
         study(recipe, ["starts=[random,hyper]"])
     assert not (tmp_path / "study").exists()
+
+
+def test_the_kept_curves_make_the_same_summary(tmp_path):
+    recipe = StudyRecipe(starts=["good", "slow:training.learning_rate=0.1"], sizes=[4, 8], seeds=[0, 1])
+    runs, full = {}, {}
+    for size, seed in ((4, 0), (4, 1), (8, 0), (8, 1)):
+        full[size, seed] = level("test_accuracy", a=0.5, b=0.75 + 0.01 * seed)
+        runs["good", size, seed] = curve("test_accuracy", a=[0.4, 0.5, 0.5], b=[0.25, 0.75, 0.5])
+        runs["slow:training.learning_rate=0.1", size, seed] = curve("test_accuracy", a=[0.0, 0.25, 0.5], b=[0.0, 0.25])
+    keep(tmp_path / "k.jsonl.gz", runs, full)
+    *again, made = read_kept(tmp_path / "k.jsonl.gz")
+    assert (made.starts, made.sizes, made.seeds) == (recipe.starts, recipe.sizes, recipe.seeds)
+    assert summarise(*again, made) == summarise(runs, full, recipe)
+
+
+def test_leads_of_known_curves(tmp_path):
+    """Each task's first step at full attention's level, against whichever other start is there first."""
+    tasks = {  # full attention, the first start, two others, over steps 0, 2, 4, 8
+        "at_once": (0.5, [0.5, 0.5, 0.5, 0.5], [0.0, 0.5, 0.5, 0.5], [0.0, 0.0, 0.5, 0.5]),
+        "quarter": (0.5, [0.0, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.25]),
+        "half": (0.5, [0.0, 0.5, 0.5, 0.5], [0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.0, 0.5]),
+        "both_at_once": (0.5, [0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.5]),
+        "only_ours": (0.5, [0.0, 0.0, 0.0, 0.495], [0.0, 0.0, 0.0, 0.48], [0.0, 0.0, 0.0, 0.25]),
+        "nobody": (0.9, [0.0, 0.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.25]),
+        "beyond_the_base": (0.05, [0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.5]),
+    }
+    steps = (0, 2, 4, 8)
+    runs = {
+        (start, 4, seed): [
+            {"step": step, "task": task, "test_accuracy": value}
+            for task, values in tasks.items()
+            for step, value in zip(steps, values[1 + i], strict=True)
+        ]
+        for i, start in enumerate(("ours", "good", "slow"))
+        for seed in (0, 1)
+    }
+    full = {(4, seed): level("test_accuracy", **{task: values[0] for task, values in tasks.items()}) for seed in (0, 1)}
+    keep(tmp_path / "k.jsonl.gz", runs, full)
+    (lead,) = leads(tmp_path / "k.jsonl.gz").values()
+    assert "beyond_the_base" not in lead.steps and len(lead.steps) == 6
+    assert sorted(lead.in_a_quarter) == ["at_once", "only_ours", "quarter"]
+    assert sorted(lead.no_later) == ["at_once", "both_at_once", "half", "only_ours", "quarter"]
+    assert lead.next_start == "good" and lead.end.mean == pytest.approx((0.495 - 0.48) / 6)

@@ -200,7 +200,7 @@ class TestTune:
         made = tune(tune_recipe)
         run, measured = tmp_path / "run", curves(tmp_path / "run")
         assert set(made) == {"upper", "same", "first"} and {line["step"] for line in measured} == {0, 2, 4, 6, 8}
-        assert {"validation_loss", "test_loss", "test_accuracy"} <= set(measured[0])
+        assert {"validation_loss", "test_loss", "test_exact", "test_accuracy"} <= set(measured[0])
         assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
         reader = Reader(load_base(str(saved_base)), load_tokenizer(str(saved_base)))
         for name, (path, facts) in made.items():
@@ -251,7 +251,7 @@ class TestTune:
             assert facts["tuned_on"] == 8 and Prefix.load(path).rows == 4 and "test_loss" in at[0]
             assert facts["validation_loss"] < at[0]["validation_loss"]
         levels = full_attention(recipe, changes)
-        assert set(levels) == set(made) and all(set(level) == {"test_loss"} for level in levels.values())
+        assert set(levels) == set(made) and all(set(level) == {"test_loss", "test_exact"} for level in levels.values())
 
     def test_prefix_files_are_a_start(self, tune_recipe, tmp_path):
         first = tune(tune_recipe)

@@ -15,7 +15,7 @@ from hyperllama.base.identity import identify
 from hyperllama.data.grouping import in_groups
 from hyperllama.errors import UserError
 from hyperllama.inference.sampling import contradictions
-from hyperllama.inference.scoring import Question, continuation_scores
+from hyperllama.inference.scoring import Question, Scored, continuation_scores
 from hyperllama.prefixes.capture import encode_whole
 from hyperllama.prefixes.prefix import Prefix
 
@@ -40,6 +40,11 @@ class Reader:
 
         Raises UserError for a prefix of another base, or an empty prompt or continuation.
         """
+        found = self.score_answers(questions, batch_tokens=batch_tokens)
+        return [[scored.likelihood for scored in continuations] for continuations in found]
+
+    def score_answers(self, questions: Sequence[Question], *, batch_tokens: int = 8192) -> list[list[Scored]]:
+        """As `score`, and whether greedy decoding would write each continuation."""
         self._check(question.prefix for question in questions)
         return continuation_scores(self.model, questions, batch_tokens=batch_tokens)
 

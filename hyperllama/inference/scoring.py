@@ -40,19 +40,29 @@ class Question:
         return cls(tuple(encoder.prompt(example.input)), tuple(tuple(encoder.answer(a)) for a in answers), prefix)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A continuation's log-probability in nats, summed over its tokens, and whether each of them is the likeliest."""
+
+    likelihood: float
+    greedy: bool
+
+
 @torch.no_grad()
 def continuation_scores(
     model: PreTrainedModel, questions: Sequence[Question], *, batch_tokens: int = 8192, backend: str = "auto"
-) -> list[list[float]]:
-    """The summed log-probability, in nats, of each continuation of each question; a pass has at most `batch_tokens` tokens."""
-    scores: list[list[float]] = []
+) -> list[list[Scored]]:
+    """Scores of each continuation of each question; a pass has at most `batch_tokens` tokens."""
+    scores: list[list[Scored]] = []
     for batch in _batches(questions, batch_tokens, model.config.vocab_size):
         likelihoods, rows = _likelihoods(model, batch, backend)
         continuations = [c for question in batch for c in question.continuations]
         tokens = torch.tensor([token for c in continuations for token in c], device=model.device)
-        picked = likelihoods[rows, tokens].cpu().split(list(map(len, continuations)))
-        sums = iter([part.sum().item() for part in picked])
-        scores += [[next(sums) for _ in question.continuations] for question in batch]
+        lengths = list(map(len, continuations))
+        picked = likelihoods[rows, tokens].cpu().split(lengths)
+        likeliest = (likelihoods.argmax(-1)[rows] == tokens).cpu().split(lengths)
+        found = iter([Scored(p.sum().item(), bool(all_of.all())) for p, all_of in zip(picked, likeliest)])
+        scores += [[next(found) for _ in question.continuations] for question in batch]
     return scores
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,9 +62,9 @@ class TuningStream(Dataset):
 class Curves(TrainerCallback):
     """Measures every task at steps 0, `every`, 2 * `every`, ...; keeps the best prefix of each, and stops when none improves.
 
-    A line of curves.jsonl is one task at one step: validation and test loss in nats per target token, and test accuracy where
-    examples have choices. Best is by validation loss; without validation examples the last prefix is kept and nothing stops
-    early. `patience` counts measurements without improvement of a task.
+    A line of curves.jsonl is one task at one step: validation and test loss in nats per target token, the share of answers that
+    greedy decoding writes, and accuracy where examples have choices. Best is by validation loss; without validation examples
+    the last prefix is kept and nothing stops early. `patience` counts measurements without improvement of a task.
     """
 
     def __init__(
@@ -142,25 +143,30 @@ class Curves(TrainerCallback):
 def score_tasks(
     reader: Reader, prefixes: Sequence[Prefix], asked: Sequence[Sequence[Question]], *, batch_tokens: int = 8192
 ) -> list[dict[str, float]]:
-    """For each prefix its loss (nats per target token) on some questions, and accuracy over choices where they have some."""
+    """For each prefix figures of its questions: loss in nats per target token; accuracy over choices where they have some.
+
+    `exact` is the share of answers each token of which is the likeliest, so that greedy decoding writes them.
+    """
     questions, owners = [], []
     for i, (prefix, own) in enumerate(zip(prefixes, asked, strict=True)):
         questions += [replace(question, prefix=prefix) for question in own]
         owners += [i] * len(own)
     found: list[dict[str, float]] = [{} for _ in prefixes]
-    sums = [[0.0, 0, 0, 0] for _ in prefixes]  # loss, tokens, right, with choices
-    for owner, question, scores in zip(owners, questions, reader.score(questions, batch_tokens=batch_tokens)):
-        total = sums[owner]
-        total[0] -= scores[0]
-        total[1] += len(question.continuations[0])
-        if len(scores) > 1:
-            total[2] += max(scores) == scores[0]
-            total[3] += 1
-    for result, (loss, tokens, right, ranked) in zip(found, sums):
-        if tokens:
-            result["loss"] = loss / tokens
-        if ranked:
-            result["accuracy"] = right / ranked
+    sums = [Counter() for _ in prefixes]
+    for owner, question, answers in zip(owners, questions, reader.score_answers(questions, batch_tokens=batch_tokens)):
+        likelihoods = [answer.likelihood for answer in answers]
+        sums[owner]["loss"] -= likelihoods[0]
+        sums[owner]["tokens"] += len(question.continuations[0])
+        sums[owner]["asked"] += 1
+        sums[owner]["exact"] += answers[0].greedy
+        if len(answers) > 1:
+            sums[owner]["right"] += max(likelihoods) == likelihoods[0]
+            sums[owner]["ranked"] += 1
+    for result, total in zip(found, sums):
+        if total["asked"]:
+            result |= {"loss": total["loss"] / total["tokens"], "exact": total["exact"] / total["asked"]}
+        if total["ranked"]:
+            result["accuracy"] = total["right"] / total["ranked"]
     return found
 
 
@@ -168,7 +174,7 @@ def plot_curves(lines: Sequence[dict], path: str | Path) -> None:
     """Test or validation loss (and accuracy, where there is one) over steps: a thin line a task, their mean in bold."""
     from matplotlib.figure import Figure
 
-    names = [n for n in ("test_accuracy", "test_loss", "validation_loss") if any(n in line for line in lines)]
+    names = [n for n in ("test_accuracy", "test_exact", "test_loss", "validation_loss") if any(n in line for line in lines)]
     if not names:
         return
     figure = Figure(figsize=(5 * len(names), 3.6), layout="constrained")
@@ -181,7 +187,7 @@ def plot_curves(lines: Sequence[dict], path: str | Path) -> None:
         at = [[line[name] for line in lines if line["step"] == step and name in line] for step in steps]
         axis.plot(steps, [sum(values) / len(values) for values in at], color="#f58518", linewidth=2)
         what = name.replace("_", " ") + (" (nats per target token)" if name.endswith("loss") else "")
-        axis.set(xlabel="step", ylabel=what, ylim=(0, 1.02) if name.endswith("accuracy") else (0, None))
+        axis.set(xlabel="step", ylabel=what, ylim=(0, 1.02) if not name.endswith("loss") else (0, None))
         axis.set_title(f"{len(tasks)} tasks, their mean in bold", fontsize=10)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,144 @@
+"""The page of the papers' claims: docs/results.md, from the results of every query and task. No figure is typed by hand.
+
+python -m docs.make_results
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from eval.intervals import Interval
+from eval.leads import leads
+from eval.starts import draw, read_kept, summarise
+from eval.systems import BASE, FULL, NOTHING, Results, markdown
+
+HERE = Path(__file__).parent
+KEPT, WORDS, PAGE = HERE.parent / "benchmarks" / "results" / "papers", HERE / "results", HERE / "results.md"
+SETS = {"sni": "Super-NaturalInstructions", "p3": "P3 prompts", "symbols": "Symbol tuning"}
+STARTS = KEPT / "starts.jsonl.gz"
+KEPT_SHARE = 0.8  # of the gain, at 8 to 1 or more: what "compress into" is taken to mean here
+
+
+def page() -> str:
+    """The page as it should be, from the kept results and the words in docs/results."""
+    found = {name: Results.read(KEPT / f"{name}.jsonl.gz") for name in SETS if (KEPT / f"{name}.jsonl.gz").is_file()}
+    parts = [_words("intro"), *_claims(found)]
+    for name, evaluations in found.items():
+        parts += [f"## {SETS[name]}", f"`hyperllama study recipes/papers/{name}-systems.yaml`", _words(name)]
+        for results in evaluations:
+            parts += [f"### With {results.evaluation}"] if results.evaluation else []
+            parts.append(markdown(results).strip())
+    if STARTS.is_file():
+        parts += ["## Starts of prefix tuning", "`hyperllama study recipes/papers/starts.yaml`", _words("starts"), *_starts()]
+    parts += ["## What is not here", _words("missing")]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _words(name: str) -> str:
+    path = WORDS / f"{name}.md"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def _claims(found: dict[str, list[Results]]) -> list[str]:
+    """The three claims that the tables of systems are about, a line for each table."""
+    lines: dict[str, list[str]] = {"compress": [], "own": [], "below": []}
+    for name, evaluations in found.items():
+        for results in evaluations:
+            where = SETS[name] + (f", {results.evaluation}" if results.evaluation else "")
+            for claim, (said, figure) in verdicts(results).items():
+                lines[claim].append(f"| {where} | {said} | {figure} |")
+    heads = {
+        "compress": "Few-shot examples compress into a soft prefix",
+        "own": "A prefix says what its own task is",
+        "below": "Such prefixes stay below full attention and below multi-task tuning",
+    }
+    parts = []
+    for claim, title in heads.items():
+        if lines[claim]:
+            parts += [f"## {title}", _words(claim), "\n".join(["| | verdict | figures |", "|---|---|---|", *lines[claim]])]
+    return parts
+
+
+def verdicts(results: Results) -> dict[str, tuple[str, str]]:
+    """Of each claim whether it holds on one evaluation, and the figures that say so; over tasks with headroom."""
+    figures, said = results.figures(results.with_headroom), {}
+    ours = [system for system in results.systems if system[1] == "prefix"]
+    best = max(ours, key=lambda system: figures.mean(system).mean)
+    share = figures.share(best)
+    if share is None:
+        told = "cannot be told: no gain to keep"
+    elif share.low >= KEPT_SHARE:
+        told = "holds"
+    elif share.high < KEPT_SHARE:
+        told = "does not"
+    else:
+        mean = "holds as a mean, the interval reaches below"
+        told = mean if share.mean >= KEPT_SHARE else "not as a mean, the interval reaches above"
+    others = (f"{row} {_points(figures.share((row, kind)))}" for row, kind in ours if (row, kind) != best)
+    said["compress"] = (told, "; ".join([f"{best[0]} keeps {_points(share)} % of the gain", *others]))
+
+    other, none = (best[0], "swapped_prefix"), figures.mean(NOTHING)
+    over, own = figures.difference(other, NOTHING), figures.difference(best, other)
+    told = "holds" if own.low > 0 and over.mean <= 0.25 * own.mean else "in part" if own.low > 0 else "does not"
+    control = f"another task's {_points(figures.mean(other))}, no context {_points(none)}"
+    said["own"] = (told, f"its own {_points(figures.mean(best))}, {control}")
+
+    rows = {"full attention": FULL} | {
+        row: (row, "multi_task") for row, kind in results.systems if kind == "multi_task" and row != BASE
+    }
+    below = {name: figures.difference(best, system) for name, system in rows.items()}
+    told = ", ".join(f"{name}: {_below(value)}" for name, value in below.items())
+    said["below"] = (told, "; ".join(f"{best[0]} minus {name} {_points(value)}" for name, value in below.items()))
+    return said
+
+
+def _below(difference: Interval) -> str:
+    return "below" if difference.high < 0 else "above" if difference.low > 0 else "alike within noise"
+
+
+def _points(interval: Interval | None) -> str:
+    if interval is None:
+        return "unclear"
+    mean, low, high = (f"{100 * x:.1f}" for x in (interval.mean, interval.low, interval.high))
+    return f"{mean} [{low}, {high}]"
+
+
+def _starts() -> list[str]:
+    """The table of starts, and for how many tasks the first is there in a quarter of the steps of the next best."""
+    runs, full, recipe = read_kept(STARTS)
+    summary = summarise(runs, full, recipe)
+    draw(summary, HERE / "assets" / "starts_real.png")
+    lines = [
+        "| examples | tasks | in a quarter of the next best's steps | no later than any | end, minus that of the best other |"
+    ]
+    lines.append("|---|---|---|---|---|")
+    for size, lead in leads(STARTS).items():
+        end = f"{_points(lead.end)} ({lead.next_start})"
+        counts = f"{len(lead.in_a_quarter)} | {len(lead.no_later)}"
+        lines.append(f"| {size} | {len(lead.steps)} | {counts} | {end} |")
+    parts = ["\n".join(lines), "![Accuracy over steps for each start](assets/starts_real.png)"]
+    rows = ["| examples | start | at step 0 | mean over the curve | at the end | steps to within a point of full attention |"]
+    rows.append("|---|---|---|---|---|---|")
+    for size, entry in summary["sizes"].items():
+        for name, start in entry["starts"].items():
+            cells = [_points(Interval(**start[key])) for key in ("start", "area", "end")]
+            step = start["steps_to_full_attention"]["mean"]
+            rows.append(
+                f"| {size} | {name.replace(':training.', ', ')} | {' | '.join(cells)} | {'never' if step is None else step} |"
+            )
+        rows.append(f"| {size} | full attention | | | {_points(Interval(**entry['full_attention']))} | |")
+    return [*parts, "\n".join(rows)]
+
+
+def take_over(runs: Path) -> None:
+    """Copy the results of finished tables and studies from a folder of runs."""
+    places = {f"{name}-systems/examples.jsonl.gz": KEPT / f"{name}.jsonl.gz" for name in SETS}
+    for place, kept in {**places, "starts/tasks.jsonl.gz": STARTS}.items():
+        if (runs / place).is_file():
+            shutil.copy(runs / place, kept)
+
+
+if __name__ == "__main__":
+    take_over(Path("runs/papers"))
+    PAGE.write_text(page(), encoding="utf-8")
