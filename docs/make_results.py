@@ -61,9 +61,18 @@ def _claims(found: dict[str, list[Results]]) -> list[str]:
 
 
 def verdicts(results: Results) -> dict[str, tuple[str, str]]:
-    """Of each claim whether it holds on one evaluation, and the figures that say so; over tasks with headroom."""
+    """Of each claim whether it holds on one evaluation, and the figures that say so; over tasks with headroom.
+
+    Of many tasks some gain by chance alone, so there is something to tell only where the context helps over all of them.
+    """
     figures, said = results.figures(results.with_headroom), {}
+    gain = results.figures(list(results.by_task)).difference(FULL, NOTHING)
+    if gain.low <= 0:
+        figure = f"over all {len(results.by_task)} tasks the whole context gains {_points(gain)}"
+        return dict.fromkeys(("compress", "own", "below"), ("cannot be told on this base", figure))
     ours = [system for system in results.systems if system[1] == "prefix"]
+    if not ours:
+        return {}
     best = max(ours, key=lambda system: figures.mean(system).mean)
     share = figures.share(best)
     if share is None:

@@ -41,3 +41,12 @@ def results(prefix, swapped, multi_task, tasks=12) -> Results:
 def testverdicts(scores, compress, own, below):
     found = {claim: told for claim, (told, _) in verdicts(results(*scores)).items()}
     assert compress in found["compress"] and (found["own"], found["below"]) == (own, below)
+
+
+def test_there_is_no_verdict_where_the_base_gains_nothing_from_contexts():
+    none = results(0.5, 0.0, 0.6)
+    for i, asked in enumerate(none.queries):
+        asked["scores"][f"{BASE}/no_context"] = {"rouge_l": 0.3 if i % 2 else 0.7}
+    found = verdicts(none)
+    assert {told for told, _ in found.values()} == {"cannot be told on this base"} and len(found) == 3
+    assert all("over all 12 tasks the whole context gains" in figure for _, figure in found.values())
