@@ -1,6 +1,9 @@
 """The study of starts: its figures from curves that are known, and a small study from the command line's function."""
 
+import gzip
 import json
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from data_files import WORDS, lines, write
@@ -175,3 +178,26 @@ def test_leads_of_known_curves(tmp_path):
     assert sorted(lead.in_a_quarter) == ["at_once", "only_ours", "quarter"]
     assert sorted(lead.no_later) == ["at_once", "both_at_once", "half", "only_ours", "quarter"]
     assert lead.next_start == "good" and lead.end.mean == pytest.approx((0.495 - 0.48) / 6)
+
+
+def test_kept_leads_computed_again_without_the_code_of_studies():
+    path = Path(__file__).parents[1] / "benchmarks/results/papers/starts.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file][1:]
+    assert {line["start"].partition(":")[0] for line in lines} >= {"hypernetwork", "attended", "demonstrations", "random"}
+    for size, lead in leads(path).items():
+        curves, full = defaultdict(list), defaultdict(list)
+        for line in (line for line in lines if line["size"] == size):
+            curves[line["start"] == "hypernetwork", line["start"], line["task"]].append(line["values"])
+            full[line["task"]].append(line["full_attention"])
+        level = {task: sum(values) / len(values) for task, values in full.items()}
+        first = {}
+        for (ours, start, task), runs in curves.items():
+            means = [sum(at) / len(runs) for at in zip(*runs, strict=True)]
+            reached = [3 * i for i, value in enumerate(means) if value >= level[task] - 0.01 - 1e-9]
+            first[ours, start, task] = min(reached, default=float("inf"))
+        soonest = {task: min(step for (ours, _, t), step in first.items() if t == task and not ours) for task in level}
+        own = {task: first[True, "hypernetwork", task] for task in level}
+        counted = {task for task in level if level[task] >= 0.1}
+        quarter = {t for t in counted if own[t] < float("inf") and own[t] < soonest[t] and 4 * own[t] <= soonest[t]}
+        assert quarter == set(lead.in_a_quarter) and counted == set(lead.steps)
