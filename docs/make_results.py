@@ -11,7 +11,7 @@ from pathlib import Path
 from eval.intervals import Interval
 from eval.leads import leads
 from eval.starts import draw, read_kept, summarise
-from eval.systems import BASE, FULL, NOTHING, Results, markdown
+from eval.systems import BASE, FULL, NOTHING, Results, markdown, percent
 
 HERE = Path(__file__).parent
 KEPT, WORDS, PAGE = HERE.parent / "benchmarks" / "results" / "papers", HERE / "results", HERE / "results.md"
@@ -107,10 +107,7 @@ def _below(difference: Interval) -> str:
 
 
 def _points(interval: Interval | None) -> str:
-    if interval is None:
-        return "unclear"
-    mean, low, high = (f"{100 * x:.1f}" for x in (interval.mean, interval.low, interval.high))
-    return f"{mean} [{low}, {high}]"
+    return percent(interval) or "unclear"
 
 
 def _starts() -> list[str]:

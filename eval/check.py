@@ -267,7 +267,7 @@ def _text(encoder: Encoder, episodes: Sequence[EncodedEpisode]) -> list[str]:
         pieces.append(decode(list(encoded.context[start:end])))
         start = end
     query = Random(0).choice(encoded.queries) if encoded.queries else ((), ())
-    counts = f"{encoded.demonstrations} demonstrations"  # what was dropped is also of episodes that it was drawn in place of
+    counts = f"{encoded.demonstrations} demonstrations, {encoded.dropped_demonstrations} dropped"
     shown = [f"context of {encoded.task or 'an episode without a name'} ({counts}):", "|".join(pieces)]
     shown += ["", "a query and its answer:", f"{decode(list(query[0]))}|{decode(list(query[1]))}"]
     return [line for part in shown for line in part.split("\n")]

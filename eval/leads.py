@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.intervals import Bootstrap, Interval
-from eval.starts import METRICS, TOLERANCE, read_kept
+from eval.starts import TOLERANCE, metric_of, read_kept
 
 LEARNABLE = 0.1  # tasks at which full attention is at least so good count
 
@@ -46,8 +46,7 @@ class Leads:
 def leads(path: Path) -> dict[int, Leads]:
     """For each number of examples in a file of kept curves of accuracies."""
     runs, full, recipe = read_kept(path)
-    metric = next(name for name in METRICS for tasks in full.values() for figures in tasks.values() if name in figures)
-    found = {}
+    metric, found = metric_of(runs, full), {}
     for size in recipe.sizes:
         seeds = [seed for seed in recipe.seeds if (size, seed) in full]
         names = sorted(set.intersection(*(set(full[size, seed]) for seed in seeds)))

@@ -6,7 +6,6 @@ task, from which the rest can be made again), summary.json, report.md, starts.pn
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import numpy as np
 from eval.intervals import Bootstrap
 from hyperllama.commands.tune import full_attention, tune
 from hyperllama.errors import UserError
-from hyperllama.files import read_json, whole_json_lines, write_atomically
+from hyperllama.files import read_json, whole_json_lines, write_atomically, write_zipped_lines, zipped_lines
 from hyperllama.recipe.loading import load_recipe
 from hyperllama.recipe.schema import StudyRecipe, TuneRecipe
 from hyperllama.runs import owned
@@ -85,7 +84,7 @@ def _changes(folder: Path, start: str, size: int, seed: int) -> list[str]:
     return changes + [change for change in more.split(",") if change]
 
 
-def _metric(runs: Runs, full: Levels) -> str:
+def metric_of(runs: Runs, full: Levels) -> str:
     """The figure that all lines have; UserError if there is none."""
     measured = [line for lines in runs.values() for line in lines] + [t for tasks in full.values() for t in tasks.values()]
     for metric in METRICS:
@@ -96,20 +95,19 @@ def _metric(runs: Runs, full: Levels) -> str:
 
 def keep(path: Path, runs: Runs, full: Levels) -> None:
     """Write a line for each task of each run: its steps, its values, and the level of full attention."""
-    metric = _metric(runs, full)
+    metric = metric_of(runs, full)
     kept = [{"metric": metric}]
     for (start, size, seed), lines in runs.items():
         for task, figures in full[size, seed].items():
             at = {line["step"]: round(line[metric], 5) for line in lines if line["task"] == task}
             about = {"start": start, "size": size, "seed": seed, "task": task, "full_attention": round(figures[metric], 5)}
             kept.append({**about, "steps": list(at), "values": list(at.values())})
-    write_atomically(path, gzip.compress("".join(json.dumps(line) + "\n" for line in kept).encode(), mtime=0))
+    write_zipped_lines(path, kept)
 
 
 def read_kept(path: Path) -> tuple[Runs, Levels, StudyRecipe]:
     """What `summarise` needs, from a file that `keep` wrote."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        head, *kept = map(json.loads, file)
+    head, *kept = zipped_lines(path)
     runs, full = defaultdict(list), defaultdict(dict)
     for line in kept:
         start, size, seed, task = (line[key] for key in ("start", "size", "seed", "task"))
@@ -127,7 +125,7 @@ def summarise(runs: Runs, full: Levels, recipe: StudyRecipe) -> dict[str, Any]:
     comes within one point (a hundredth, for a loss too) of full attention over the same examples; null if it never does. The
     interval of that step is the bootstrap's too, each resample with its own means.
     """
-    metric = _metric(runs, full)
+    metric = metric_of(runs, full)
     sign = -1 if metric == "test_loss" else 1
     found: dict[str, Any] = {"metric": metric, "sizes": {}}
     for size in recipe.sizes:

@@ -8,8 +8,6 @@ references are those of the data: a line has the first digits of its input's SHA
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -22,7 +20,7 @@ from eval.intervals import Bootstrap, Interval
 from eval.methods import METHODS
 from eval.metrics import METRICS, headline
 from hyperllama.errors import UserError
-from hyperllama.files import sha256, write_atomically
+from hyperllama.files import sha256, write_zipped_lines, zipped_lines
 
 EXAMPLES = "examples.jsonl.gz"
 BASE = "the base"
@@ -43,7 +41,7 @@ class Examples:
         self.queries: dict[tuple, dict[str, Any]] = {}
         self.path = path
         if path.is_file():
-            self.head, *queries = _lines(path)
+            self.head, *queries = zipped_lines(path)
             self.head["question"] = question
             self.queries = {(q["evaluation"], q["seed"], *q["place"]): q for q in queries}
 
@@ -78,13 +76,7 @@ class Examples:
             query["answers"][system] = line.get("answer", "")
 
         whole = [self.head, *(self.queries[place] for place in sorted(self.queries))]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in whole)
-        write_atomically(self.path, gzip.compress(text.encode(), mtime=0))
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        write_zipped_lines(self.path, whole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +90,7 @@ class Results:
     @staticmethod
     def read(path: Path) -> list[Results]:
         """The evaluations in a file, in its order."""
-        head, *queries = _lines(path)
+        head, *queries = zipped_lines(path)
         names = head["metrics"]
         return [Results(head, name, [query for query in queries if query["evaluation"] == name]) for name in names]
 
@@ -194,8 +186,8 @@ def _untrained(results: Results, figures: Figures) -> Iterable[str]:
     yield "|---|---|---|---|"
     for system in results.systems:
         if system[0] == BASE:
-            yield f"| {METHODS[system[1]].label} | {_rows(results, system)} | {_percent(figures.mean(system))} | " + (
-                f"{_percent(figures.share(system))} |"
+            yield f"| {METHODS[system[1]].label} | {_rows(results, system)} | {percent(figures.mean(system))} | " + (
+                f"{percent(figures.share(system))} |"
             )
 
 
@@ -207,7 +199,7 @@ def _trained(results: Results, figures: Figures) -> Iterable[str]:
         own = next(system for system in results.systems if system[0] == row and METHODS[system[1]].role in ("ours", "context"))
         more = [(row, name) if (row, name) in results.systems else None for name in ("refined_prefix", "swapped_prefix")]
         cells = [figures.mean(own), figures.share(own), figures.difference(own, FULL), *(s and figures.mean(s) for s in more)]
-        yield f"| {row} | {_rows(results, own)} | {' | '.join(map(_percent, cells))} |"
+        yield f"| {row} | {_rows(results, own)} | {' | '.join(map(percent, cells))} |"
 
 
 def _means(results: Results, tasks: Sequence[str]) -> Iterable[str]:
@@ -223,5 +215,6 @@ def _rows(results: Results, system: System) -> str:
     return "" if rows is None else f"{rows:,.0f}"
 
 
-def _percent(interval: Interval | None) -> str:
+def percent(interval: Interval | None) -> str:
+    """An interval of shares in per cent; nothing for None."""
     return "" if interval is None else f"{100 * interval.mean:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"

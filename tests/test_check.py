@@ -113,11 +113,11 @@ training: {{max_steps: 1}}
     for changes in ([], [f"data={{shots: 5, min_shots: 1, queries: 2, mixture: [{', '.join(parts)}]}}"]):
         for seed in range(6):
             text = check(path, [*changes, f"seed={seed}"], episodes=1)
-            name, shown = re.search(r"context of (\w+) \((\d+) demonstrations\):\n", text).groups()
-            context, query = text.split(" demonstrations):\n")[1].split("a query and its answer:")
+            name, shown, dropped = re.search(r"context of (\w+) \((\d+) demonstrations, (\d+) dropped\):\n", text).groups()
+            context, query = text.split(" dropped):\n")[1].split("a query and its answer:")
             assert name == "short" and re.findall(r"Input: (\w+)", context) == ["short"] * int(shown) and "long" not in query
             count = next(line.split()[-1] for line in text.splitlines() if line.strip().startswith("demonstrations"))
-            assert count == shown
+            assert (count, dropped) == (shown, "0")
             redrawn += "skipped         0" not in text
     assert redrawn > 2
 

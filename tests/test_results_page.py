@@ -38,7 +38,7 @@ def results(prefix, swapped, multi_task, tasks=12) -> Results:
         ((0.4, 0.0, 0.6), "the interval reaches", "holds", "full attention: below, multi: below"),
     ],
 )
-def testverdicts(scores, compress, own, below):
+def test_verdicts(scores, compress, own, below):
     found = {claim: told for claim, (told, _) in verdicts(results(*scores)).items()}
     assert compress in found["compress"] and (found["own"], found["below"]) == (own, below)
 

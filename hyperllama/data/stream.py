@@ -21,8 +21,8 @@ from hyperllama.errors import UserError
 class EpisodeStream(Dataset):
     """`length` encoded episodes of `source`.
 
-    An episode none of whose queries fit, or whose context is only demonstrations of which none fits, is drawn again; what was
-    skipped and dropped counts.
+    An episode none of whose queries fit, or whose context is only demonstrations of which none fits, is drawn again. Its
+    skipped queries count, and in the second case its dropped demonstrations.
     """
 
     def __init__(self, source: Source, encoder: Encoder, *, seed: int, length: int, shots: int, min_shots: int, queries: int):
@@ -42,8 +42,9 @@ class EpisodeStream(Dataset):
         for attempt in range(100):
             encoded = self.encoder.encode(self._drawn(index, attempt))
             skipped += encoded.skipped_queries
-            dropped += encoded.dropped_demonstrations
             lost = encoded.dropped_demonstrations and len(encoded.context) <= len(self.encoder.start)
+            if lost or encoded.queries:
+                dropped += encoded.dropped_demonstrations
             if encoded.queries and not lost:
                 return replace(encoded, skipped_queries=skipped, dropped_demonstrations=dropped, index=index)
         limits = self.encoder.limits
