@@ -13,7 +13,7 @@ ROOMS = [
     ["eval"],
     ["hyperllama.commands"],
     ["hyperllama.recipe", "hyperllama.tuning"],
-    ["hyperllama.inference", "hyperllama.training"],
+    ["hyperllama.inference", "hyperllama.training", "hyperllama.serving"],
     ["hyperllama.hypernetworks"],
     ["hyperllama.objectives", "hyperllama.prefixes"],
     ["hyperllama.base", "hyperllama.data"],

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -117,16 +118,21 @@ def identify(
     raw, canonical = getattr(model, ROUNDED, (None, None))
     if raw is not None and raw == sampled(model, model.dtype):
         weights = canonical  # loaded in float16, whose numbers round to bf16 in another way than those of the checkpoint
-    config = {key: _number(getattr(model.config, key, None)) for key in FINGERPRINTED_CONFIG}
-    rotary = {key: _real(value) for key, value in model.config.rope_parameters.items()}
     return BaseIdentity(
         name=written(name or model.config.name_or_path or type(model).__name__),
         weights=weights,
-        config=sha256(canonical_json({**config, "rope_parameters": rotary})),
+        config=config_fingerprint(model.config),
         tokenizer=None if tokenizer is None else sha256(canonical_json(tokenizer.get_vocab())),
         quantize="nf4" if getattr(model, "is_loaded_in_4bit", False) else None,
         full=sampled(model, count=None) if full else None,
     )
+
+
+def config_fingerprint(config: PretrainedConfig) -> str:
+    """SHA-256 of the sizes and rotary settings of a model, of its config as transformers has it."""
+    sizes = {key: _number(getattr(config, key, None)) for key in FINGERPRINTED_CONFIG}
+    rotary = {key: _real(value) for key, value in config.rope_parameters.items()}
+    return sha256(canonical_json({**sizes, "rope_parameters": rotary}))
 
 
 def sampled(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16, *, count: int | None = 256) -> str:

@@ -304,11 +304,23 @@ class Prefix:
 
 def is_prefix(path: str | Path) -> bool:
     """Whether a file is a prefix, by its header."""
+    return "hyperllama" in _header(path)
+
+
+def stored_digest(path: str | Path) -> str | None:
+    """The checksum of manifest and tensors that a prefix file's header has, by which equal prefixes are known; None without.
+
+    `Prefix.load` compares it with what the file holds.
+    """
+    return _header(path).get("sha256")
+
+
+def _header(path: str | Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
-            return "hyperllama" in (file.metadata() or {})
+            return file.metadata() or {}
     except (SafetensorError, OSError):
-        return False
+        return {}
 
 
 def _parts(tensors: dict[str, Tensor], path: Path) -> Iterator[tuple[Tensor, ...]]:

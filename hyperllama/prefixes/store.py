@@ -16,7 +16,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -64,7 +64,7 @@ class PrefixStore:
 
     def __init__(self, folder: str | Path, *, create: bool = True):
         self.folder, self._repair = Path(folder), f"run hyperllama list {folder} --repair"
-        self._stamp: list[tuple] | None = None
+        self._stamp: Hashable = None
         self._known: dict[str, Entry] = {}
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{folder}: a file, but a store of prefixes is a folder; give another name")
@@ -85,6 +85,10 @@ class PrefixStore:
 
     def __len__(self) -> int:
         return len(self._index())
+
+    def stamp(self) -> Hashable:
+        """A value that changes when the index does, read from few files: whether what was made of the entries still holds."""
+        return tuple((path, (s := path.stat()).st_ino, s.st_size, s.st_mtime_ns) for path in self._journals())
 
     def path_of(self, manifest: Manifest | None) -> Path:
         """Where a prefix with this manifest stands: its task's name, cleaned, and a hash of all by which it is known.
@@ -257,7 +261,7 @@ class PrefixStore:
 
     def _index(self) -> dict[str, Entry]:
         """The entries by file name, read again if a process has written since. Of lines about one file the last counts."""
-        stamp = [(path, (s := path.stat()).st_ino, s.st_size, s.st_mtime_ns) for path in self._journals()]
+        stamp = self.stamp()
         if stamp != self._stamp:
             lines = sorted((line for path, *_ in stamp for line in _lines(path)), key=lambda line: line[0])
             self._known, self._stamp = {entry.file: entry for _, entry in lines}, stamp
