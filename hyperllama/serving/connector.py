@@ -1,8 +1,6 @@
 """A KV connector of vLLM that fills a request's first rows from a prefix file. vLLM loads it by name; nothing of vLLM changes.
 
-    vllm serve BASE --kv-transfer-config "$(python -c '...')"      # what `hyperllama serve` does
-    LLM(base, kv_transfer_config=KVTransferConfig(**settings))     # settings from hyperllama.serving.offline
-
+`hyperllama serve` starts vLLM's server with it; `hyperllama.serving.server.kv_transfer` has its settings for vLLM in Python.
 A request names its prefix by a `Ticket` in kv_transfer_params, begins with as many placeholder tokens as the prefix has rows,
 and carries the ticket's salt. All three are checked here, whoever sent it: without the salt vLLM's prefix cache would give one
 prefix's rows to another request. A request that fails a check, or whose file is damaged, ends with an error; it is never
@@ -27,7 +25,7 @@ from hyperllama.base.identity import BaseIdentity, config_fingerprint
 from hyperllama.errors import UserError
 from hyperllama.files import from_fields
 from hyperllama.serving.rows import Rows, slots_of
-from hyperllama.serving.ticket import SALT, Ticket
+from hyperllama.serving.ticket import SALT, SECRET, Ticket
 
 if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
-
-SECRET = "HYPERLLAMA_SERVING_SECRET"  # in the environment, since a command line can be read by all
 
 logger = init_logger("vllm.hyperllama")
 
@@ -89,7 +85,7 @@ class PrefixConnector(KVConnectorBase_V1):
         ticket, problem = self._asked(request)
         if ticket is None and problem is None:
             return 0, False
-        # Log-probabilities of the prompt would have vLLM read placeholders as text, and keep that under the prefix's salt.
+        # Else vLLM would read placeholders as text, and keep that under the prefix's salt.
         request.skip_reading_prefix_cache = False
         wanted = min(ticket.rows if ticket else 1, request.num_prompt_tokens - 1)
         return max(0, wanted - num_computed_tokens), False
@@ -120,6 +116,8 @@ class PrefixConnector(KVConnectorBase_V1):
             return ticket, "its cache_salt is not that of its prefix"
         if len(ids) <= ticket.rows or set(ids[: ticket.rows]) != {self._placeholder}:
             return ticket, f"its prompt does not begin with {ticket.rows} placeholders, token {self._placeholder}, and go on"
+        if request.sampling_params is not None and request.sampling_params.prompt_logprobs is not None:
+            return ticket, "it asks for log-probabilities of its prompt, but the rows of a prefix have none"
         return ticket, None
 
     # The worker's side.

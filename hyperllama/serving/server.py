@@ -17,9 +17,9 @@ from hyperllama.base.loading import base_of, load_base, load_tokenizer
 from hyperllama.errors import UserError
 from hyperllama.prefixes.store import PrefixStore
 from hyperllama.serving.middleware import VARIABLE, Settings
+from hyperllama.serving.ticket import SECRET
 from hyperllama.serving.wrapping import chat_template, placeholder_of
 
-SECRET = "HYPERLLAMA_SERVING_SECRET"  # as in hyperllama.serving.connector, which needs vLLM
 TAKEN = ("--kv-transfer-config", "--served-model-name", "--chat-template", "--host", "--port", "--api-key")
 
 

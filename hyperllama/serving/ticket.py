@@ -13,6 +13,7 @@ from hyperllama.files import from_fields
 
 KEY = "hyperllama"  # of ours in kv_transfer_params
 SALT = "hyperllama-"  # how every salt of ours begins
+SECRET = "HYPERLLAMA_SERVING_SECRET"  # in the environment of server and engine, since a command line can be read by all
 
 
 @dataclass(frozen=True)
