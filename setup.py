@@ -51,6 +51,7 @@ setup(
         "deepspeed": ["deepspeed>=0.19.8"],
         "quant": ["bitsandbytes>=0.46.1"],
         "lm-eval": ["lm_eval>=0.4.9"],
+        "demo": ["gradio>=6.31"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14"],
     },
     entry_points={"console_scripts": ["hyperllama = hyperllama.cli:main"]},

@@ -122,6 +122,23 @@ def compress(
     return list(zip(paths, made))
 
 
+def told_refined(manifest: Manifest) -> str:
+    """What refining did to a prefix, by its manifest, as part of a sentence; nothing if it was not refined."""
+    if not manifest.refined:
+        return ""
+    metrics = manifest.metrics
+    if "divergence_refined" in metrics:
+        before, after = (f"{metrics[name]:.3f}" for name in ("divergence_unrefined", "divergence_refined"))
+        kept = f"refined for {metrics['refined_steps']} steps"
+        return f"{kept}: {after} nats a token from what the model says with its whole context, not {before}"
+    if not metrics["held_back"]:
+        return "not refined: of one example nothing can be held back"
+    before, after = (f"{metrics[name]:.2f}" for name in ("loss_unrefined", "loss_refined"))
+    if not metrics["refined_steps"]:
+        return f"refining does not help (held-back examples cost {before} nats a token), so it is left as it was"
+    return f"refined for {metrics['refined_steps']} steps: held-back examples cost {after} nats a token, not {before}"
+
+
 def _check_shown(shown: Sequence[Shown], fewest: int) -> None:
     """Say what stands twice; UserError for a task of fewer demonstrations than a report needs."""
     for one in shown:
