@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Literal, Self
@@ -19,7 +18,7 @@ from hyperllama.files import check_output
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.config import check_gists, read_config
 from hyperllama.hypernetworks.hub import fetch
-from hyperllama.hypernetworks.loading import is_base, load_maker
+from hyperllama.hypernetworks.loading import is_base, load_maker, untrained
 from hyperllama.hypernetworks.registry import KINDS
 from hyperllama.inference.many import Maker, Shown, Summary, compress_into, fitting, shown_of, task_files
 from hyperllama.inference.quality import fewest_gists, leave_one_out
@@ -62,6 +61,14 @@ class Compressor:
     def made_by(self) -> str | Path | None:
         """The run, as manifests name it; None if it is a base, of whose rows prefixes are made as they are."""
         return None if is_base(self.run) else self.run
+
+    def of_gists(self, gists: int | None) -> Self:
+        """The same for prefixes of `gists` gists: of a base as many rows are chosen anew, as if it were loaded for them."""
+        if gists is None or self.made_by is not None:
+            return self
+        base, tokenizer = self.reader.model, self.encoder.tokenizer
+        limits = replace(self.encoder.limits, context_tokens=base.config.max_position_embeddings - gists)
+        return replace(self, hypernetwork=untrained(base, gists, tokenizer), encoder=self.encoder.within(limits))
 
     def refiner(self, steps: int, on: str = "answers", **settings) -> Refiner | SelfStudy | None:
         """What refines for at most `steps` steps (see `hyperllama.tuning.refiners`); None for no steps."""
@@ -115,7 +122,7 @@ def compress(
     counts = [gists if budget is None else fewest_gists(*one, budget=budget) for one in asked]
     if report:
         measured = [leave_one_out(*one, gists=count) for one, count in zip(asked, counts, strict=True)]
-        manifests = [dataclasses.replace(manifest, metrics=quality) for manifest, quality in zip(manifests, measured)]
+        manifests = [replace(manifest, metrics=quality) for manifest, quality in zip(manifests, measured)]
     made = _in_passes(refiner or hypernetwork, contexts, manifests, counts)
     for path, prefix in zip(paths, made, strict=True):
         prefix.save(path)

@@ -11,24 +11,30 @@ from hyperllama.demo.work import COLUMNS, NOTHING, PREFIX, REFINED, WHOLE, Answe
 COLOURS = {NOTHING: "#9aa0a6", PREFIX: "#2a7f62", REFINED: "#f58518", WHOLE: "#4c78a8"}
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: auto; }
-#made table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0.4rem 0 0.6rem; }
-#made th, #made td { text-align: right; padding: 0.3rem 0.5rem; border: 0; }
-#made th { font-weight: 500; color: var(--body-text-color-subdued); border-bottom: 1px solid var(--border-color-primary); }
-#made th:first-child, #made td:first-child { text-align: left; }
+.quiet { opacity: 0.75; font-size: 0.92rem; }
+#introduction code { font-size: 0.9em; }
+#made { min-height: 9.5rem; }
+#made table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0.5rem 0;
+  border: 0 !important; }
+#made th, #made td { text-align: right; padding: 0.3rem 0.5rem; border: 0 !important; }
+#made tr { border: 0 !important; border-bottom: 1px solid rgba(128, 128, 128, 0.25) !important; }
+#made th { font-weight: 500; opacity: 0.75; }
+#made th:first-child, #made td:first-child { text-align: left; padding-left: 0; }
 #made .mark { display: inline-block; width: 0.7em; height: 0.7em; border-radius: 2px; margin-right: 0.5em; }
 #made .big { font-size: 1.25rem; font-weight: 600; }
-#made .quiet, .answer .quiet, #caption .quiet { color: var(--body-text-color-subdued); font-size: 0.9rem; }
 .answers { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 0.8rem; }
 @media (max-width: 800px) { .answers { grid-template-columns: 1fr 1fr; } }
-.answer { border: 1px solid var(--border-color-primary); border-top: 4px solid var(--own); border-radius: 8px; padding: 0.7rem 0.9rem;
-  background: var(--block-background-fill); display: flex; flex-direction: column; min-height: 10.5rem; }
+.answer { border: 1px solid rgba(128, 128, 128, 0.3); border-top: 4px solid var(--own); border-radius: 8px;
+  padding: 0.7rem 0.9rem; background: var(--block-background-fill); display: flex; flex-direction: column;
+  min-height: 9.5rem; }
 .answer .name { font-weight: 600; }
-.answer .said { font-size: 1.35rem; line-height: 1.35; flex: 1; margin: 0.35rem 0 0.5rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.answer .said { font-size: 1.35rem; line-height: 1.35; flex: 1; margin: 0.35rem 0 0.5rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 .answer .said.long { font-size: 0.95rem; }
-.answer .facts { font-size: 0.85rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; line-height: 1.5; }
-.asked { margin: 0.2rem 0 0.5rem; }
+.answer .facts { font-size: 0.88rem; opacity: 0.75; font-variant-numeric: tabular-nums; line-height: 1.5; }
+.asked { margin: 0 0 0.5rem; }
 #status .wrong { border-left: 4px solid #d9534f; padding: 0.4rem 0.8rem; overflow-wrap: anywhere; }
-#looking { padding: 0.8rem 1rem; }
+#picture, #picture img { border: 0 !important; background: white; }
 """
 
 
@@ -84,7 +90,7 @@ def _card(column: str, answer: Answer | None, made: Made | None) -> str:
     if column == REFINED and made and REFINED not in made.states:
         facts = "not refined: set steps of refining, and compress again"
     if answer is not None:
-        unit = "tokens" if column == WHOLE else "rows"
+        unit = "row" if answer.rows == 1 else "tokens" if column == WHOLE else "rows"
         sizes = f"{answer.rows:,} {unit}, {amount(answer.nbytes)}" if answer.rows else "nothing before the query"
         waiting = "waits" if answer.first is None else f"first token {answer.first:.2f} s"
         facts = f"{sizes}<br>{waiting}" + ("" if answer.total is None else f", all {answer.total:.2f} s")

@@ -28,8 +28,8 @@ MOST_SHOTS = 64
 HOUR = 3600  # seconds that files of a page nobody uses are kept
 INTRODUCTION = """# Examples in, a small prefix out
 
-A hypernetwork reads the examples of a task once and writes a *prefix*, a few rows of keys and values for every layer. The same frozen
-model then reads the prefix instead of the examples. Compress a task, ask something that was not among the examples, and compare."""
+A hypernetwork reads the examples of a task once and writes a *prefix*, a few rows of keys and values for every layer.
+The same frozen model then reads the prefix instead of the examples. Compress a task, ask what was not shown, and compare."""
 # The browser itself refuses what would come from elsewhere, whatever a version of Gradio asks for.
 OWN_ONLY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' data: blob: ws: wss:; base-uri 'self'"
@@ -63,41 +63,52 @@ class Page:
     def _lay_out(self) -> None:
         first = "plural" if "plural" in self.tasks else next(iter(self.tasks))
         made = gr.State(None, time_to_live=HOUR, delete_callback=_forget)
-        gr.Markdown(INTRODUCTION)
+        gr.Markdown(f"{INTRODUCTION}\n\n{self._said_of_models()}", elem_id="introduction")
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=340):
                 task = gr.Dropdown([*self.tasks, OWN], value=first, label="Task", elem_id="task")
-                wanted = [*self._what(first), *self._how()]
-                make = gr.Button("Compress", variant="primary", elem_id="compress")
+                wanted = self._what(first)
             with gr.Column(scale=5, min_width=420):
+                wanted += self._how()
+                make = gr.Button("Compress", variant="primary", elem_id="compress")
                 table = gr.HTML(made_table(None), elem_id="made")
                 download = gr.DownloadButton("Download the prefix", interactive=False, elem_id="download")
-                with gr.Row(elem_id="asking", equal_height=True):
-                    text = gr.Textbox(self._question(first, ROWS), label="Ask", elem_id="ask", scale=4, max_lines=4)
-                    ask = gr.Button("Ask", variant="primary", elem_id="answer", scale=1, min_width=90)
-                status = gr.HTML("", elem_id="status")
+        with gr.Row(elem_id="asking", equal_height=True):
+            text = gr.Textbox(self._question(first, ROWS), label="Ask", elem_id="ask", scale=5, max_lines=4)
+            ask = gr.Button("Ask", variant="primary", elem_id="answer", scale=1, min_width=120)
+        status = gr.HTML("", elem_id="status")
         cards = gr.HTML(answer_cards(None), elem_id="answers")
-        with gr.Group(elem_id="looking"):
-            caption = gr.HTML("", elem_id="caption")
-            picture = gr.Image(visible=False, interactive=False, show_label=False, buttons=["fullscreen"], elem_id="picture")
+        caption = gr.HTML("", elem_id="caption")
+        looks = {"interactive": False, "show_label": False, "container": False, "buttons": []}
+        picture = gr.Image(visible=False, elem_id="picture", **looks)
         task.input(self.choose, [task, wanted[2]], [wanted[0], text], queue=False, api_visibility="private")
-        made_of = [made, table, download, cards, caption, picture, status]
-        make.click(self.compress, [made, task, *wanted], made_of, show_progress_on=table, **_with_model())
+        shown = [made, table, download, cards, caption, picture, status]
+        make.click(self.compress, [made, task, *wanted], shown, show_progress_on=table, **_with_model())
         gr.on([ask.click, text.submit], self.ask, [made, text], [cards, status], show_progress="hidden", **_with_model())
 
+    def _said_of_models(self) -> str:
+        maker = self.demo.compressor
+        base = Path(self.demo.reader.identity.name).name
+        by = (
+            f"the hypernetwork `{maker.made_by}`"
+            if maker.made_by
+            else "no hypernetwork: rows are tokens that are attended to most"
+        )
+        return f"Here: {by}; the base `{base}`, {self.demo.parameters / 1e6:,.0f} million weights."
+
     def _what(self, first: str) -> list[gr.Component]:
-        lines = {"placeholder": "input <tab> output, a line each, or JSON lines", "lines": 8, "max_lines": 8}
+        lines = {"placeholder": "input <tab> output, a line each, or JSON lines", "lines": 9, "max_lines": 9}
         examples = gr.Textbox(as_lines(self.tasks[first]), label="Examples", elem_id="examples", **lines)
         instruction = gr.Textbox(label="Instruction (may be empty)", elem_id="instruction", max_lines=3)
         return [examples, instruction]
 
     def _how(self) -> list[gr.Component]:
         gists, several = self.demo.gists, len(self.demo.gists) > 1
-        ends, small = (gists[0] if several else 0, max(1, gists[-1])), {"step": 1, "min_width": 120}
+        ends, small = (gists[0] if several else 0, max(1, gists[-1])), {"step": 1, "min_width": 120, "buttons": []}
         with gr.Row():
-            shots = gr.Slider(0, MOST_SHOTS, ROWS, label="Examples shown", elem_id="shots", **small)
+            shots = gr.Slider(0, MOST_SHOTS, ROWS, label="Shots", elem_id="shots", **small)
             rows = gr.Slider(*ends, min(ROWS, gists[-1]), label="Rows", elem_id="rows", visible=several, **small)
-            steps = gr.Slider(0, MOST_REFINING, 0, label="Refine, steps", elem_id="refine", visible=self.demo.refines, **small)
+            steps = gr.Slider(0, MOST_REFINING, 0, label="Refining", elem_id="refine", visible=self.demo.refines, **small)
         return [shots, rows, steps]
 
     def choose(self, task: str, shots: int) -> tuple[Any, Any]:

@@ -24,6 +24,7 @@ from hyperllama.data.text import ContextIds
 from hyperllama.demo.tasks import pasted, unseen
 from hyperllama.errors import UserError
 from hyperllama.files import plain_name
+from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.registry import KINDS
 from hyperllama.inference.many import shown_of
 from hyperllama.prefixes.prefix import Prefix
@@ -111,6 +112,11 @@ class Demo:
             self.reader.generate([self.encoder.prompt("a word")], None if behind is None else [behind], max_new_tokens=2)
 
     @property
+    def parameters(self) -> int:
+        """Weights of the base."""
+        return sum(weight.numel() for weight in self.reader.model.parameters())
+
+    @property
     def gists(self) -> range:
         """How many gists a prefix may have."""
         hypernetwork = self.compressor.hypernetwork
@@ -134,7 +140,7 @@ class Demo:
             raise UserError(f"refine: 0 to {MOST_REFINING} steps, and none for task modules, not {wanted.refine}")
         if wanted.gists is not None and wanted.gists not in self.gists:
             raise UserError(f"rows: {self.gists[0]} to {self.gists[-1]}, not {wanted.gists}")
-        maker, refined = self.compressor, None
+        maker, refined = self.compressor.of_gists(wanted.gists), None
         refiner = maker.refiner(wanted.refine, tell=lambda step: tell(step, wanted.refine))
         context, manifest = maker.fitting(shown)
         with self.lock:
@@ -146,15 +152,16 @@ class Demo:
                 signed = [replace(manifest, refined=refiner.settings)]
                 refined, seconds[REFINED] = timed(lambda: refiner.compress(**made, manifests=signed)[0])
                 states[REFINED] = refined
-            looks = self._looks(context, wanted.gists)
+            looks = self._looks(maker.hypernetwork, context, wanted.gists)
         file = self.folder / secrets.token_hex(8) / f"{plain_name(wanted.task)}.safetensors"
         (refined or prefix).save(file)
         own = unseen(examples, wanted.shots)
         return Made(wanted.task, context, {**states, WHOLE: whole}, seconds, looks, file, own)
 
-    def _looks(self, context: ContextIds, gists: int | None) -> Tensor | str:
+    @staticmethod
+    def _looks(hypernetwork: Hypernetwork, context: ContextIds, gists: int | None) -> Tensor | str:
         try:
-            return self.compressor.hypernetwork.looks_at(context, gists=gists)
+            return hypernetwork.looks_at(context, gists=gists)
         except UserError as error:
             return str(error)
 
@@ -210,6 +217,8 @@ class Demo:
 
         try:
             with self.lock:
+                # Whatever is computed first for a prompt of this length is slower, and that would be told of the first column.
+                self.reader.generate([prompt], max_new_tokens=1)
                 for place, answer in enumerate(begun):
                     if not answer.problem and not stopped.is_set():
                         self._answer(answer, prompt, made.states[answer.column], stopped, partial(show, place))
