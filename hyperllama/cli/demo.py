@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +33,8 @@ def demo(
     quiet_libraries()
     from hyperllama.demo.work import Demo
 
+    # A service is stopped so, and what users have made must not stay then.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with tempfile.TemporaryDirectory(prefix="hyperllama-demo-") as folder:
         work = Demo(run, folder, base_path=base, dtype=dtype)
         from hyperllama.demo.page import serve

@@ -14,7 +14,7 @@ from hyperllama.files import write_atomically
 
 STRIP = 49  # tokens
 MOST_STRIPS = 12
-WIDTH, ROW, LABELS = 12.0, 0.105, 0.62  # inches
+WIDTH, ROW, LABELS = 12.0, 0.105, 0.75  # inches
 
 
 def draw_looks(words: Sequence[str], looks: Tensor, path: str | Path) -> str:
@@ -35,14 +35,14 @@ def draw_looks(words: Sequence[str], looks: Tensor, path: str | Path) -> str:
         image = axis.imshow(part.numpy(), cmap="Greens", norm=norm, aspect="auto", interpolation="nearest")
         # What looks like mathematics to matplotlib is text here.
         labels = [_shown(word) for word in words[start : start + STRIP]]
-        axis.set_xticks(range(part.shape[1]), labels, rotation=90, fontsize=8, parse_math=False)
-        axis.set_yticks([0, rows - 1] if rows > 1 else [0], ["1", str(rows)] if rows > 1 else ["1"], fontsize=8)
+        axis.set_xticks(range(part.shape[1]), labels, rotation=90, fontsize=9.5, parse_math=False)
+        axis.set_yticks([0, rows - 1] if rows > 1 else [0], ["1", str(rows)] if rows > 1 else ["1"], fontsize=9.5)
         axis.set(xlim=(-0.5, min(STRIP, tokens) - 0.5))
-        axis.set_ylabel("row", fontsize=8)
+        axis.set_ylabel("row", fontsize=9.5)
         axis.tick_params(length=0, colors="#333333")
         axis.spines[:].set_color("#d0d4da")
     bar = figure.colorbar(image, ax=axes, fraction=0.012, pad=0.01, aspect=40 * len(starts) ** 0.5)
-    bar.ax.tick_params(labelsize=7, length=2)
+    bar.ax.tick_params(labelsize=8.5, length=2)
     bar.outline.set_visible(False)
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
