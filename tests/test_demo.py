@@ -247,12 +247,7 @@ def served(folder, *arguments):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     # One thread: with more, passes wait for whatever else runs on the machine.
-    settings = {
-        **os.environ,
-        "TMPDIR": str(folder),
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-    }
+    settings = {"OMP_NUM_THREADS": "1", **os.environ, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "hyperllama", "demo", *map(str, arguments), "--port", str(port)]
     errors = folder / "errors.txt"
     with errors.open("w") as file:

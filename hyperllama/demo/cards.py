@@ -12,6 +12,7 @@ COLOURS = {NOTHING: "#9aa0a6", PREFIX: "#2a7f62", REFINED: "#f58518", WHOLE: "#4
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: auto; }
 .quiet { opacity: 0.75; font-size: 0.92rem; }
+:is(#made, #status, #answers, #caption) .html-container { padding: 0 !important; }
 #introduction code { font-size: 0.9em; }
 #made { min-height: 9.5rem; }
 #made table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0.5rem 0;

@@ -71,14 +71,14 @@ class Page:
             with gr.Column(scale=5, min_width=420):
                 wanted += self._how()
                 make = gr.Button("Compress", variant="primary", elem_id="compress")
-                table = gr.HTML(made_table(None), elem_id="made", padding=False)
+                table = gr.HTML(made_table(None), elem_id="made")
                 download = gr.DownloadButton("Download the prefix", interactive=False, elem_id="download")
         with gr.Row(elem_id="asking", equal_height=True):
             text = gr.Textbox(self._question(first, ROWS), label="Ask", elem_id="ask", scale=5, max_lines=4)
             ask = gr.Button("Ask", variant="primary", elem_id="answer", scale=1, min_width=120)
-        status = gr.HTML("", elem_id="status", padding=False)
-        cards = gr.HTML(answer_cards(None), elem_id="answers", padding=False)
-        caption = gr.HTML("", elem_id="caption", padding=False)
+        status = gr.HTML("", elem_id="status")
+        cards = gr.HTML(answer_cards(None), elem_id="answers")
+        caption = gr.HTML("", elem_id="caption")
         looks = {"interactive": False, "show_label": False, "container": False, "buttons": []}
         picture = gr.Image(visible=False, elem_id="picture", **looks)
         task.input(self.choose, [task, wanted[2]], [wanted[0], text], queue=False, api_visibility="private")
@@ -108,7 +108,7 @@ class Page:
         with gr.Row():
             shots = gr.Slider(0, MOST_SHOTS, ROWS, label="Shots", elem_id="shots", **small)
             rows = gr.Slider(*ends, min(ROWS, gists[-1]), label="Rows", elem_id="rows", visible=several, **small)
-            steps = gr.Slider(0, MOST_REFINING, 0, label="Refine, steps", elem_id="refine", visible=self.demo.refines, **small)
+            steps = gr.Slider(0, MOST_REFINING, 0, label="Refining", elem_id="refine", visible=self.demo.refines, **small)
         return [shots, rows, steps]
 
     def choose(self, task: str, shots: int) -> tuple[Any, Any]:
