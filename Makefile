@@ -6,7 +6,7 @@ EXTRAS := test,tensorboard,deepspeed,quant,lm-eval
 # What is built takes its setuptools from there too; the second name is that of newer versions of pip.
 TESTED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: quickstart toy test test-newest test-serve serve-env constraints lint format benchmarks gpu clean
+.PHONY: quickstart toy test test-newest test-serve serve-env test-demo constraints lint format benchmarks gpu clean
 
 quickstart: .venv/.installed models/smollm2-135m/source.json
 	$(BIN)/python -m eval.quickstart
@@ -44,6 +44,15 @@ serve-env: .venv-serve/.installed
 test-serve: .venv-serve/.installed models/smollm2-135m/source.json
 	.venv-serve/bin/python -m pytest --durations=15 tests/test_vllm.py tests/test_prefix_models.py
 
+# The page of hyperllama demo, in a headless browser: apt-get install chromium first, or the tests of the page skip. Gradio wants an
+# older pillow than all else, so it has an environment of its own.
+test-demo:
+	$(PYTHON) -m venv .venv-demo
+	grep -v '^pillow==' constraints.txt > .venv-demo/constraints.txt
+	PIP_CONSTRAINT=.venv-demo/constraints.txt .venv-demo/bin/python $(PIP) -e ".[demo,test]" playwright
+	@test -x /usr/bin/chromium || echo "no /usr/bin/chromium: the tests of the page will skip; apt-get install chromium"
+	OMP_NUM_THREADS=1 .venv-demo/bin/python -m pytest tests/test_demo.py
+
 # Writes constraints.txt anew: the newest of everything but what held-back.txt names. Run the tests before it is committed.
 constraints:
 	folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && $(PYTHON) -m venv $$folder && \
@@ -79,7 +88,7 @@ gpu:
 	$(PYTHON) -m benchmarks.serving --layers 24 --hidden 2048 --new 64 --rounds 10 --json $(OUT)/gpu_serving.json
 
 clean:
-	rm -rf .venv .venv-newest .venv-serve runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-newest .venv-serve .venv-demo runs .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

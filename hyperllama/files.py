@@ -162,7 +162,12 @@ def read_json_lines(path: str | Path, what: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(read_text(path, f"JSON lines of {what}").split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield where, _json(line, where, what)
+            yield where, json_of_line(line, where, what)
+
+
+def json_of_line(line: str, where: str, what: str) -> Any:
+    """The JSON value of one line; UserError, from `where` ("file, line n") on, if it is none."""
+    return _json(line, where, what)
 
 
 def write_zipped_lines(path: str | Path, lines: Iterable[Any]) -> None:

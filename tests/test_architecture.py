@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     ["hyperllama.__main__"],
     ["hyperllama.cli"],
-    ["eval"],
+    ["eval", "hyperllama.demo"],
     ["hyperllama.commands"],
     ["hyperllama.recipe", "hyperllama.tuning"],
     ["hyperllama.inference", "hyperllama.training", "hyperllama.serving"],

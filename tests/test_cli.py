@@ -26,7 +26,7 @@ from hyperllama.prefixes.prefix import Prefix
 
 ROOT = Path(__file__).parent.parent
 VERBS = ("check", "train", "compress", "list", "compose", "generate", "chat", "tune", "study")
-VERBS += ("export", "push", "evaluate", "inspect", "env", "fetch")
+VERBS += ("export", "push", "evaluate", "inspect", "env", "fetch", "demo")
 
 
 def run(monkeypatch, capsys, *arguments):

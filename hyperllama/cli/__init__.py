@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from hyperllama.cli import jobs, prefixes, serving  # noqa: F401  each adds its verbs
+from hyperllama.cli import demo, jobs, prefixes, serving  # noqa: F401  each adds its verbs
 from hyperllama.cli.app import app
 from hyperllama.errors import UserError
 

@@ -25,7 +25,6 @@ from hyperllama.cli.app import (
 from hyperllama.errors import UserError
 
 if TYPE_CHECKING:  # help is printed without torch
-    from hyperllama.prefixes.manifest import Manifest
     from hyperllama.prefixes.prefix import Prefix
 
 
@@ -78,11 +77,14 @@ def compress(
 
 
 def _tell_made(path: Path, prefix: Prefix, report: bool) -> None:
+    from hyperllama.commands.compress import told_refined
+
     manifest = prefix.manifest
+    refined = told_refined(manifest)
     dropped = f" ({manifest.dropped_examples} more did not fit)" if manifest.dropped_examples else ""
     typer.echo(
         f"{path}: {manifest.examples} examples{dropped}, {manifest.context_tokens} tokens "
-        f"-> {prefix.rows} rows, {path.stat().st_size:,} bytes{_tell_refined(manifest)}"
+        f"-> {prefix.rows} rows, {path.stat().st_size:,} bytes{f'; {refined}' if refined else ''}"
     )
     if report:
         from hyperllama.inference.quality import verdict
@@ -90,22 +92,6 @@ def _tell_made(path: Path, prefix: Prefix, report: bool) -> None:
         print_table(manifest.metrics, "  ")
         if warning := verdict(manifest.metrics):
             typer.echo(f"{path}: {warning}", err=True)
-
-
-def _tell_refined(manifest: Manifest) -> str:
-    if not manifest.refined:
-        return ""
-    metrics = manifest.metrics
-    if "divergence_refined" in metrics:
-        before, after = (f"{metrics[name]:.3f}" for name in ("divergence_unrefined", "divergence_refined"))
-        kept = f"refined for {metrics['refined_steps']} steps"
-        return f"; {kept}: {after} nats a token from what the model says with its whole context, not {before}"
-    if not metrics["held_back"]:
-        return "; not refined: of one example nothing can be held back"
-    before, after = (f"{metrics[name]:.2f}" for name in ("loss_unrefined", "loss_refined"))
-    if not metrics["refined_steps"]:
-        return f"; refining does not help (held-back examples cost {before} nats a token), so it is left as it was"
-    return f"; refined for {metrics['refined_steps']} steps: held-back examples cost {after} nats a token, not {before}"
 
 
 @app.command(cls=Verb)

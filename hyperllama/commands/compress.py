@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from hyperllama.base.distributed import processes
 from hyperllama.data.episode import tell_twice
+from hyperllama.data.text import ContextIds, Encoder
 from hyperllama.errors import UserError
 from hyperllama.files import check_output
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.config import check_gists, read_config
 from hyperllama.hypernetworks.hub import fetch
-from hyperllama.hypernetworks.loading import is_base, load_maker
+from hyperllama.hypernetworks.loading import is_base, load_maker, untrained
 from hyperllama.hypernetworks.registry import KINDS
 from hyperllama.inference.many import Maker, Shown, Summary, compress_into, fitting, shown_of, task_files
 from hyperllama.inference.quality import fewest_gists, leave_one_out
@@ -26,9 +27,57 @@ from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.prefix import Prefix, is_prefix
 from hyperllama.prefixes.store import PrefixStore
 from hyperllama.tuning.refiners import refining
+from hyperllama.tuning.refining import Refiner
+from hyperllama.tuning.self_study import SelfStudy
 
 ROWS = 16  # of a prefix that is made without a hypernetwork, unless given
 REFINED_TOKENS = 2048  # of a pass into a store: what is refined takes long, and is written after each pass
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """What a run, a hypernetwork's or a base model, makes prefixes with: loaded once, for any number of tasks."""
+
+    run: str | Path
+    hypernetwork: Hypernetwork
+    encoder: Encoder
+    reader: Reader
+
+    @classmethod
+    def load(
+        cls,
+        run: str | Path,
+        base_path: str | None = None,
+        *,
+        gists: int = ROWS,
+        dtype: str | None = None,
+        check_base: bool = False,
+    ) -> Self:
+        """See `load_maker`."""
+        hypernetwork, encoder = load_maker(run, base_path, gists=gists, dtype=dtype, check_base=check_base)
+        return cls(run, hypernetwork, encoder, Reader(hypernetwork.base, encoder.tokenizer))
+
+    @property
+    def made_by(self) -> str | Path | None:
+        """The run, as manifests name it; None if it is a base, of whose rows prefixes are made as they are."""
+        return None if is_base(self.run) else self.run
+
+    def of_gists(self, gists: int | None) -> Self:
+        """The same for prefixes of `gists` gists: of a base as many rows are chosen anew, as if it were loaded for them."""
+        if gists is None or self.made_by is not None:
+            return self
+        base, tokenizer = self.reader.model, self.encoder.tokenizer
+        limits = replace(self.encoder.limits, context_tokens=base.config.max_position_embeddings - gists)
+        return replace(self, hypernetwork=untrained(base, gists, tokenizer), encoder=self.encoder.within(limits))
+
+    def refiner(self, steps: int, on: str = "answers", **settings) -> Refiner | SelfStudy | None:
+        """What refines for at most `steps` steps (see `hyperllama.tuning.refiners`); None for no steps."""
+        parts = (self.hypernetwork, self.reader, self.encoder)
+        return refining(on, *parts, steps, **settings) if steps else None
+
+    def fitting(self, shown: Shown, refiner: Refiner | SelfStudy | None = None) -> tuple[ContextIds, Manifest]:
+        """The context of `shown` and the manifest of its prefix; UserError for what cannot be compressed."""
+        return fitting(shown, self.hypernetwork, self.encoder, self.made_by, refiner)
 
 
 def compress(
@@ -65,21 +114,36 @@ def compress(
     for path in paths:
         check_output(path, reads=[one.where for one in shown], ours=is_prefix, overwrite=overwrite)
     _check_shown(shown, 2 if report or budget is not None else 0)
-    _check_maker(run, gists if budget is None else 1, refine)
-    made_by = None if is_base(run) else run
-    hypernetwork, encoder = load_maker(run, base_path, gists=gists or ROWS, dtype=dtype, check_base=check_base)
-    reader = Reader(hypernetwork.base, encoder.tokenizer)
-    refiner = refining(refine_on, hypernetwork, reader, encoder, refine) if refine else None
-    contexts, manifests = zip(*(fitting(one, hypernetwork, encoder, made_by, refiner) for one in shown))
-    asked = [(hypernetwork, reader, encoder, one.instruction, one.demonstrations) for one in shown]
+    check_maker(run, gists if budget is None else 1, refine)
+    made_with = Compressor.load(run, base_path, gists=gists or ROWS, dtype=dtype, check_base=check_base)
+    hypernetwork, refiner = made_with.hypernetwork, made_with.refiner(refine, refine_on)
+    contexts, manifests = zip(*(made_with.fitting(one, refiner) for one in shown))
+    asked = [(hypernetwork, made_with.reader, made_with.encoder, one.instruction, one.demonstrations) for one in shown]
     counts = [gists if budget is None else fewest_gists(*one, budget=budget) for one in asked]
     if report:
         measured = [leave_one_out(*one, gists=count) for one, count in zip(asked, counts, strict=True)]
-        manifests = [dataclasses.replace(manifest, metrics=quality) for manifest, quality in zip(manifests, measured)]
+        manifests = [replace(manifest, metrics=quality) for manifest, quality in zip(manifests, measured)]
     made = _in_passes(refiner or hypernetwork, contexts, manifests, counts)
     for path, prefix in zip(paths, made, strict=True):
         prefix.save(path)
     return list(zip(paths, made))
+
+
+def told_refined(manifest: Manifest) -> str:
+    """What refining did to a prefix, by its manifest, as part of a sentence; nothing if it was not refined."""
+    if not manifest.refined:
+        return ""
+    metrics = manifest.metrics
+    if "divergence_refined" in metrics:
+        before, after = (f"{metrics[name]:.3f}" for name in ("divergence_unrefined", "divergence_refined"))
+        kept = f"refined for {metrics['refined_steps']} steps"
+        return f"{kept}: {after} nats a token from what the model says with its whole context, not {before}"
+    if not metrics["held_back"]:
+        return "not refined: of one example nothing can be held back"
+    before, after = (f"{metrics[name]:.2f}" for name in ("loss_unrefined", "loss_refined"))
+    if not metrics["refined_steps"]:
+        return f"refining does not help (held-back examples cost {before} nats a token), so it is left as it was"
+    return f"refined for {metrics['refined_steps']} steps: held-back examples cost {after} nats a token, not {before}"
 
 
 def _check_shown(shown: Sequence[Shown], fewest: int) -> None:
@@ -90,7 +154,7 @@ def _check_shown(shown: Sequence[Shown], fewest: int) -> None:
     tell_twice({one.where: one.repetition for one in shown})
 
 
-def _check_maker(run: str | Path, gists: int | None, refine: int) -> None:
+def check_maker(run: str | Path, gists: int | None, refine: int) -> None:
     """UserError if a run makes no prefixes, not of so many gists, or none that can be refined."""
     if refine < 0:
         raise UserError(f"--refine: steps of tuning, 0 or more, not {refine}")
@@ -134,22 +198,22 @@ def compress_to_store(
     WORLD_SIZE set by hand) take every n-th task.
     """
     tasks = task_files(files)
-    _check_maker(run, None, refine)  # a store is not made for a run that is none
+    check_maker(run, None, refine)  # a store is not made for a run that is none
     place = PrefixStore(store)
-    hypernetwork, encoder = load_maker(run, base_path, gists=ROWS, dtype=dtype, check_base=check_base)
-    reader = Reader(hypernetwork.base, encoder.tokenizer)
-    maker = refining(refine_on, hypernetwork, reader, encoder, refine) if refine else None
+    made_with = Compressor.load(run, base_path, dtype=dtype, check_base=check_base)
+    maker = made_with.refiner(refine, refine_on)
     batch_tokens = min(batch_tokens, REFINED_TOKENS) if refine else batch_tokens
     ranks = {"rank": int(os.environ.get("RANK", 0)), "ranks": processes()}
     settings = {
-        "run": None if is_base(run) else run,
+        "run": made_with.made_by,
         "shots": shots,
         "instruction": instruction,
         "progress": partial(print, file=sys.stderr),
         **ranks,
     }
     with place.writing():
-        return compress_into(place, hypernetwork, encoder, tasks, batch_tokens=batch_tokens, maker=maker, **settings)
+        parts = (place, made_with.hypernetwork, made_with.encoder)
+        return compress_into(*parts, tasks, batch_tokens=batch_tokens, maker=maker, **settings)
 
 
 def compose(

@@ -42,6 +42,10 @@ class AnswerStreamer(TextStreamer):
             begun = next((n for n in range(most, 0, -1) if self.stop.startswith(text[-n:])), 0)
             # What begins with the stop is held for good: nothing behind it is shown.
             text, self.held = text[: len(text) - begun], text[len(text) - begun :] + found + rest
+        self.show(text, stream_end)
+
+    def show(self, text: str, stream_end: bool) -> None:
+        """What is done with the next piece of the answer: it is printed."""
         super().on_finalized_text(text, stream_end)
 
 

@@ -217,11 +217,7 @@ class Hypernetwork(PackedModel, ABC):
         """
         if not len(contexts) or not all(len(context) for context in contexts):
             raise UserError("there is nothing to compress: every context needs at least one token")
-        gists = self.num_gists if gists is None else gists
-        if not min(self.fewest_gists, self.num_gists) <= gists <= self.num_gists:
-            raise UserError(f"this hypernetwork makes prefixes of 1 to {self.num_gists} gists, not of {gists}")
-        if gists < self.num_gists and not self.elastic:
-            raise UserError(f"this hypernetwork was trained for all of its {self.num_gists} gists only, not for {gists}")
+        gists = self._allowed(gists)
         # Chunks that read each other read a sink too, and so it stands before them.
         sinks = len(contexts) if self.sink is not None and self.chunking.graph == "recurrent" else 0
         pieces, segments, readers = [(PLACEHOLDER,)] * sinks, [SINK] * sinks, []
@@ -240,6 +236,24 @@ class Hypernetwork(PackedModel, ABC):
         for prefix, context, manifest in zip(prefixes, contexts, manifests, strict=True):
             prefix.manifest = self._sign(manifest, torch.as_tensor(context).tolist(), fingerprint)
         return prefixes
+
+    def _allowed(self, gists: int | None) -> int:
+        """How many gists are meant, all of them by None; UserError for a number that it does not make."""
+        gists = self.num_gists if gists is None else gists
+        if not min(self.fewest_gists, self.num_gists) <= gists <= self.num_gists:
+            raise UserError(f"this hypernetwork makes prefixes of 1 to {self.num_gists} gists, not of {gists}")
+        if gists < self.num_gists and not self.elastic:
+            raise UserError(f"this hypernetwork was trained for all of its {self.num_gists} gists only, not for {gists}")
+        return gists
+
+    def looks_at(self, context: Sequence[int] | Tensor, *, gists: int | None = None) -> Tensor:
+        """How much each gist of a context's prefix looks at each of its tokens: (G, T), on the CPU, rows sum to one.
+
+        A mean over layers and key-value heads. UserError for a kind whose rows are no weighted means of a context's own.
+        """
+        raise UserError(
+            f"what its rows look at cannot be shown: kind {self.kind} gathers a context through all layers; choose pooling"
+        )
 
     def cut(
         self, context: Sequence[int] | Tensor, gists: int | None = None, first: int = 0, sink: int | None = None

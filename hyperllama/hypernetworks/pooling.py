@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
@@ -124,23 +124,37 @@ class PoolingHypernetwork(Hypernetwork):
 
     def _pooled(self, layout: GistLayout, whole: GistLayout, read: States, queries: Sequence[Tensor]) -> States:
         """The gist rows of `layout`, from what `_read` gives."""
-        tokens, counts = [s.tokens for s in whole.segments], [s.gists for s in layout.segments]
         inv_freq, places = inverse_frequencies(self.base), layout.positions[layout.gist_rows]
         states = []
+        for layer, contexts in enumerate(self._contexts(layout, whole, read, queries)):
+            pooled = [self._pool(layer, *context) for context in contexts]
+            keys, values = (torch.cat(side, 1) for side in zip(*pooled, strict=True))
+            dtype = read[layer][1].dtype
+            states.append((rotate(keys, places, inv_freq).to(dtype), values.to(dtype)))
+        return states
+
+    def _contexts(
+        self, layout: GistLayout, whole: GistLayout, read: States, queries: Sequence[Tensor]
+    ) -> Iterator[Iterator[tuple[Tensor, Tensor, int, Tensor | None]]]:
+        """Of each layer the contexts as `_pool` takes them, from what `_read` gives."""
+        tokens, counts = [s.tokens for s in whole.segments], [s.gists for s in layout.segments]
+        inv_freq = inverse_frequencies(self.base)
         for layer, (keys, values) in enumerate(read):
             received: list[Tensor | None] = [None] * len(tokens)
             if self.attended:
                 asked = queries[layer].split([len(rows) for rows in self._choosing(whole)], 1)
                 received = [attention_received(q, k) for q, k in zip(asked, keys.split(tokens, 1), strict=True)]
             keys = rotate(keys.float(), -whole.positions, inv_freq)
-            contexts = zip(keys.split(tokens, 1), values.float().split(tokens, 1), counts, received, strict=True)
-            pooled = [self._pool(layer, *context) for context in contexts]
-            keys, new_values = (torch.cat(side, 1) for side in zip(*pooled, strict=True))
-            states.append((rotate(keys, places, inv_freq).to(values.dtype), new_values.to(values.dtype)))
-        return states
+            yield zip(keys.split(tokens, 1), values.float().split(tokens, 1), counts, received, strict=True)
 
     def _pool(self, layer: int, keys: Tensor, values: Tensor, gists: int, received: Tensor | None) -> tuple[Tensor, Tensor]:
         """keys without positions and values (N, T, D), attention received (N, T) or None -> (N, gists, D) each."""
+        weights = self._weights(layer, keys, gists, received)
+        pooled = [weights @ x for x in (keys, values)]
+        return tuple(x + x @ self.maps[side, layer].float() for side, x in enumerate(pooled))
+
+    def _weights(self, layer: int, keys: Tensor, gists: int, received: Tensor | None) -> Tensor:
+        """How much each row takes of each token, (N, gists, T); arguments as of `_pool`."""
         if received is not None and keys.shape[1] > gists:
             places = torch.arange(keys.shape[1], device=keys.device)
             centres = most_attended(received, gists)  # (N, gists)
@@ -149,9 +163,19 @@ class PoolingHypernetwork(Hypernetwork):
             centres = torch.arange(gists, device=keys.device)[None] + 0.5
         away = (places - centres[..., None]).square() * 2  # (N or 1, gists, T)
         scores = self.queries[layer, :, :gists].float() @ keys.transpose(1, 2) * keys.shape[2] ** -0.5
-        weights = (scores - away * self.log_sharpness[layer, :, :gists, None].float().exp()).softmax(-1)
-        pooled = [weights @ x for x in (keys, values)]
-        return tuple(x + x @ self.maps[side, layer].float() for side, x in enumerate(pooled))
+        return (scores - away * self.log_sharpness[layer, :, :gists, None].float().exp()).softmax(-1)
+
+    @torch.no_grad()
+    def looks_at(self, context: Sequence[int] | Tensor, *, gists: int | None = None) -> Tensor:
+        """As of every kind. A row of one chunk has nothing of the others; the linear map of what is pooled is left out."""
+        pieces, segments = self.cut(context, self._allowed(gists))
+        layout = GistLayout(segments).to(self.base.device)
+        ids = torch.tensor([[token for piece in pieces for token in piece]], device=self.base.device)
+        layers = [
+            torch.block_diag(*(self._weights(layer, keys, count, got).mean(0) for keys, _, count, got in contexts))
+            for layer, contexts in enumerate(self._contexts(layout, *self._read(ids, layout, BLOCK_ROWS)))
+        ]
+        return torch.stack(layers).mean(0).cpu()
 
     def compress_flops(self, cost: Any, tokens: int) -> int:
         segments, lora = self.cut(range(tokens))[1], (self.lora.rank, self.lora.targets) if self.lora else ()

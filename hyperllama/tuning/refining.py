@@ -8,7 +8,7 @@ rest say whether, and after how many steps, to stop.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -34,7 +34,8 @@ class Refiner:
     """Makes prefixes as `maker` does, and refines them for at most `steps` steps; used in place of it.
 
     A step sees at most `examples` examples of each task. Held-back answers are looked at `looks` times, evenly spaced; a prefix
-    that has gone `patience` looks without getting better is no longer tuned. A pass has at most `batch_tokens` tokens.
+    that has gone `patience` looks without getting better is no longer tuned. A pass has at most `batch_tokens` tokens. `tell`
+    is called with the number of each step when it is done.
     """
 
     maker: Hypernetwork
@@ -47,6 +48,7 @@ class Refiner:
     patience: int = 2
     seed: int = 0
     batch_tokens: int = 8192
+    tell: Callable[[int], object] | None = None
 
     @property
     def settings(self) -> dict:
@@ -128,6 +130,8 @@ class Refiner:
             optimizer.zero_grad()
             if step in looks:
                 self._look(group, tuners, step)
+            if self.tell:
+                self.tell(step)
 
     def _tuners(self, group: Sequence[_Trial]) -> list[PrefixTuner]:
         """One for each number of rows that the prefixes of a group have."""
