@@ -50,6 +50,7 @@ setup(
         "tensorboard": ["tensorboard"],
         "deepspeed": ["deepspeed>=0.19.8"],
         "quant": ["bitsandbytes>=0.46.1"],
+        "llama-cpp": ["xllamacpp>=2026.10"],
         "lm-eval": ["lm_eval>=0.4.9"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14"],
     },
