@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from gguf import GGUFReader
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from hyperllama.base.decoder import inverse_frequencies
+from hyperllama.base.decoder import head_dim, inverse_frequencies, kv_heads
 from hyperllama.base.identity import identify
 from hyperllama.base.loading import is_gguf, load_base, load_config
 from hyperllama.errors import UserError, in_one_line
@@ -30,53 +31,82 @@ SIDE_BY_SIDE = {"llama": True, "qwen2": False, "qwen3": False}
 NORMAL_TOKEN = 1  # in tokenizer.ggml.token_type: neither control nor unused
 
 
-def to_llama_cpp(
-    prefix: Prefix,
-    path: str | Path,
-    gguf: str | Path,
-    *,
-    version: int | None = None,
-    cache_type: Literal["f16", "f32"] = "f16",
-    flash_attention: bool = True,
-    overwrite: bool = False,
-) -> Path:
-    """Write a prefix as a session file for llama.cpp (`llama_state_seq_load_file`, llama-server's slots); returns the path.
+CacheType = Literal["f16", "f32"]
 
-    `gguf` is the base in llama.cpp's format: the weights and rotary frequencies that the prefix was made for, or it is refused.
-    Its loading takes as much memory as a base in bf16. `version` is that of session files; without one the package xllamacpp
-    is asked, which saves a row of `gguf`, and whose file must be of the form that is written here. `cache_type` and
-    `flash_attention` are those of the llama.cpp that will load the file: it refuses a file of others. Numbers are rounded to
-    the type of the cache.
 
-    The rows have placeholders for tokens, which `tokens_of(path)` reads: a prompt of these ids, and behind them a query, is
-    continued as the frozen model continues the query behind the prefix. llama.cpp compares them and reads only the query. The
-    placeholders hang on the numbers of the prefix, so that no prefix is taken for another; they are ordinary tokens of the
-    rarer half of the vocabulary, since a prompt that begins like one reads as much of the prefix.
+class SessionWriter:
+    """Writes prefixes of one base as session files for llama.cpp (`llama_state_seq_load_file`, llama-server's slots).
 
-    Raises UserError for a task module with more than keys and values, another base, an architecture or a rotary scaling that
-    was not tested, an unknown version, xllamacpp missing or failing, numbers beyond float16, or a file that is there and is no
-    session file without `overwrite`; OSError when the disk refuses.
+    `gguf` is the base in llama.cpp's format. It is loaded once for all prefixes, and takes as much memory as in bf16. `version`
+    is that of session files. Without one the package xllamacpp is asked, which saves a row of `gguf`: its file must be of the
+    form that is written here. `cache_type` and `flash_attention` are those of the llama.cpp that will load the files: it
+    refuses files of others.
+
+    Raises UserError for an architecture or a rotary scaling that was not tested, an unknown version, or xllamacpp missing or
+    failing.
     """
-    prefix.refuse_modules("a session file of llama.cpp holds")
-    if problem := prefix.problem():
-        raise UserError(f"{path}: a prefix {problem}; it is not written")
-    check_output(path, reads=[gguf], ours=is_session, overwrite=overwrite)
-    _check_version(version)
-    reader = _read(gguf)
-    side_by_side = SIDE_BY_SIDE[_architecture(reader, gguf)]
-    _check_base(prefix, gguf, reader)
-    if version is None:
-        version = ask_version(gguf, prefix, cache_type=cache_type, flash_attention=flash_attention)
-    keys = [_rows(_side_by_side(layer) if side_by_side else layer) for layer in prefix.keys]
-    values = [_rows(layer) for layer in prefix.values]
-    tokens = _placeholders(prefix, reader)
-    settings = {"version": version, "cache_type": cache_type, "transposed": not flash_attention}
-    try:
-        written = session_bytes(tokens, keys, values, **settings)
-    except ValueError as error:
-        raise UserError(f"{path}: the prefix has {error}; export it with --cache-type f32") from error
-    write_atomically(path, written)
-    return Path(path)
+
+    def __init__(
+        self, gguf: str | Path, *, version: int | None = None, cache_type: CacheType = "f16", flash_attention: bool = True
+    ):
+        _check_version(version)
+        self.gguf, self.reader = gguf, _read(gguf)
+        self._side_by_side = SIDE_BY_SIDE[_architecture(self.reader, gguf)]
+        self.model = load_base(str(gguf), dtype="bfloat16", device="cpu")  # fingerprints are of bf16
+        self._form = {"cache_type": cache_type, "transposed": not flash_attention}
+        self.version = ask_version(gguf, self.model.config, **self._form) if version is None else version
+
+    def write(self, prefix: Prefix, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a prefix; returns the path. Numbers are rounded to the type of the cache.
+
+        The rows have placeholders for tokens, which `tokens_of(path)` reads: a prompt of these ids, and behind them a query, is
+        continued as the frozen model continues the query behind the prefix. llama.cpp compares them and reads only the query.
+        The placeholders hang on the numbers of the prefix, so that no prefix is taken for another; they are ordinary tokens of
+        the later half of the vocabulary, the rarer one, since a prompt that begins like one reads as much of the prefix.
+
+        Raises UserError for a task module with more than keys and values, a prefix of other weights or rotary frequencies,
+        numbers beyond the type of the cache, or a file that is there and is no session file without `overwrite`; OSError when
+        the disk refuses.
+        """
+        _check_output(prefix, path, self.gguf, overwrite)
+        self._check_base(prefix)
+        keys = [_rows(_side_by_side(layer) if self._side_by_side else layer) for layer in prefix.keys]
+        values = [_rows(layer) for layer in prefix.values]
+        try:
+            written = session_bytes(_placeholders(prefix, self.reader), keys, values, version=self.version, **self._form)
+        except ValueError as error:
+            raise UserError(f"{path}: the prefix has {error}; export it with --cache-type f32") from error
+        write_atomically(path, written)
+        return Path(path)
+
+    def _check_base(self, prefix: Prefix) -> None:
+        """UserError unless the GGUF file has the sizes, weights and rotary frequencies that the prefix was made for."""
+        prefix.check_sizes(self.model)
+        if prefix.manifest is None:
+            return
+        full = prefix.manifest.base.full is not None
+        rotary, config = dict(prefix.manifest.rotary), self.model.config
+        frequencies = rotary.pop("inv_freq", None)
+        if frequencies is not None:
+            own = inverse_frequencies(self.model).float().cpu()
+            _check_frequencies(torch.tensor(frequencies), own, self.reader, self.gguf)
+        was = config.rope_parameters, config.rms_norm_eps
+        try:
+            if frequencies is not None:
+                config.rope_parameters = rotary  # compared by what they come to
+            found = identify(self.model, full=full)
+            # GGUF files keep it in float32, where 1e-5 is another number.
+            config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
+            rounded = identify(self.model, full=full)
+        finally:
+            config.rope_parameters, config.rms_norm_eps = was
+        prefix.check(rounded if prefix.manifest.base.is_model(rounded) else found)
+
+
+def to_llama_cpp(prefix: Prefix, path: str | Path, gguf: str | Path, *, overwrite: bool = False, **settings) -> Path:
+    """Write one prefix as a session file; returns the path. `settings` and errors: see `SessionWriter` and its `write`."""
+    _check_output(prefix, path, gguf, overwrite)
+    return SessionWriter(gguf, **settings).write(prefix, path, overwrite=overwrite)
 
 
 def request(prefix: Prefix, path: str | Path, text: str = "{input}", slot: int = 0) -> dict[str, Any]:
@@ -96,6 +126,14 @@ def is_session(path: Path) -> bool:
     """Whether a file begins as llama.cpp's session files of one sequence do."""
     with path.open("rb") as file:
         return file.read(4) == struct.pack("<I", MAGIC)
+
+
+def _check_output(prefix: Prefix, path: str | Path, gguf: str | Path, overwrite: bool) -> None:
+    """UserError for a prefix that cannot be written at all, or not there."""
+    prefix.refuse_modules("a session file of llama.cpp holds")
+    if problem := prefix.problem():
+        raise UserError(f"{path}: a prefix {problem}; it is not written")
+    check_output(path, reads=[gguf], ours=is_session, overwrite=overwrite)
 
 
 def _check_version(version: int | None) -> None:
@@ -134,24 +172,6 @@ def _architecture(reader: GGUFReader, gguf: str | Path) -> str:
     return found
 
 
-def _check_base(prefix: Prefix, gguf: str | Path, reader: GGUFReader) -> None:
-    """UserError unless the GGUF file has the sizes, weights and rotary frequencies that the prefix was made for."""
-    model = load_base(str(gguf), dtype="bfloat16", device="cpu")  # fingerprints are of bf16
-    prefix.check_sizes(model)
-    if prefix.manifest is None:
-        return
-    made_for, rotary = prefix.manifest.base, dict(prefix.manifest.rotary)
-    frequencies = rotary.pop("inv_freq", None)
-    if frequencies is not None:
-        _check_frequencies(torch.tensor(frequencies), inverse_frequencies(model).float().cpu(), reader, gguf)
-        model.config.rope_parameters = rotary  # compared by what they come to
-    identity = identify(model, full=made_for.full is not None)
-    # GGUF files keep it in float32, where 1e-5 is another number.
-    model.config.rms_norm_eps = float(str(np.float32(model.config.rms_norm_eps)))
-    rounded = identify(model, full=made_for.full is not None)
-    prefix.check(rounded if made_for.is_model(rounded) else identity, "this prefix")
-
-
 def _check_frequencies(made_with: Tensor, of_config: Tensor, reader: GGUFReader, gguf: str | Path) -> None:
     """UserError unless llama.cpp turns keys by the frequencies that the prefix was made with."""
     factors = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
@@ -180,7 +200,7 @@ def _placeholders(prefix: Prefix, reader: GGUFReader) -> list[int]:
     return [normal[int(sha256(digest, str(row)), 16) % len(normal)] for row in range(prefix.rows)]
 
 
-def ask_version(gguf: str | Path, prefix: Prefix, *, cache_type: str, flash_attention: bool) -> int:
+def ask_version(gguf: str | Path, config: PreTrainedConfig, *, cache_type: CacheType, transposed: bool) -> int:
     """The version of session files of the installed xllamacpp, which reads one token with `gguf` and saves its row.
 
     Raises UserError if it fails, or its file is not of the form that `session_bytes` writes.
@@ -189,17 +209,15 @@ def ask_version(gguf: str | Path, prefix: Prefix, *, cache_type: str, flash_atte
 
     name = f"xllamacpp {xllamacpp.__version__}"
     try:
-        saved = _saved_row(gguf, cache_type, flash_attention)
+        saved = _saved_row(gguf, cache_type, not transposed)
     except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"{name} cannot save a session of {gguf} ({in_one_line(error)}); see if it answers by itself"
-        ) from error
+        raise UserError(f"{name} cannot save a session of {gguf} ({in_one_line(error)}); try another xllamacpp") from error
     magic, version = struct.unpack_from("<2I", saved)
     named = " and ".join(map(str, VERSIONS))
     if magic != MAGIC or version not in VERSIONS:
         raise UserError(f"{name} writes session files of version {version}, but {named} are known; use another xllamacpp")
-    form = {"layers": prefix.layers, "width": prefix.kv_heads * prefix.head_dim, "cache_type": cache_type}
-    if not has_form_of(saved, **form, transposed=not flash_attention):
+    form = {"layers": config.num_hidden_layers, "width": kv_heads(config) * head_dim(config)}
+    if not has_form_of(saved, **form, cache_type=cache_type, transposed=transposed):
         raise UserError(
             f"{name} writes session files of version {version} in another form than is known; use another xllamacpp, or name "
             "the version with --session-version"
