@@ -35,12 +35,13 @@ from hyperllama.base.decoder import cache_argument
 from hyperllama.data.json_lines import read_examples
 from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.prefixes.export.llama_cpp import SessionWriter, request
+from hyperllama.prefixes.export.llama_session import tokens_of
 
 BASE, TASKS, SHOTS = "models/smollm2-135m", "recipes/words/test", 16
 NEW_TOKENS = 12
 # Of numbers: weights, type of the cache, flash attention.
 SETTINGS = (("f32", "f32", False), ("f32", "f32", True), ("f32", "f16", True), ("Q4_1", "f16", True))
-PASSES_BELOW = 1e-3  # of the first of these
+PARTS = ("numbers", "answers", "server")
 
 
 def write_float32(gguf: Path, path: Path) -> None:
@@ -95,42 +96,50 @@ def serving(*arguments, **settings) -> Iterator[Server]:
         del server._server
 
 
-def log_probabilities(answer: dict[str, Any], vocabulary: int) -> np.ndarray:
-    """(V,) of the first token that a server has generated with n_probs = V."""
+def log_probabilities(server: Server, prompt: Sequence[int], vocabulary: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """(V,) of the token behind a prompt, by llama.cpp, and the server's timings."""
+    body = {"id_slot": 0, "prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": vocabulary}
+    # Whatever is sampled, the probabilities are the model's; of an end token or half a character the server gives none.
+    answer = server.post("/completion", {**body, "logit_bias": [[prompt[-1], 1000.0]]})
     found = np.full(vocabulary, np.nan)
     for one in answer["completion_probabilities"][0]["top_logprobs"]:
         found[one["id"]] = one["logprob"]
-    return found
+    if np.isnan(found).any():
+        raise SystemExit(f"llama.cpp gave {np.isfinite(found).sum()} log-probabilities of {vocabulary}")
+    return found, answer["timings"]
 
 
 @torch.no_grad()
-def expected(reader: Reader, prefix: Prefix, prompt: Sequence[int]) -> np.ndarray:
+def expected(reader: Reader, prefix: Prefix | None, prompt: Sequence[int]) -> np.ndarray:
     """(V,) of transformers, in float32."""
-    cache = cache_argument(reader.model, prefix.to_cache(dtype=torch.float32))
+    cache = cache_argument(reader.model, prefix.to_cache(dtype=torch.float32)) if prefix else {}
     logits = reader.model(input_ids=torch.tensor([prompt]), **cache).logits[0, -1]
     return logits.double().log_softmax(-1).numpy()
 
 
-def numbers(files: dict[str, Path], folder: Path, reader: Reader, asked: list[tuple[Prefix, list[list[int]]]]) -> list[dict]:
-    """The largest difference of a log-probability over all prompts of some prefixes, for each of `SETTINGS`."""
+def numbers(
+    files: dict[str, Path], folder: Path, reader: Reader, asked: list[tuple[Prefix, list[list[int]]]]
+) -> list[dict[str, Any]]:
+    """The largest difference of a log-probability over all prompts of some prefixes, and without a prefix, by `SETTINGS`."""
     found = []
     vocabulary = reader.model.config.vocab_size
-    wanted = [[expected(reader, prefix, prompt) for prompt in prompts] for prefix, prompts in asked]
+    wanted = [[expected(reader, one, p) for one in (prefix, None) for p in prompts] for prefix, prompts in asked]
     for weights, cache_type, flash_attention in SETTINGS:
         kind = {"cache_type": cache_type, "flash_attention": flash_attention}
         writer = SessionWriter(files["Q4_1"], **kind)
         with serving(files[weights], folder, **kind) as server:
-            worst, missing = 0.0, 0
+            worst = {"behind prefixes": 0.0, "without": 0.0}
             for number, (prefix, prompts) in enumerate(asked):
                 path = writer.write(prefix, folder / f"{number}.bin")
                 server.restore(path.name)
-                for prompt, right in zip(prompts, wanted[number], strict=True):
-                    body = request(prefix, path) | {"n_predict": 1, "n_probs": vocabulary}
-                    body["prompt"] = [*body["prompt"][:-1], *prompt]
-                    difference = np.abs(log_probabilities(server.post("/completion", body), vocabulary) - right)
-                    worst, missing = max(worst, float(np.nanmax(difference))), missing + int(np.isnan(difference).sum())
-        found.append({"weights": weights, **kind, "largest": worst, "missing": missing})
-        print(f"{weights} weights, {cache_type} cache, flash attention {flash_attention}: {worst:.2e}, {missing} missing")
+                put = [("behind prefixes", [*tokens_of(path), *p]) for p in prompts] + [("without", p) for p in prompts]
+                for (place, prompt), right in zip(put, wanted[number], strict=True):
+                    own, timings = log_probabilities(server, prompt, vocabulary)
+                    if place == "behind prefixes" and timings["cache_n"] < prefix.rows:
+                        raise SystemExit(f"{path.name}: llama.cpp has read {prompt} anew")
+                    worst[place] = max(worst[place], float(np.abs(own - right).max()))
+        found.append({"weights": weights, **kind, **worst})
+        print(found[-1], flush=True)
     return found
 
 
@@ -170,6 +179,9 @@ def slots(gguf: Path, folder: Path, tasks: dict[str, tuple[Prefix, list]]) -> di
     """Two prefixes in two slots; one asked for where the other is; files for other settings of the cache."""
     (one, (first, asked)), (other, (second, also)) = itertools.islice(tasks.items(), 2)
     found: dict[str, Any] = {}
+    writer = SessionWriter(gguf)
+    for task, prefix in ((one, first), (other, second)):
+        writer.write(prefix, folder / f"{task}.bin", overwrite=True)
     with serving(gguf, folder, slots=2) as server:
         for slot, task, prefix, query in ((0, one, first, asked[0]), (1, other, second, also[0])):
             path = folder / f"{task}.bin"
@@ -201,8 +213,12 @@ def main() -> None:
     options.add_argument("--gguf", type=Path, required=True, help="SmolLM2-135M-Instruct.Q4_1.gguf")
     options.add_argument("--queries", type=int, default=20, help="of each task")
     options.add_argument("--tasks", type=int, help="only the first so many")
+    options.add_argument("--only", nargs="*", default=PARTS, choices=PARTS, help="what is measured; the file keeps the rest")
     options.add_argument("--json", type=Path)
     arguments = options.parse_args()
+    there = arguments.json is not None and arguments.json.exists()
+    figures = json.loads(arguments.json.read_text(encoding="utf-8")) if there else {}
+    figures["xllamacpp"] = xllamacpp.__version__
     tokenizer = load_tokenizer(BASE)
     reader, encoder = Reader(load_base(BASE), tokenizer), Encoder(tokenizer, TextFormat(), Limits())
     files = sorted(Path(TASKS).glob("*.jsonl"))[: arguments.tasks]
@@ -213,11 +229,14 @@ def main() -> None:
         for file, (_, prefix) in zip(files, made, strict=True):
             tasks[file.stem] = (prefix, read_examples(file)[SHOTS : SHOTS + arguments.queries])
         weights = {"Q4_1": arguments.gguf, "f32": folder / "float32.gguf"}
-        write_float32(arguments.gguf, weights["f32"])
-        asked = [(p, [encoder.prompt(q.input) for q in queries[:2]]) for p, queries in itertools.islice(tasks.values(), 4)]
-        figures = {"xllamacpp": xllamacpp.__version__, "numbers": numbers(weights, folder, reader, asked)}
-        figures["answers"] = answers(arguments.gguf, folder, reader, tasks, encoder)
-        figures["server"] = slots(arguments.gguf, folder, tasks)
+        if "numbers" in arguments.only:
+            asked = [(p, [encoder.prompt(q.input) for q in queries[:2]]) for p, queries in itertools.islice(tasks.values(), 4)]
+            write_float32(arguments.gguf, weights["f32"])
+            figures["numbers"] = numbers(weights, folder, reader, asked)
+        if "answers" in arguments.only:
+            figures["answers"] = answers(arguments.gguf, folder, reader, tasks, encoder)
+        if "server" in arguments.only:
+            figures["server"] = slots(arguments.gguf, folder, tasks)
     write_json(arguments.json, figures)
 
 
