@@ -50,6 +50,7 @@ setup(
         "tensorboard": ["tensorboard"],
         "deepspeed": ["deepspeed>=0.19.8"],
         "quant": ["bitsandbytes>=0.46.1"],
+        "llama-cpp": ["xllamacpp>=2026.10"],
         "lm-eval": ["lm_eval>=0.4.9"],
         # In an environment of their own: they pin torch and transformers. One is for GPUs, the other for CPUs.
         "serve": ["vllm>=0.32"],

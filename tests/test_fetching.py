@@ -13,6 +13,7 @@ from test_cli import run
 from transformers import AutoTokenizer, set_seed
 
 from hyperllama.base import fetching as base_fetching
+from hyperllama.base.decoder import head_dim
 from hyperllama.base.identity import identify
 from hyperllama.base.loading import load_base, load_config, load_tokenizer, random_base
 from hyperllama.errors import UserError
@@ -22,10 +23,10 @@ MEMBER = "a_package/tiny.gguf"
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def write_gguf(path, tokenizer, *, architecture="llama", without=()) -> None:
-    """A tiny Llama in float32, as llama.cpp's own converter names and orders things."""
+def write_gguf(path, tokenizer, *, model=None, architecture="llama", without=(), rope_factors=None, scaling=None) -> None:
+    """A tiny Llama in float32, or another model, as llama.cpp's own converter names and orders things."""
     set_seed(3)
-    model = random_base(tiny_architecture("llama"), vocab_size=len(tokenizer), **SPECIAL)
+    model = model or random_base(tiny_architecture("llama"), vocab_size=len(tokenizer), **SPECIAL)
     config, writer = model.config, gguf.GGUFWriter(path, architecture)
     writer.add_name("what the file calls itself")
     writer.add_block_count(config.num_hidden_layers)
@@ -36,7 +37,11 @@ def write_gguf(path, tokenizer, *, architecture="llama", without=()) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(head_dim(config))
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
+    if scaling is not None:
+        writer.add_rope_scaling_type(scaling)
     writer.add_vocab_size(len(tokenizer))
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
@@ -47,12 +52,15 @@ def write_gguf(path, tokenizer, *, architecture="llama", without=()) -> None:
     writer.add_token_merges([" ".join(merge) for merge in vocabulary["merges"]])
     for name, number in SPECIAL.items():
         getattr(writer, f"add_{name}")(number)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors)
+    kind = getattr(gguf.MODEL_ARCH, config.model_type.upper())
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     for name, parameter in model.state_dict().items():
         stem, suffix = name.rsplit(".", 1)
         weight = parameter.numpy()
         for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if projection in name:  # rotary pairs stand side by side in GGUF files
+            if projection in name and config.model_type == "llama":  # rotary pairs stand side by side in its GGUF files
                 weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         if (own := f"{names.get_name(stem)}.{suffix}") not in without:
             writer.add_tensor(own, np.ascontiguousarray(weight))

@@ -203,19 +203,49 @@ def compose(
 @app.command(cls=Verb)
 def export(
     prefix: Annotated[Path, typer.Argument(help="A prefix file.")],
-    folder: Annotated[Path, typer.Argument(help="Where the adapter goes.")],
+    output: Annotated[Path, typer.Argument(help="Where the adapter's folder goes, or the session file.")],
+    to: Annotated[Literal["peft", "llama.cpp"], typer.Option("--to", help="What is to read it.")] = "peft",
     cartridge: Annotated[bool, typer.Option("--cartridge", help="PEFT's CARTRIDGE instead of PREFIX_TUNING.")] = False,
+    gguf: Annotated[Path | None, typer.Option(help="Of llama.cpp: the base as a GGUF file.")] = None,
+    session_version: Annotated[
+        int | None, typer.Option(help="Of llama.cpp: the version of its session files; else xllamacpp is asked.")
+    ] = None,
+    cache_type: Annotated[Literal["f16", "f32"], typer.Option(help="Of llama.cpp: the type of its cache.")] = "f16",
+    no_flash_attention: Annotated[
+        bool, typer.Option("--no-flash-attention", help="Of llama.cpp: for one that runs with --flash-attn off.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a prefix as an adapter that stock PEFT loads, and everything that reads PEFT."""
+    """Write a prefix for stock PEFT, and everything that reads PEFT, or for llama.cpp."""
+    only_llama = gguf is not None or session_version is not None or cache_type != "f16" or no_flash_attention
+    if (to == "llama.cpp" and (gguf is None or cartridge)) or (to == "peft" and only_llama):
+        raise UserError(
+            "export: --to llama.cpp needs --gguf; it alone has --session-version, --cache-type and --no-flash-attention, and "
+            "--cartridge is PEFT's"
+        )
     quiet_libraries()
-    from hyperllama.prefixes.export.peft import lost_in_generate, to_peft
     from hyperllama.prefixes.prefix import Prefix
 
     loaded = Prefix.load(prefix)
-    typer.echo(f"{to_peft(loaded, folder, kind='cartridge' if cartridge else 'prefix_tuning', overwrite=overwrite)}: {loaded}")
+    if to == "llama.cpp":
+        settings = {"version": session_version, "cache_type": cache_type, "flash_attention": not no_flash_attention}
+        _export_to_llama_cpp(loaded, output, gguf, overwrite=overwrite, **settings)
+        return
+    from hyperllama.prefixes.export.peft import lost_in_generate, to_peft
+
+    typer.echo(f"{to_peft(loaded, output, kind='cartridge' if cartridge else 'prefix_tuning', overwrite=overwrite)}: {loaded}")
     if lost := loaded.rows and lost_in_generate():
         typer.echo(lost, err=True)
+
+
+def _export_to_llama_cpp(prefix: Prefix, output: Path, gguf: Path, **settings) -> None:
+    """Write the session file, and print a request that reads it."""
+    import json
+
+    from hyperllama.prefixes.export.llama_cpp import request, to_llama_cpp
+
+    typer.echo(f"{to_llama_cpp(prefix, output, gguf, **settings)}: {prefix}")
+    typer.echo(json.dumps(request(prefix, output), ensure_ascii=False))
 
 
 @app.command(cls=Verb)
