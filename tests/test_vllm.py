@@ -1,5 +1,6 @@
 """Prefixes in vLLM itself, with SmolLM2: what it says is what transformers says. Runs where vLLM is: `make test-serve`."""
 
+import asyncio
 import json
 import os
 import random
@@ -27,6 +28,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 
+from benchmarks import serving_soak, serving_vllm
 from hyperllama.base.loading import load_base, load_tokenizer
 from hyperllama.commands.compress import compress
 from hyperllama.data.text import Encoder, Limits, TextFormat
@@ -288,6 +290,19 @@ def test_a_prefix_that_is_added_is_served_at_once(world, server, client):
     server.store.add(Prefix(prefix.keys, prefix.values, replace(prefix.manifest, task="added", context_sha256="n")))
     assert "added" in [model.id for model in client.models.list().data]
     assert client.completions.create(model="added", prompt="wolf", temperature=0).choices[0].text == " wolves"
+
+
+def test_benchmarks_ask_it_and_count(world, server, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "key")
+    address, asked_for = f"{server.address}/v1", serving_vllm.Asked("plural", list(world.questions[0][2]))
+    rate, first = asyncio.run(serving_vllm.load(address, [asked_for] * 3, 2))
+    assert 0 < first < 3 / rate
+    soak = serving_soak.Soak(address, serving_soak.questions_of(world.folder))
+    figures = asyncio.run(soak.run(3))
+    assert figures["up"] and not figures["wrong"] and not figures["unexpected"] and figures["statuses"]["good 200"]
+    soak.known = ["something else"] * len(soak.known)
+    asyncio.run(soak.one_good())
+    assert soak.wrong
 
 
 def test_a_base_that_the_engine_would_read_otherwise_is_refused(world, tmp_path):
