@@ -14,7 +14,8 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 
@@ -62,10 +63,7 @@ class Soak:
 
     async def run(self, seconds: float) -> dict:
         """Everything for so long; what was counted."""
-        key = os.environ.get("VLLM_API_KEY", "none")
-        async with httpx.AsyncClient(
-            base_url=self.address, headers={"authorization": f"Bearer {key}"}, timeout=120
-        ) as self.client:
+        async with self.connected():
             self.known = [await self.answer(*question) for question in self.questions]
             end = time.monotonic() + seconds
             workers = [self.good] * GOOD + [self.bad] * BAD
@@ -76,6 +74,18 @@ class Soak:
         late = [now != before for now, before in zip(again, self.known)]
         figures = {"seconds": seconds, "statuses": dict(sorted(self.statuses.items())), "wrong": len(self.wrong) + sum(late)}
         return {**figures, "unexpected": dict(self.unexpected), "server_mib": await memory, "up": up}
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        """A context with a client."""
+        headers = {"authorization": f"Bearer {os.environ.get('VLLM_API_KEY', 'none')}"}
+        async with httpx.AsyncClient(base_url=self.address, headers=headers, timeout=120) as self.client:
+            yield
+
+    async def one_good(self) -> None:
+        """One question of a good client, by itself."""
+        async with self.connected():
+            await self.good()
 
     async def until(self, end: float, worker) -> None:
         """A client that asks one thing after the other."""
