@@ -18,19 +18,27 @@ NAME = "gist"
 
 
 @dataclass
-class KeptQueries:
-    """Asks a pass over a packed row for the queries of its `rows`: `layers` grows by a tensor (H, rows, D) a layer.
+class Kept:
+    """Asks a pass over a packed row for what attention is given in some of its rows, with positions, at each layer.
 
-    They are what attention is given, with positions, and scaled as the model scales its scores.
+    `states`: keys and values (N, rows, D) of the rows `states_of`. `queries`: (H, rows, D) of `queries_of`, if there are any,
+    without gradient and scaled as the model scales its scores. Both by the layer's number, in the order of layers. Gradient
+    checkpointing computes layers again in the backward pass; what is kept is of the first time, with its gradients.
     """
 
-    rows: Tensor
-    layers: list[Tensor] = field(default_factory=list)
+    states_of: Tensor
+    queries_of: Tensor | None = None
+    states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    queries: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, query: Tensor, scaling: float | None) -> None:
-        """Keep rows of query (1, H, T, D)."""
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        self.layers.append(query[0, :, self.rows].detach() * scale)
+    def add(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> None:
+        """Keep rows of query (1, H, T, D), key and value (1, N, T, D)."""
+        # The second time too: checkpointing wants the same operations.
+        keys, values = (x[0].index_select(1, self.states_of) for x in (key, value))
+        self.states.setdefault(layer, (keys.to(values.dtype), values))
+        if self.queries_of is not None and layer not in self.queries:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            self.queries[layer] = query[0, :, self.queries_of].detach() * scale
 
 
 def register() -> str:
@@ -84,21 +92,21 @@ def gist_attention_forward(
     gist_backend: str = "auto",
     gist_states: Sequence[tuple[Tensor, Tensor]] | None = None,
     gist_unread: int = 0,
-    gist_queries: KeptQueries | None = None,
+    gist_kept: Kept | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query (B, H, T, D), key and value (B, N, T, D) -> (B, T, H, D), no weights.
 
-    Nobody reads this layer's output for the first `gist_unread` rows. `gist_queries` collects queries. Rows of the layout that
-    T lacks are its first, and `gist_states` has them.
+    Nobody reads this layer's output for the first `gist_unread` rows. `gist_kept` collects what is given. Rows of the layout
+    that T lacks are its first, and `gist_states` has them.
     """
     if gist_layout is None:
         ordinary = AttentionInterface()["sdpa"]
         return ordinary(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if gist_layout.shifted and gist_inv_freq is None:
         raise ValueError("this layout moves keys, so gist attention needs gist_inv_freq: pass layout_arguments(...)")
-    if gist_queries is not None:
-        gist_queries.add(query, scaling)
+    if gist_kept is not None:
+        gist_kept.add(module.layer_idx, query, key, value, scaling)
     absent = gist_layout.tokens - query.shape[2]
     if gist_states:
         key, value = (_replace(rows, states, absent) for rows, states in zip((key, value), gist_states[module.layer_idx]))

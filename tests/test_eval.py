@@ -168,6 +168,21 @@ class TestMethods:
                 assert lines["swapped_prefix"][place]["answer"] == plain([], prefixes[(i + 1) % 4])
         assert [x["answer"] for x in lines["prefix"]] != [x["answer"] for x in lines["swapped_prefix"]]
 
+    def test_a_prefix_is_made_once_for_all_methods(self, bench, monkeypatch):
+        alone = {name: self.run(bench, name) for name in ("prefix", "swapped_prefix")}
+        bench._made.clear()
+        compressed, compress = [], bench.hypernetwork.compress
+        monkeypatch.setattr(
+            bench.hypernetwork, "compress", lambda batch, **more: compressed.extend(batch) or compress(batch, **more)
+        )
+        shared = {
+            name: self.run(bench, name, indices=part) for part in ((0, 1), (2, 3)) for name in ("prefix", "swapped_prefix")
+        }
+        assert len(compressed) == 4 and shared["swapped_prefix"] == alone["swapped_prefix"][4:]
+        monkeypatch.setattr("eval.methods.bench.PREFIXES", 1)
+        assert self.run(bench, "prefix") == alone["prefix"] and len(bench._made) == 1
+        bench._made.clear()
+
     def test_needs_have_words(self):
         assert {need for method in METHODS.values() for need in method.needs} == set(NEEDS)
 

@@ -274,3 +274,33 @@ def test_a_context_in_chunks_may_be_longer_than_the_model():
     whole = GistHypernetwork(tiny_base(max_position_embeddings=32), gists=2)
     with pytest.raises(UserError, match="50 positions, but the model has 32"):
         whole.compress([range(3, 51)])
+
+
+@pytest.mark.parametrize("taught", [False, True], ids=["answers", "taught"])
+@pytest.mark.parametrize("kind", [*ALL, "hint trained whole"])
+def test_gradient_checkpointing_changes_nothing(kind, taught, monkeypatch):
+    """Losses and gradients of every kind, though its context is read in a pass of its own; and layers are computed again."""
+    losses, gradients, runs = [], [], []
+    for checkpointing in (False, True):
+        own = {"hint": {"regime": "paper"}} if kind == "hint trained whole" else {}
+        if taught and (own or kind == "gisting"):
+            pytest.skip("nothing teaches a model that is trained")
+        base = tiny_base("qwen3", num_hidden_layers=3)
+        hypernetwork = made(kind, base, sink=1, mix=Mix(distillation=1.0) if taught else Mix(), **own).train()
+        if checkpointing:
+            hypernetwork.activation_checkpointing_enable()
+        counted = [0]
+        for model in hypernetwork.decoders:
+            for layer in model.get_decoder().layers:
+                layer.mlp.register_forward_pre_hook(lambda *_, counted=counted: counted.__setitem__(0, counted[0] + 1))
+        batch = pack_gist(EPISODES, packing(kind.split()[0], 3, sink=True, teach=taught))
+        loss = hypernetwork(batch).mean
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad for name, p in hypernetwork.trainable().items()})
+        runs.append(counted[0])
+        hypernetwork.remove()
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and runs[1] > runs[0]
+    assert all(gradient is not None for gradient in gradients[0].values() if gradient is not gradients[0].get("marker"))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)

@@ -12,12 +12,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, set_seed
 
+from attention_masks import GistLayout, Segment
 from eval.flops import ModelCost
 from eval.memory import NF4_BYTES, SETTINGS, Parameters, Precision, Zero, activations, model_states, precision
 from hyperllama.base.loading import random_base
 from hyperllama.data.packing import pack_full, pack_gist
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.hypernetworks.gist_lora import GistHypernetwork
+from hyperllama.hypernetworks.pooling import PoolingHypernetwork
 from hyperllama.objectives import losses as objectives_losses
 from hyperllama.training.full_attention import FullAttention
 
@@ -286,3 +288,21 @@ def test_flops_of_a_step_are_those_that_torch_counts(monkeypatch, targets, full,
         loss.backward()
     assert step.forward == pytest.approx(forward, rel=1e-3)
     assert step.total == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize("attended", [0.0, 0.5])
+def test_pooling_keeps_of_a_context_what_a_prefill_keeps(attended):
+    """With gradient checkpointing, where no gradient goes through the context: keys and values as they were read."""
+
+    def kept(tokens, checkpointing):
+        set_seed(0)
+        architecture = tiny_architecture("llama", **SMALL, max_position_embeddings=4096)
+        base = random_base(architecture, vocab_size=VOCABULARY, dtype="bfloat16")
+        model = PoolingHypernetwork(base, gists=8, attended=attended).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        layout = GistLayout([Segment(tokens + 8, gists=8)])
+        return saved_bytes(model, lambda: model.gist_states(torch.full((1, tokens + 8), 5), layout))
+
+    read = 2000 * SMALL["num_hidden_layers"] * 2 * 2 * SMALL["head_dim"] * 2  # keys and values, two heads, bytes
+    assert kept(2000, True) <= read * 1.01 and kept(2000, False) > 2 * read

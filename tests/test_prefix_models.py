@@ -262,7 +262,13 @@ class TestMiddleware:
 
     def test_other_requests_pass_as_they_are(self, served):
         models, seen = served
-        bodies = [b'{"model": "base", "prompt": "x", "echo": true}', b'{"model": "nobody", "prompt": "x"}', b"{broken", b"[1]"]
+        bodies = [
+            b'{"model": "base", "prompt": "x", "echo": true}',
+            b'{"model": "nobody", "prompt": "x"}',
+            b"{broken",
+            b"[1]",
+            b"[" * 9999,
+        ]
         for path, raw in [("/tokenize", b'{"model": "a"}'), *(("/v1/completions", body) for body in bodies)]:
             assert request(models, path, raw=raw)[0] == 200 and seen[-1][1] == raw
 
@@ -295,6 +301,7 @@ class TestMiddleware:
         body = {"model": "twice", "prompt": "x"}
         assert request(models, "/v1/completions", body)[0] == 200 and json.loads(seen[0][1]) == body  # vLLM refuses it
         assert len(request(models, "/v1/models", method="GET")[1]["data"]) == 1
+        assert request(models, "/invocations", {**body, "kv_transfer_params": {"hyperllama": {}}})[0] == 400
         assert request(models, "/v1/completions", body, headers=[(b"authorization", b"Bearer key")])[0] == 400
 
     def test_bodies_are_bounded_and_may_be_cut_short(self, served, monkeypatch):

@@ -22,6 +22,8 @@ from hyperllama.tuning.refiners import refining
 
 Role = Literal["ours", "context", "budget", "control", "copy"]
 
+PREFIXES = 512  # that are kept for other methods and later episodes
+
 
 @dataclass(frozen=True)
 class State:
@@ -60,6 +62,7 @@ class Bench:
     seed: int = 0
     batch_tokens: int = 8192
     _whole: dict = dataclasses.field(default_factory=dict)
+    _made: dict = dataclasses.field(default_factory=dict)
 
     def context(self, episode: Episode) -> list[int]:
         """Token ids of an episode's context under the text format and its limits."""
@@ -87,12 +90,21 @@ class Bench:
         return [State(self._whole.get(key), len(key[1])) for key in keys]
 
     def compressed(self, contexts: Sequence[list[int]], maker: Hypernetwork | None = None) -> list[State]:
-        """States of prefixes by the hypernetwork, or by another `maker`, in passes of at most `batch_tokens` tokens."""
+        """States of prefixes by the hypernetwork, or by another `maker`, in passes of at most `batch_tokens` tokens.
+
+        The last ones that were made are kept: one task's prefix is another's control.
+        """
         maker, gists = (self.hypernetwork, self.gists) if maker is None else (maker, None)
-        batches = in_groups(contexts, lambda context: (len(context) + self.budget,), (self.batch_tokens,))
-        prefixes = [prefix for batch in batches for prefix in maker.compress(batch, gists=gists)]
-        pairs = zip(prefixes, contexts, strict=True)
-        return [State(prefix, len(context), prefix.rows, maker=maker) for prefix, context in pairs]
+        keys = [(id(maker), tuple(context), getattr(context, "ends", ())) for context in contexts]
+        own = dict(zip(keys, contexts, strict=True))
+        new = [context for key, context in own.items() if key not in self._made]
+        batches = in_groups(new, lambda context: (len(context) + self.budget,), (self.batch_tokens,))
+        made = [prefix for batch in batches for prefix in maker.compress(batch, gists=gists)]
+        self._made.update(zip([key for key in own if key not in self._made], made, strict=True))
+        states = [State(self._made[key], len(key[1]), self._made[key].rows, maker=maker) for key in keys]
+        for key in list(self._made)[: max(0, len(self._made) - PREFIXES)]:
+            del self._made[key]
+        return states
 
     def refined(self, indices: Sequence[int], maker: Hypernetwork, gists: int | None = None) -> list[State]:
         """States of what `maker` makes of episodes, refined on their own contexts."""

@@ -8,13 +8,14 @@ batched products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hyperllama.base.decoder import layers_of, part
@@ -119,35 +120,76 @@ def rows_of(groups: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:
     return rows.to(device), there.to(device)
 
 
+@dataclass(frozen=True, eq=False)
+class Acting:
+    """Adapters of n tasks, and the rows of a packed batch that each acts on: (n, m), and which of them are there (n, m).
+
+    Without `rows` a batch (n, rows, hidden) has row i adapted by task i.
+    """
+
+    stack: Stack
+    rows: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def on(cls, stack: Stack, groups: Sequence[Sequence[int]] | None, device) -> Acting:
+        """Task i on the rows groups[i] of a packed batch; all others have none."""
+        return cls(stack, None if groups is None else rows_of(groups, device))
+
+    def change(self, name: str, layer: int, x: Tensor, output: Tensor) -> Tensor:
+        """The output of a module that read `x`, with the adapters of a kind added."""
+        down, up = (side[layer] for side in self.stack.pairs[name])
+        x = x if self.rows is None else x[0][self.rows[0]]
+        inner = torch.bmm(x, down)
+        # Under autocast products choose their dtype themselves; otherwise all are of the model's.
+        change = torch.bmm(torch.relu(inner) if name == "adapter" else inner, up).to(output.dtype)
+        if self.rows is None:
+            return output + change
+        rows, there = self.rows
+        return output.index_add(1, rows[there], change[there][None])
+
+
 @contextmanager
 def adapted(model: PreTrainedModel, stack: Stack | None, groups: Sequence[Sequence[int]] | None = None) -> Iterator[None]:
-    """A context in which modules of a decoder have adapters beside them.
-
-    Without `groups` a batch (n, rows, hidden) has row i adapted by task i. With them a packed batch (1, T, hidden) has the rows
-    groups[i] adapted by task i, and all others by none. No stack: nothing is changed.
-    """
-    if stack is None:
+    """A context in which modules of a decoder have adapters beside them; see `Acting`. No stack: nothing is changed."""
+    with ExitStack() as hooks:
+        if stack is not None:
+            acting = Acting.on(stack, groups, model.device)
+            for hook in _beside_all(model, stack.pairs, lambda: acting):
+                hooks.callback(hook.remove)
         yield
-        return
-    chosen = None if groups is None else rows_of(groups, model.device)
 
-    def beside(name: str, layer: int):
-        down, up = (side[layer] for side in stack.pairs[name])
 
+class AdaptedCalls:
+    """Lets calls of a decoder name adapters that act in them alone: `gist_adapters=Acting(...)`.
+
+    Unlike `adapted`, also when gradient checkpointing runs a layer again in the backward pass: attention, the first in a layer,
+    is given the call's arguments then too, and decides for the layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, kinds: Iterable[str]):
+        self.acting: Acting | None = None
+        self.hooks = _beside_all(model, kinds, lambda: self.acting)
+        for layer in layers_of(model):
+            self.hooks.append(part(layer, "attention").register_forward_pre_hook(self._choose, with_kwargs=True))
+
+    def _choose(self, attention, args, kwargs) -> None:
+        self.acting = kwargs.get("gist_adapters")
+
+    def remove(self) -> None:
+        """Take the hooks off the decoder."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _beside_all(model: PreTrainedModel, kinds: Iterable[str], acting: Callable[[], Acting | None]) -> list[RemovableHandle]:
+    """Hooks that add what `acting` says at the time."""
+
+    def hook(name: str, layer: int):
         def add(module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = args[0] if chosen is None else args[0][0][chosen[0]]
-            inner = torch.bmm(x, down)
-            # Under autocast products choose their dtype themselves; otherwise all are of the model's.
-            change = torch.bmm(torch.relu(inner) if name == "adapter" else inner, up).to(output.dtype)
-            if chosen is None:
-                return output + change
-            rows, there = chosen
-            return output.index_add(1, rows[there], change[there][None])
+            now = acting()
+            return output if now is None else now.change(name, layer, args[0], output)
 
         return add
 
-    with ExitStack() as hooks:
-        for i, layer in enumerate(layers_of(model)):
-            for name in stack.pairs:
-                hooks.callback(part(layer, BESIDE[name]).register_forward_hook(beside(name, i)).remove)
-        yield
+    places = [(layer, name, i) for i, layer in enumerate(layers_of(model)) for name in kinds]
+    return [part(layer, BESIDE[name]).register_forward_hook(hook(name, i)) for layer, name, i in places]

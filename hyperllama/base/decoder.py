@@ -156,3 +156,10 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
     whose code still has the old name gets the old name.
     """
     return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
+def computes_again(model: PreTrainedModel) -> bool:
+    """Whether gradient checkpointing is on, so that layers are computed again in the backward pass."""
+    # The second name is that of older versions of transformers.
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    return getattr(model, next(name for name in names if hasattr(type(model), name)))

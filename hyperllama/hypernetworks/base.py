@@ -28,13 +28,13 @@ from hyperllama.base.mlp_blocks import BLOCK_ROWS
 from hyperllama.data.chunking import SINGLE, Chunking
 from hyperllama.data.packing import PLACEHOLDER, SINK, GistBatch, chunk_segments, chunks_read
 from hyperllama.errors import UserError, in_one_line
-from hyperllama.files import canonical_json, from_fields, sha256, write_atomically
+from hyperllama.files import canonical_json, from_fields, write_atomically
 from hyperllama.hypernetworks.config import CARD, CONFIG, FORMAT_VERSION, _card, read_config
 from hyperllama.objectives.losses import TokenLoss
 from hyperllama.objectives.mix import ANSWERS, Mix
 from hyperllama.objectives.packed_model import PackedModel
 from hyperllama.prefixes.capture import States, prefixes_of, sink_states
-from hyperllama.prefixes.manifest import Manifest
+from hyperllama.prefixes.manifest import Manifest, context_sha256
 from hyperllama.prefixes.prefix import Prefix
 from hyperllama.prefixes.rows import behind_sink
 
@@ -168,9 +168,18 @@ class Hypernetwork(PackedModel, ABC):
         return self.sink_rows(layout.positions[:sinks]) if chunks_read(layout.segments) else None
 
     def reading_loss(
-        self, reading: GistBatch, layout: GistLayout, states: States, sinks: States | None, teacher: Tensor | None
+        self,
+        reading: GistBatch,
+        layout: GistLayout,
+        states: States,
+        sinks: States | None,
+        teacher: Tensor | None,
+        **inputs,
     ) -> TokenLoss:
-        """The loss of what reads `sinks`, and `states`, which were compressed under `layout`; see `GistBatch.halves`."""
+        """The loss of what reads `sinks`, and `states`, which were compressed under `layout`; see `GistBatch.halves`.
+
+        `inputs` go to the decoder.
+        """
         inv_freq, first = inverse_frequencies(self.base), reading.sinks
         inside = first if chunks_read(layout.segments) else 0  # sinks that chunks read are among the states
         rows = layout.gist_rows[inside:]
@@ -181,7 +190,7 @@ class Hypernetwork(PackedModel, ABC):
             moved = [tuple(torch.cat([a.to(b.dtype), b], 1) for a, b in zip(*pair)) for pair in pairs]
         embeds = self.with_markers(self.base.get_input_embeddings()(reading.ids), reading)
         behind = embeds[:, moved[0][0].shape[1] :]
-        return self.answer_loss(reading, moved, mix=self.mix, teacher=teacher, apart=True, inputs_embeds=behind)
+        return self.answer_loss(reading, moved, mix=self.mix, teacher=teacher, apart=True, inputs_embeds=behind, **inputs)
 
     def teach(self, batch: GistBatch) -> Tensor | None:
         """What the frozen model says with the whole context, where `mix` asks for it."""
@@ -388,8 +397,3 @@ def likely_words(base: PreTrainedModel, count: int) -> Tensor:
     with gathered([words]):
         mean, spread = words.detach().float().mean(0), words.detach().float().std(0)
     return (mean + spread * torch.randn(count, len(mean), device=mean.device)) * embedding_scale(base)
-
-
-def context_sha256(context: Sequence[int]) -> str:
-    """The hash by which a manifest knows the token ids of its context."""
-    return sha256(canonical_json(list(context)))

@@ -33,6 +33,10 @@ class FullHypernetwork(WithGistTokens):
         for unused in behind_last_keys(self.compressor):
             unused.requires_grad_(False)
 
+    @property
+    def decoders(self) -> list[PreTrainedModel]:
+        return [self.base, self.compressor]
+
     def gist_states(
         self, ids: Tensor, layout: GistLayout, *, given: States | None = None, block_rows: int | None = BLOCK_ROWS
     ) -> States:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
-from attention_masks.registration import KeptQueries
-from hyperllama.base.decoder import head_dim, inverse_frequencies, kv_heads
+from attention_masks.registration import Kept
+from hyperllama.base.decoder import computes_again, head_dim, inverse_frequencies, kv_heads
 from hyperllama.base.mlp_blocks import BLOCK_ROWS
 from hyperllama.base.tensor_files import load_parameters
 from hyperllama.data.packing import GistBatch
@@ -110,12 +112,12 @@ class PoolingHypernetwork(Hypernetwork):
         whole = GistLayout([Segment(n, gists=n) for n in tokens]).to(ids.device)
         own = [piece[:, :n] for piece, n in zip(ids.split([s.tokens for s in layout.segments], 1), tokens, strict=True)]
         choosing = [row for rows in self._choosing(whole) for row in rows]
-        queries = KeptQueries(torch.tensor(choosing, dtype=torch.long, device=ids.device))
-        inputs = {"input_ids": torch.cat(own, 1), "gist_queries": queries if self.attended else None}
-        inputs |= {"gist_lora": self.lora} if self.lora else {}
+        asked = torch.tensor(choosing, dtype=torch.long, device=ids.device) if self.attended else None
+        kept = Kept(whole.gist_rows, asked)
+        inputs = {"input_ids": torch.cat(own, 1)} | ({"gist_lora": self.lora} if self.lora else {})
         with nullcontext() if self.lora else torch.no_grad():
-            states = gist_rows(self.base, whole, backend=self.backend, block_rows=block_rows, **inputs)
-        return whole, states, queries.layers
+            states = gist_rows(self.base, whole, backend=self.backend, block_rows=block_rows, kept=kept, **inputs)
+        return whole, states, list(kept.queries.values())
 
     def _choosing(self, whole: GistLayout) -> list[range]:
         """Of each context the rows at its end whose attention chooses."""
@@ -124,28 +126,37 @@ class PoolingHypernetwork(Hypernetwork):
 
     def _pooled(self, layout: GistLayout, whole: GistLayout, read: States, queries: Sequence[Tensor]) -> States:
         """The gist rows of `layout`, from what `_read` gives."""
-        inv_freq, places = inverse_frequencies(self.base), layout.positions[layout.gist_rows]
+        # With gradient checkpointing no wider copy of a context's keys and values is kept for the backward pass.
+        again = torch.is_grad_enabled() and computes_again(self.base)
         states = []
-        for layer, contexts in enumerate(self._contexts(layout, whole, read, queries)):
-            pooled = [self._pool(layer, *context) for context in contexts]
-            keys, values = (torch.cat(side, 1) for side in zip(*pooled, strict=True))
-            dtype = read[layer][1].dtype
-            states.append((rotate(keys, places, inv_freq).to(dtype), values.to(dtype)))
+        for layer, (keys, values) in enumerate(read):
+            pool = partial(self._pool_layer, layer, layout, whole, self._received(layer, whole, keys, queries))
+            states.append(checkpoint(pool, keys, values, use_reentrant=False) if again else pool(keys, values))
         return states
 
-    def _contexts(
-        self, layout: GistLayout, whole: GistLayout, read: States, queries: Sequence[Tensor]
-    ) -> Iterator[Iterator[tuple[Tensor, Tensor, int, Tensor | None]]]:
-        """Of each layer the contexts as `_pool` takes them, from what `_read` gives."""
+    def _pool_layer(
+        self, layer: int, layout: GistLayout, whole: GistLayout, received: Sequence[Tensor | None], keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values (N, T, D) of all contexts -> those (N, S, D) of the gist rows of `layout`."""
         tokens, counts = [s.tokens for s in whole.segments], [s.gists for s in layout.segments]
-        inv_freq = inverse_frequencies(self.base)
-        for layer, (keys, values) in enumerate(read):
-            received: list[Tensor | None] = [None] * len(tokens)
-            if self.attended:
-                asked = queries[layer].split([len(rows) for rows in self._choosing(whole)], 1)
-                received = [attention_received(q, k) for q, k in zip(asked, keys.split(tokens, 1), strict=True)]
-            keys = rotate(keys.float(), -whole.positions, inv_freq)
-            yield zip(keys.split(tokens, 1), values.float().split(tokens, 1), counts, received, strict=True)
+        contexts = zip(self._unplaced(whole, keys), values.float().split(tokens, 1), counts, received, strict=True)
+        pooled = [self._pool(layer, *context) for context in contexts]
+        own_keys, own_values = (torch.cat(side, 1) for side in zip(*pooled, strict=True))
+        places = layout.positions[layout.gist_rows]
+        return rotate(own_keys, places, inverse_frequencies(self.base)).to(values.dtype), own_values.to(values.dtype)
+
+    def _unplaced(self, whole: GistLayout, keys: Tensor) -> Sequence[Tensor]:
+        """Of each context its keys without their positions, in float32."""
+        bare = rotate(keys.float(), -whole.positions, inverse_frequencies(self.base))
+        return bare.split([s.tokens for s in whole.segments], 1)
+
+    def _received(self, layer: int, whole: GistLayout, keys: Tensor, queries: Sequence[Tensor]) -> list[Tensor | None]:
+        """Of each context how much attention its tokens get from the rows that choose, (N, T), or None where none do."""
+        if not self.attended:
+            return [None] * len(whole.segments)
+        asked = queries[layer].split([len(rows) for rows in self._choosing(whole)], 1)
+        of_each = zip(asked, keys.split([s.tokens for s in whole.segments], 1), strict=True)
+        return [attention_received(q, k) for q, k in of_each]
 
     def _pool(self, layer: int, keys: Tensor, values: Tensor, gists: int, received: Tensor | None) -> tuple[Tensor, Tensor]:
         """keys without positions and values (N, T, D), attention received (N, T) or None -> (N, gists, D) each."""
@@ -171,10 +182,12 @@ class PoolingHypernetwork(Hypernetwork):
         pieces, segments = self.cut(context, self._allowed(gists))
         layout = GistLayout(segments).to(self.base.device)
         ids = torch.tensor([[token for piece in pieces for token in piece]], device=self.base.device)
-        layers = [
-            torch.block_diag(*(self._weights(layer, keys, count, got).mean(0) for keys, _, count, got in contexts))
-            for layer, contexts in enumerate(self._contexts(layout, *self._read(ids, layout, BLOCK_ROWS)))
-        ]
+        whole, read, queries = self._read(ids, layout, BLOCK_ROWS)
+        layers = []
+        for layer, (keys, _) in enumerate(read):
+            received = self._received(layer, whole, keys, queries)
+            contexts = zip(self._unplaced(whole, keys), [s.gists for s in segments], received, strict=True)
+            layers.append(torch.block_diag(*(self._weights(layer, *context).mean(0) for context in contexts)))
         return torch.stack(layers).mean(0).cpu()
 
     def compress_flops(self, cost: Any, tokens: int) -> int:

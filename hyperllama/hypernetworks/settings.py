@@ -19,8 +19,6 @@ class KindSettings:
     home: ClassVar[str]  # "module:Class" of the hypernetwork, imported when one is made or loaded
     summary: ClassVar[str]  # how it makes a prefix, in a few words for a model card
     fewest_rows: ClassVar[int] = 1
-    # Whether a context is compressed in a pass of its own, for whose keys and values gradient checkpointing has no room.
-    own_pass: ClassVar[bool] = True
     makes_modules: ClassVar[bool] = False  # whether what it makes has adapters, which prefix tuning does not know
     planned: ClassVar[bool] = False  # whether `check --gpus` knows its memory
 
@@ -73,7 +71,6 @@ class LoraSettings(KindSettings):
     kind = "lora"
     home = "hyperllama.hypernetworks.gist_lora:GistHypernetwork"
     summary = "gist tokens behind the context, and LoRA on the frozen base for their rows"
-    own_pass = False
     planned = True
 
     rank: int = 16
@@ -110,7 +107,6 @@ class GistingSettings(KindSettings):
     kind = "gisting"
     home = "hyperllama.hypernetworks.gisting:GistingHypernetwork"
     summary = "gist tokens behind the context, read by the model itself, all of its weights trained"
-    own_pass = False
 
     @property
     def trains_base(self) -> bool:

@@ -24,8 +24,8 @@ from hyperllama.data.sni import read_task
 from hyperllama.data.text import ContextIds, Encoder
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import written
-from hyperllama.hypernetworks.base import Hypernetwork, context_sha256
-from hyperllama.prefixes.manifest import Manifest
+from hyperllama.hypernetworks.base import Hypernetwork
+from hyperllama.prefixes.manifest import Manifest, context_sha256
 from hyperllama.prefixes.prefix import Prefix
 from hyperllama.prefixes.store import PrefixStore
 

@@ -84,10 +84,17 @@ class PackedModel(nn.Module):
         ).last_hidden_state
         return hidden[0].index_select(0, batch.target_rows - first)
 
+    @property
+    def decoders(self) -> list[PreTrainedModel]:
+        """The models whose layers a training step runs."""
+        return [self.base]
+
     def activation_checkpointing_enable(self, *args, **kwargs) -> None:
         """Called by the Trainer when `gradient_checkpointing` is set; older versions of transformers call the name below."""
-        self.base.activation_checkpointing_enable(*args, **kwargs)
+        for model in self.decoders:
+            model.activation_checkpointing_enable(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
         """As `activation_checkpointing_enable`, by its older name."""
-        self.base.gradient_checkpointing_enable(*args, **kwargs)
+        for model in self.decoders:
+            model.gradient_checkpointing_enable(*args, **kwargs)

@@ -7,10 +7,11 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
-from hyperllama.base.decoder import cache_argument, inverse_frequencies, layers_of, packed_arguments
+from attention_masks.registration import Kept
+from hyperllama.base.decoder import inverse_frequencies, packed_arguments
 from hyperllama.base.mlp_blocks import BLOCK_ROWS, mlps_in_blocks
 from hyperllama.prefixes.prefix import Prefix
 
@@ -24,24 +25,25 @@ def gist_rows(
     backend: str = "auto",
     given: States | None = None,
     block_rows: int | None = BLOCK_ROWS,
+    kept: Kept | None = None,
     **inputs,
 ) -> States:
     """Keys and values (N, S, D) of the rows `layout.gist_rows` at each layer, as the decoder leaves them.
 
     `given` are those (N, R, D) of the first R rows, all of them gist rows, which are read instead of what is computed there.
-    `inputs` go to the decoder: input_ids (1, T) or inputs_embeds (1, T, hidden), and perhaps `gist_lora`. Without gradients and
-    beyond `block_rows` rows a layer's MLP runs in chunks of as many, so that its inner states do not grow with the context.
+    `kept` is what collects them, if queries are wanted too. `inputs` go to the decoder: input_ids (1, T) or inputs_embeds
+    (1, T, hidden), and perhaps `gist_lora`. Without gradients and beyond `block_rows` rows a layer's MLP runs in chunks of as
+    many, so that its inner states do not grow with the context. With gradients they are right under gradient checkpointing too.
     """
-    cache, decoder = _GistRows(layout.gist_rows), model.get_decoder()
+    kept, decoder = kept or Kept(layout.gist_rows), model.get_decoder()
     arguments = packed_arguments(model, layout, backend, given)
     long = block_rows is not None and layout.tokens > block_rows and not torch.is_grad_enabled()
     with mlps_in_blocks(model, block_rows, inputs.get("gist_lora")) if long else nullcontext():
-        decoder(**cache_argument(decoder, cache), use_cache=True, **inputs, **arguments)
-    if not cache.states:
-        raise ValueError("gradient checkpointing keeps no keys and values: they are needed when a context is compressed apart")
+        decoder(use_cache=False, gist_kept=kept, **inputs, **arguments)
+    states = list(kept.states.values())
     if given is None:
-        return cache.states
-    pairs = zip(given, cache.states, strict=True)
+        return states
+    pairs = zip(given, states, strict=True)
     return [tuple(torch.cat([a.to(b.dtype), b[:, a.shape[1] :]], 1) for a, b in zip(*pair)) for pair in pairs]
 
 
@@ -50,18 +52,10 @@ def sink_states(model: PreTrainedModel, token: int, *, gradient: bool = False) -
 
     With `gradient`, and where gradients are taken, for a model that is being trained.
     """
-    ids, layers = torch.tensor([[token]], device=model.device), list(layers_of(model))
-    training = [layer.training for layer in layers]
-    for layer in layers:
-        # Gradient checkpointing would keep no keys and values. Not `eval`, at which 4-bit weights are packed for good.
-        layer.training = False
-    try:
-        taken = torch.set_grad_enabled(gradient and torch.is_grad_enabled())
-        with taken, torch.autocast(model.device.type, enabled=False):
-            return gist_rows(model, GistLayout([Segment(1, gists=1)]).to(model.device), input_ids=ids)
-    finally:
-        for layer, was in zip(layers, training):
-            layer.training = was
+    ids = torch.tensor([[token]], device=model.device)
+    taken = torch.set_grad_enabled(gradient and torch.is_grad_enabled())
+    with taken, torch.autocast(model.device.type, enabled=False):
+        return gist_rows(model, GistLayout([Segment(1, gists=1)]).to(model.device), input_ids=ids)
 
 
 @torch.no_grad()
@@ -94,17 +88,3 @@ def encode_whole(
     with torch.no_grad():
         states = gist_rows(model, layout, backend=backend, block_rows=block_rows, input_ids=ids)
     return prefixes_of(states, layout, readers, inverse_frequencies(model))
-
-
-class _GistRows(DynamicCache):
-    """A cache that keeps gist rows only, (N, S, D) a layer, so that memory does not grow with the context."""
-
-    def __init__(self, rows: Tensor):
-        super().__init__()
-        self.rows = rows
-        self.states: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        keys, values = (x[0].index_select(1, self.rows) for x in (key_states, value_states))
-        self.states.append((keys.to(values.dtype), values))
-        return key_states, value_states

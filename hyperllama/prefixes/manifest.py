@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from math import isfinite
@@ -81,6 +82,11 @@ class Manifest:
     def changed(self, **fields_) -> Manifest:
         """The manifest of rows that were made of these: what was measured about these says nothing about those."""
         return replace(self, **{"metrics": {}, "created": datetime.now(UTC).isoformat(timespec="seconds"), **fields_})
+
+
+def context_sha256(context: Sequence[int]) -> str:
+    """The hash by which a manifest knows the token ids of its context."""
+    return sha256(canonical_json(list(context)))
 
 
 def _both(first: Manifest, second: Manifest) -> Manifest:

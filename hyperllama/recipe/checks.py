@@ -175,10 +175,6 @@ def _hypernetwork(recipe: Any, check: _Checks) -> None:
     settings = kind_of(recipe)
     check(gist.tokens >= settings.fewest_rows, f"gist.tokens: at least {settings.fewest_rows}, not {gist.tokens}")
     check.extend(settings.problems(recipe))
-    apart = recipe.method == "hypernetwork" and settings.own_pass and recipe.training.get("gradient_checkpointing")
-    check(
-        not apart, f"training.gradient_checkpointing: not with gist.kind={gist.kind}, whose keys and values it would not keep"
-    )
     found = not start or (Path(start) / "hypernetwork.json").is_file()
     check(found, f"start_from: {start} is not the folder of a trained hypernetwork; train it first")
     if start and found:

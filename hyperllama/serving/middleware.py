@@ -20,7 +20,6 @@ from hyperllama.serving.catalog import Card, Catalog
 from hyperllama.serving.wrapping import placeholder_of, refuse_ours, wrapped
 
 VARIABLE = "HYPERLLAMA_SERVING"  # in the environment of vLLM's server, which passes a middleware no settings
-GUARDED = ("/v1/", "/v2/", "/inference/", "/cohere/")  # the paths that vLLM's key guards
 MOST_BYTES = 32 * 2**20  # of a request's body
 
 Message = dict[str, Any]
@@ -56,8 +55,8 @@ class Settings:
 class PrefixModels:
     """ASGI middleware: prefixes are listed among the models, and requests for one reach the engine as requests to read it.
 
-    Requests for other models pass as they are. A key that only the server may set is refused with 400 wherever it comes, and so
-    is a prefix that cannot be served. Where there is an API key, requests without it are left to vLLM, which refuses them.
+    Requests for other models pass as they are. What only the server may set is refused with 400 wherever it comes, and so is a
+    prefix that cannot be served. Where there is an API key, requests without it are told nothing more: vLLM refuses them.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], settings: Settings | None = None):
@@ -69,34 +68,35 @@ class PrefixModels:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request."""
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] == "http" and self._has_key(scope):
-            if scope["method"] == "GET" and path == "/v1/models":
-                send = _Rewritten(send, self._with_prefixes)
-            elif scope["method"] == "POST":
-                try:
-                    scope, receive, send = await self._asked(path, scope, receive, send)
-                except Refusal as refusal:
-                    return await refusal.send(send)
+        if scope["type"] == "http" and scope["method"] == "POST":
+            try:
+                scope, receive, send = await self._asked(path, scope, receive, send)
+            except Refusal as refusal:
+                return await refusal.send(send)
+        elif scope["type"] == "http" and path == "/v1/models" and self._has_key(scope):
+            send = _Rewritten(send, self._with_prefixes)
         await self.app(scope, receive, send)
 
     def _has_key(self, scope: Message) -> bool:
         if not self.settings.api_key:
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return secrets.compare_digest(given, b"Bearer " + self.settings.api_key.encode())
+        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and secrets.compare_digest(key, self.settings.api_key.encode())
 
     async def _asked(self, path: str, scope: Message, receive: Receive, send: Send) -> tuple[Message, Receive, Send]:
         """The request as the engine is to have it; Refusal if it is to have none."""
         raw = await _body(receive)
         try:
             body = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None  # vLLM says what is wrong
         if not isinstance(body, dict):
             return scope, _replay(raw, receive), send
         try:
             refuse_ours(body)
-            card, body = await asyncio.to_thread(self._rewrite, path, body)
+            card = None
+            if self._has_key(scope):
+                card, body = await asyncio.to_thread(self._rewrite, path, body)
         except (UserError, OSError) as error:
             raise Refusal(400, "BadRequestError", str(error)) from error
         if card is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
-from hyperllama.base.adapters import BESIDE, Adapters, Stack, adapted
+from hyperllama.base.adapters import BESIDE, Acting, AdaptedCalls, Adapters, Stack
 from hyperllama.base.decoder import (
     head_dim,
     inverse_frequencies,
@@ -80,6 +80,7 @@ class HintHypernetwork(Hypernetwork):
         pairs = {name: (size, widths[name]) for name, size in self.hint.sizes().items()}
         self.generator = Generator(*sizes, pairs, self.hint).to(base.device) if self.num_gists or pairs else None
         self.fusion = Fusion(base, self.hint.fusion_rank) if self.hint.fusion else None
+        self.calls = AdaptedCalls(base, beside)
         base.requires_grad_(self.trains_base)
 
     @property
@@ -98,9 +99,13 @@ class HintHypernetwork(Hypernetwork):
         ids, layout, reading = batch.halves()
         states, stack = self.task_modules(ids, layout)
         teacher = self.teach(batch)
-        sinks = self.sink_rows(reading.layout.positions[: reading.sinks])  # before there are adapters
-        with adapted(self.base, stack, reading.reader_rows()):
-            return self.reading_loss(reading, layout, states, sinks, teacher)
+        sinks = self.sink_rows(reading.layout.positions[: reading.sinks])
+        acting = {"gist_adapters": Acting.on(stack, reading.reader_rows(), self.base.device)} if stack else {}
+        return self.reading_loss(reading, layout, states, sinks, teacher, **acting)
+
+    def remove(self) -> None:
+        """Take the hooks off the base."""
+        self.calls.remove()
 
     def gist_states(
         self, ids: Tensor, layout: GistLayout, *, given: States | None = None, block_rows: int | None = BLOCK_ROWS
