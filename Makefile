@@ -43,6 +43,7 @@ serve-env: .venv-serve/.installed
 
 test-serve: .venv-serve/.installed models/smollm2-135m/source.json
 	.venv-serve/bin/python -m pytest --durations=15 tests/test_vllm.py tests/test_prefix_models.py
+	.venv-serve/bin/python -m pytest -q tests/test_docs.py -k python_can_import
 
 # The page of hyperllama demo, in a headless browser: apt-get install chromium first, or the tests of the page skip. Gradio wants an
 # older pillow than all else, so it has an environment of its own.

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import re
 
 import pytest
@@ -20,6 +21,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 KEY = re.compile(r"([a-z_]+(?:\.[a-z_]+)*)=.*")
 DOTTED = re.compile(r"([a-z_]+(?:\.[a-z_]+)+)(?:[=:].*)?")
 FILES = re.compile(r".*\.(jsonl?|md|png|py|safetensors|ya?ml)")
+ELSEWHERE = ("vllm", "openai")  # in an environment of their own, where make test-serve runs this too
 SECTIONS = {field for schema in SCHEMAS.values() for field in schema.__dataclass_fields__}
 
 
@@ -46,6 +48,7 @@ def test_links_lead_somewhere(page):
 def test_verbs_options_and_keys_exist(page):
     unknown = []
     for verb, rest in commands(PAGES[page]):
+        rest = re.split(r" --(?= )", rest)[0]  # what follows goes to another program
         options = {option for parameter in VERBS[verb].params for option in parameter.opts} if verb in VERBS else set()
         unknown += [verb] * (verb not in VERBS)
         unknown += [f"{verb} {option}" for option in re.findall(r"(?<!\S)--[a-z][\w-]*", rest) if option not in options]
@@ -66,11 +69,15 @@ def test_recipes_exist(page):
     assert not [name for name in named if "NAME" not in name and not (ROOT / name).exists()]
 
 
+def absent(module):
+    return importlib.util.find_spec(module.split(".")[0]) is None
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_python_can_import_what_it_names(page):
     for language, block in FENCE.findall(PAGES[page]):
         for node in ast.walk(ast.parse(block if language == "python" else "")):
-            if isinstance(node, ast.ImportFrom):
+            if isinstance(node, ast.ImportFrom) and not (node.module.split(".")[0] in ELSEWHERE and absent(node.module)):
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
 
