@@ -4,11 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from eval.methods.bench import Bench, State, method
 from eval.methods.shuffling import shuffled, shuffled_words
+from hyperllama.inference.reader import Reader
+from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.prefix import Prefix
+from hyperllama.prefixes.rows import first_rows
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """Makes of a context the prefix of its first `rows` tokens."""
+
+    reader: Reader
+    rows: int
+
+    def compress(
+        self, contexts: Sequence[Sequence[int]], manifests: Sequence[Manifest] | None = None, *, gists: int | None = None
+    ) -> list[Prefix]:
+        """As a hypernetwork's; `gists` are not heard, and fewer tokens are all kept."""
+        made = [first_rows(whole, self.rows) for whole in self.reader.encode([context[: self.rows] for context in contexts])]
+        manifests = manifests or [Manifest(base=self.reader.identity) for _ in contexts]
+        return [Prefix(one.keys, one.values, manifest) for one, manifest in zip(made, manifests, strict=True)]
+
+    def compress_flops(self, cost: Any, tokens: int) -> int:
+        """FLOPs of that."""
+        return cost.encode(min(tokens, self.rows))
 
 
 @method("the prefix", "ours", "model", "hypernetwork")
@@ -27,6 +52,15 @@ def refined_prefix(bench: Bench, indices: Sequence[int]) -> list[State]:
 def refined_attended(bench: Bench, indices: Sequence[int]) -> list[State]:
     """Most attended keys and values, tuned as the prefix is: what a hypernetwork's start adds to tuning."""
     return bench.refined(indices, bench.chooser)
+
+
+@method("first keys and values, refined", "budget", "model", "budget", "refine")
+def refined_first(bench: Bench, indices: Sequence[int]) -> list[State]:
+    """The keys and values of the context's first tokens, tuned as the prefix is: how cartridges start from a text.
+
+    (Eyuboglu et al. 2025, arXiv 2506.06266, and PEFT's CARTRIDGE.)
+    """
+    return bench.refined(indices, FirstRows(bench.reader, bench.budget))
 
 
 @method("the last chunk's prefix", "control", "model", "chunks")
