@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hyperllama.base.identity import BaseIdentity
 from hyperllama.errors import UserError
+from hyperllama.prefixes import store as store_module
 from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.prefix import Prefix
 from hyperllama.prefixes.store import PrefixStore
@@ -54,6 +55,29 @@ class TestStore:
         first = store.add(prefix_of("a", metrics={"x": 1}), rank=1)
         assert store.add(prefix_of("a", metrics={"x": float("nan"), "y": (1, 2)})) == first
         assert len(store) == 1 and store.check() == [] and store.load("a").manifest.metrics["y"] == [1, 2]
+
+    def test_of_a_journal_that_has_grown_only_the_rest_is_read(self, store, monkeypatch):
+        store.add(prefix_of("a"))
+        reader, starts, lines = PrefixStore(store.folder, create=False), [], store_module._lines
+        monkeypatch.setattr(store_module, "_lines", lambda path, start: starts.append(start) or lines(path, start))
+        assert len(reader) == 1 and starts == [0]
+        store.add(prefix_of("b"))
+        store.add(prefix_of("a", metrics={"x": 2}), rank=1)
+        assert [e.task for e in reader] == ["a", "b"] and starts[1] > 0 and starts[2] == 0
+        assert reader.find(task="a")[0].metrics == {"x": 2}
+        # A line that is half there when it is read, and whole later.
+        third = prefix_of("c")
+        third.save(store.path_of(third.manifest))
+        line = "\n" + store_module._line(store_module._entry(store.path_of(third.manifest), third))
+        journal = store.folder / "index" / "rank0.jsonl"
+        for half in (line[:40], line[40:]):
+            with journal.open("a") as file:
+                file.write(half)
+            found = len(reader)
+        assert found == 3 and reader.check() == []
+        store.repair()
+        starts.clear()
+        assert len(reader) == 3 and starts == [0] and len(PrefixStore(store.folder)) == 3
 
     def test_what_cannot_be_loaded_is_said(self, store):
         store.add(prefix_of("a"))

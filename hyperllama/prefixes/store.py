@@ -55,6 +55,9 @@ class Entry:
         return [key for key in mine if key != "created" and canonical_json(mine[key]) != canonical_json(its[key])]
 
 
+FIELDS = {field.name for field in dataclasses.fields(Entry)}
+
+
 class PrefixStore:
     """A folder of prefix files and their index. Several processes may add to it at the same time, each as a rank of its own.
 
@@ -65,6 +68,8 @@ class PrefixStore:
     def __init__(self, folder: str | Path, *, create: bool = True):
         self.folder, self._repair = Path(folder), f"run hyperllama list {folder} --repair"
         self._stamp: Hashable = None
+        self._ends: dict[Path, tuple[int, int]] = {}  # of each journal its file's number, and up to which byte it has been read
+        self._newest: dict[str, tuple[int, Entry]] = {}  # with when it was written
         self._known: dict[str, Entry] = {}
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{folder}: a file, but a store of prefixes is a folder; give another name")
@@ -260,11 +265,22 @@ class PrefixStore:
         return found[0]
 
     def _index(self) -> dict[str, Entry]:
-        """The entries by file name, read again if a process has written since. Of lines about one file the last counts."""
+        """The entries by file name, and what processes have written since. Of lines about one file the last counts."""
         stamp = self.stamp()
         if stamp != self._stamp:
-            lines = sorted((line for path, *_ in stamp for line in _lines(path)), key=lambda line: line[0])
-            self._known, self._stamp = {entry.file: entry for _, entry in lines}, stamp
+            there = {path: (number, size) for path, number, size, _ in stamp}
+            # Journals are appended to, so that only what is new is read; repair makes other files of them.
+            if not all(
+                path in there and there[path][0] == own and there[path][1] >= end for path, (own, end) in self._ends.items()
+            ):
+                self._ends, self._newest = {}, {}
+            for path, (number, _) in there.items():
+                lines, end = _lines(path, self._ends.get(path, (number, 0))[1])
+                self._ends[path] = number, end
+                for written, entry in lines:
+                    if entry.file not in self._newest or self._newest[entry.file][0] <= written:
+                        self._newest[entry.file] = written, entry
+            self._known, self._stamp = {file: entry for file, (_, entry) in self._newest.items()}, stamp
         return self._known
 
     def _append(self, entries: Iterable[Entry], rank: int) -> None:
@@ -283,14 +299,37 @@ def _line(entry: Entry) -> str:
     return json.dumps({"written": time.time_ns(), **dataclasses.asdict(entry)}) + "\n"
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Entry]]:
-    """Whole lines of an index file. A line that a crash cut short is passed over: its prefix is then one without a line."""
-    for text in path.read_bytes().split(b"\n"):
+def _lines(path: Path, start: int) -> tuple[list[tuple[int, Entry]], int]:
+    """Whole lines of an index file from a byte on, and the byte behind the last of them.
+
+    A line that a crash cut short is passed over: its prefix is then one without a line.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        read = file.read()
+    whole = read[: read.rfind(b"\n") + 1]
+    found, bases = [], {}
+    for text in whole.split(b"\n"):
         with suppress(ValueError, TypeError, KeyError, AttributeError):
             value = json.loads(text)
-            written, entry = value.pop("written"), from_fields(Entry, value, str(path))
+            written = value.pop("written")
+            # Most lines are of one base: it is looked at once.
+            key = (*value["base"].items(),)
+            if key not in bases:
+                bases[key] = from_fields(BaseIdentity, value["base"], str(path))
+            entry = _quickly(value, bases[key]) or from_fields(Entry, value, str(path))
             if isinstance(written, int) and entry.file == os.path.basename(entry.file) and len(entry.file) <= 255:
-                yield written, entry
+                found.append((written, entry))
+    return found, start + len(whole)
+
+
+def _quickly(value: dict, base: BaseIdentity) -> Entry | None:
+    """The entry of a line that is as `_line` writes it; None for one to be looked at closely."""
+    texts = (value["file"], value["task"], value["context_sha256"], value["hypernetwork_sha256"], value["created"])
+    plain = value.keys() == FIELDS and type(value["rows"]) is type(value["bytes"]) is int and type(value["metrics"]) is dict
+    if not plain or not all(type(text) is str for text in texts):
+        return None
+    return Entry(**{**value, "base": base})
 
 
 def _is_base(found: BaseIdentity, wanted: BaseIdentity | str) -> bool:
