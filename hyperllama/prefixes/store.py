@@ -325,9 +325,11 @@ def _lines(path: Path, start: int) -> tuple[list[tuple[int, Entry]], int]:
 
 def _quickly(value: dict, base: BaseIdentity) -> Entry | None:
     """The entry of a line that is as `_line` writes it; None for one to be looked at closely."""
-    texts = (value["file"], value["task"], value["context_sha256"], value["hypernetwork_sha256"], value["created"])
+    may_lack = (value["context_sha256"], value["hypernetwork_sha256"], value["created"])
     plain = value.keys() == FIELDS and type(value["rows"]) is type(value["bytes"]) is int and type(value["metrics"]) is dict
-    if not plain or not all(type(text) is str for text in texts):
+    if not plain or type(value["file"]) is not str or type(value["task"]) is not str:
+        return None
+    if not all(text is None or type(text) is str for text in may_lack):
         return None
     return Entry(**{**value, "base": base})
 
