@@ -127,7 +127,7 @@ def one_setting(address: str, context: int, clients: int, rounds: int) -> dict:
     """Medians over paired rounds of each way, and how many times more requests a second the prefix has."""
     rng, count = Random(context * clients), max(4, clients)
     kept = words(rng, context)
-    base = Path(openai.OpenAI(base_url=address, api_key="none").models.list().data[0].id).name
+    base = served_base(address)
     ways: dict[str, Callable[[], list[Asked]]] = {
         "prefix": lambda: [Asked("task0", words(rng, QUERY)) for _ in range(count)],
         "warm": lambda: [Asked(base, kept + words(rng, QUERY)) for _ in range(count)],
@@ -142,7 +142,7 @@ def many_tasks(address: str, tasks: int, rounds: int) -> dict:
     """As `one_setting`, for more tasks than the engine has memory for; each is asked for once a round, in a new order."""
     rng = Random(0)
     contexts = [words(rng, MANY_CONTEXT) for _ in range(tasks)]
-    base = Path(openai.OpenAI(base_url=address, api_key="none").models.list().data[0].id).name
+    base = served_base(address)
 
     def order() -> list[int]:
         return rng.sample(range(tasks), tasks)
@@ -194,6 +194,11 @@ async def load(address: str, questions: Sequence[Asked], clients: int) -> tuple[
     seconds = time.perf_counter() - start
     await client.close()
     return len(questions) / seconds, statistics.median(firsts)
+
+
+def served_base(address: str) -> str:
+    """The name of the base as a model: the first that the server lists."""
+    return openai.OpenAI(base_url=address, api_key="none").models.list().data[0].id
 
 
 def words(rng: Random, count: int) -> list[int]:

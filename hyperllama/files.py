@@ -153,7 +153,7 @@ def read_text(path: str | Path, what: str) -> str:
 
 def read_json(path: str | Path, what: str) -> Any:
     """The JSON value in a file; UserError names the file, and the line where it stops being JSON."""
-    return _json(read_text(path, what), str(path), what)
+    return json_of(read_text(path, what), str(path), what)
 
 
 def read_json_lines(path: str | Path, what: str) -> Iterator[tuple[str, Any]]:
@@ -162,12 +162,7 @@ def read_json_lines(path: str | Path, what: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(read_text(path, f"JSON lines of {what}").split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield where, json_of_line(line, where, what)
-
-
-def json_of_line(line: str, where: str, what: str) -> Any:
-    """The JSON value of one line; UserError, from `where` ("file, line n") on, if it is none."""
-    return _json(line, where, what)
+            yield where, json_of(line, where, what)
 
 
 def write_zipped_lines(path: str | Path, lines: Iterable[Any]) -> None:
@@ -182,7 +177,8 @@ def zipped_lines(path: str | Path) -> list[Any]:
         return [json.loads(line) for line in file]
 
 
-def _json(text: str, where: str, what: str) -> Any:
+def json_of(text: str, where: str, what: str) -> Any:
+    """The JSON value of a text; UserError if it is none, or cannot be written, that begins with `where`, "file, line n" say."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

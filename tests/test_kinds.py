@@ -304,3 +304,13 @@ def test_gradient_checkpointing_changes_nothing(kind, taught, monkeypatch):
     assert all(gradient is not None for gradient in gradients[0].values() if gradient is not gradients[0].get("marker"))
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_two_that_share_a_base_have_calls_of_their_own():
+    """Adapters that one names act once, though the other listens too."""
+    base = tiny_base()
+    batch = pack_gist(EPISODES, packing("hint"))
+    one = made("hint", base)
+    alone = one(batch).mean.item()
+    other = made("hint", base)
+    assert one(batch).mean.item() == pytest.approx(alone, abs=1e-6) == other(batch).mean.item()

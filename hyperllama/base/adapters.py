@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,7 +161,7 @@ def adapted(model: PreTrainedModel, stack: Stack | None, groups: Sequence[Sequen
 
 
 class AdaptedCalls:
-    """Lets calls of a decoder name adapters that act in them alone: `gist_adapters=Acting(...)`.
+    """Lets calls of a decoder name adapters that act in them alone, by the keyword arguments of `naming`.
 
     Unlike `adapted`, also when gradient checkpointing runs a layer again in the backward pass: attention, the first in a layer,
     is given the call's arguments then too, and decides for the layer.
@@ -172,8 +173,14 @@ class AdaptedCalls:
         for layer in layers_of(model):
             self.hooks.append(part(layer, "attention").register_forward_pre_hook(self._choose, with_kwargs=True))
 
+    def naming(self, stack: Stack | None, groups: Sequence[Sequence[int]] | None, device) -> dict[str, Any]:
+        """Arguments of a call in which task i acts on the rows groups[i] of a packed batch; none for no stack."""
+        return {} if stack is None else {"gist_adapters": (self, Acting.on(stack, groups, device))}
+
     def _choose(self, attention, args, kwargs) -> None:
-        self.acting = kwargs.get("gist_adapters")
+        # Another hypernetwork on the same decoder has calls of its own.
+        owner, acting = kwargs.get("gist_adapters", (None, None))
+        self.acting = acting if owner is self else None
 
     def remove(self) -> None:
         """Take the hooks off the decoder."""

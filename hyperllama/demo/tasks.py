@@ -9,7 +9,7 @@ from pathlib import Path
 from hyperllama.data.episode import Example, merged
 from hyperllama.data.json_lines import WANTED, example_from, read_examples
 from hyperllama.errors import UserError
-from hyperllama.files import json_of_line
+from hyperllama.files import json_of
 
 WORDS = Path("recipes/words/test")
 MOST_CHARACTERS = 200_000  # of pasted examples: more than a context holds
@@ -59,7 +59,7 @@ def pasted(text: str) -> tuple[Example, ...]:
 
 def _example(line: str, where: str) -> Example:
     if line.lstrip().startswith("{"):
-        return example_from(json_of_line(line, where, WANTED), where)
+        return example_from(json_of(line, where, WANTED), where)
     before, tab, after = (part.strip() for part in line.partition("\t"))
     if not line.count("\t") or not before or not after:
         raise UserError(f"{where}: {line.strip()[:60]!r} is not input, tab, output; write it so, or as JSON: {WANTED}")

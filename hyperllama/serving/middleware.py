@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hyperllama.base.identity import BaseIdentity
@@ -24,8 +23,6 @@ MOST_BYTES = 32 * 2**20  # of a request's body
 
 Message = dict[str, Any]
 Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,9 +44,7 @@ class Settings:
         """What `to_json` wrote into VARIABLE; UserError if it is not there."""
         if VARIABLE not in os.environ:
             raise UserError(f"{VARIABLE} is not set; start the server by hyperllama serve")
-        values = json.loads(os.environ[VARIABLE])
-        identity = from_fields(BaseIdentity, values.pop("identity"), VARIABLE)
-        return cls(identity=identity, **{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        return from_fields(cls, json.loads(os.environ[VARIABLE]), VARIABLE)
 
 
 class PrefixModels:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
-from hyperllama.base.adapters import BESIDE, Acting, AdaptedCalls, Adapters, Stack
+from hyperllama.base.adapters import BESIDE, AdaptedCalls, Adapters, Stack
 from hyperllama.base.decoder import (
     head_dim,
     inverse_frequencies,
@@ -100,8 +100,8 @@ class HintHypernetwork(Hypernetwork):
         states, stack = self.task_modules(ids, layout)
         teacher = self.teach(batch)
         sinks = self.sink_rows(reading.layout.positions[: reading.sinks])
-        acting = {"gist_adapters": Acting.on(stack, reading.reader_rows(), self.base.device)} if stack else {}
-        return self.reading_loss(reading, layout, states, sinks, teacher, **acting)
+        naming = self.calls.naming(stack, reading.reader_rows(), self.base.device)
+        return self.reading_loss(reading, layout, states, sinks, teacher, **naming)
 
     def remove(self) -> None:
         """Take the hooks off the base."""
