@@ -52,9 +52,7 @@ def page() -> str:
         if (FOLDER / f"{name}.png").is_file():
             parts.append(f"![{results['question']}](study/{name}.png)")
         parts.append(markdown(results).rstrip())
-        minutes = {cell["minutes"] for cell in results["cells"]}
-        trained |= minutes
-        parts.append(f"Training took {fsum(minutes):,.0f} minutes in all.")
+        trained |= {cell["minutes"] for cell in results["cells"]}
     hours = f"Training for these tables took {fsum(trained) / 60:.1f} hours, on a core a run"
     parts += ["## What all of it took", f"{hours}; runs that tables share are counted once, bases and evaluations are not."]
     return "\n\n".join(parts) + "\n"

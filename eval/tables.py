@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,43 +132,50 @@ def _kept(summary: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables of a question, one for each evaluation; a cell is the mean over seeds, and their lowest and highest.
+    """The tables of a question; a cell is the mean over seeds, and their lowest and highest.
 
-    Of a question with a single row there is one table, with a line for each evaluation.
+    Of one evaluation, or of a single row, there is a table with a column for each method. Of several of both there is a table
+    with a column for each evaluation: each row's own methods, and below them, once, what all rows have in common.
     """
-    lines = []
-    for name, entries in _tables(results):
-        cells = [cell for _, own in entries for cell in own]
-        if not cells:
-            continue
-        metric = METRICS[cells[0]["metric"]]
-        methods = [method for method in METHODS if any(method in cell["methods"] for cell in cells)]
-        methods.sort(key=lambda method: method not in OURS)  # ours first
-        shares = any(cell["share_of_gain"] is not None for cell in cells)
-        seeds = sorted({cell["seed"] for cell in cells})
-        spread = f"{len(seeds)} seeds; in brackets the lowest and highest" if len(seeds) > 1 else "1 seed"
-        lines += [f"{name + ': ' if name else ''}{metric.label}, {cells[0]['queries']:,} queries, {spread}", ""]
-        heads = ["", *(["share of the context's gain"] if shares else []), *(METHODS[m].label for m in methods)]
-        lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        for label, own in entries:
-            if not own:
-                continue
-            shown = [_entry([c["share_of_gain"] for c in own if c["share_of_gain"] is not None], share=True)] if shares else []
-            shown += [_entry([c["methods"][m]["mean"] for c in own if m in c["methods"]], metric.share) for m in methods]
-            lines.append(f"| {label} | {' | '.join(shown)} |")
-        lines.append("")
-    return "\n".join(lines)
+    cells = results["cells"]
+    if not cells:
+        return ""
+    metric = METRICS[cells[0]["metric"]]
+    methods = [method for method in METHODS if any(method in cell["methods"] for cell in cells)]
+    methods.sort(key=lambda method: method not in OURS)  # ours first
+    seeds = sorted({cell["seed"] for cell in cells})
+    spread = f"{len(seeds)} seeds; in brackets the lowest and highest" if len(seeds) > 1 else "1 seed"
+    said = f"{metric.label}, {cells[0]['queries']:,} queries, {spread}"
+    heads, lines = _lines(results, methods, metric.share)
+    if len(results["evaluations"]) == 1:
+        said = "".join(f"{name}: " for name in results["evaluations"] if name) + said
+    table = [f"| {' | '.join(['', *heads])} |", "|---" * (len(heads) + 1) + "|"]
+    return "\n".join([said, "", *table, *(f"| {' | '.join([label, *shown])} |" for label, shown in lines), ""])
 
 
-def _tables(results: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, list[dict]]]]]:
-    """Each table's name, and its lines: what a line is called, and its cells, one for each seed."""
-    rows, evaluations, cells = results["rows"], results["evaluations"], results["cells"]
-    if len(rows) == 1 < len(evaluations):
-        yield "", [(name, [cell for cell in cells if cell["evaluation"] == name]) for name in evaluations]
-        return
-    for name in evaluations:
-        own = [cell for cell in cells if cell["evaluation"] == name]
-        yield name, [(row, [cell for cell in own if cell["row"] == row]) for row in rows]
+def _lines(results: dict[str, Any], methods: Sequence[str], share: bool) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """A table's heads, and its lines: what a line is called, and its cells."""
+    rows, evaluations, cells = list(results["rows"]), list(results["evaluations"]), results["cells"]
+    shares = any(cell["share_of_gain"] is not None for cell in cells)
+    quantities = [*([None] if shares else []), *methods]  # None: the share of the context's gain
+
+    def value(row: str, name: str, method: str | None) -> str:
+        own = [cell for cell in cells if cell["row"] == row and cell["evaluation"] == name]
+        if method is None:
+            return _entry([cell["share_of_gain"] for cell in own if cell["share_of_gain"] is not None], share=True)
+        return _entry([cell["methods"][method]["mean"] for cell in own if method in cell["methods"]], share)
+
+    def label(method: str | None) -> str:
+        return METHODS[method].label if method else "share of the context's gain"
+
+    if len(rows) > 1 and len(evaluations) > 1:
+        by_row = {(row, m): [value(row, name, m) for name in evaluations] for row in rows for m in quantities}
+        common = [m for m in methods if m not in OURS and len({tuple(by_row[row, m]) for row in rows}) == 1]
+        lines = [(f"{row}: {label(m)}", by_row[row, m]) for row in rows for m in quantities if m not in common]
+        return evaluations, lines + [(label(m), by_row[rows[0], m]) for m in common]
+    places = [(rows[0], name, name) for name in evaluations] if len(evaluations) > 1 else [(r, evaluations[0], r) for r in rows]
+    done = [place for place in places if any(cell["row"] == place[0] and cell["evaluation"] == place[1] for cell in cells)]
+    return [label(m) for m in quantities], [(called, [value(row, name, m) for m in quantities]) for row, name, called in done]
 
 
 def _entry(values: Sequence[float], share: bool) -> str:

@@ -68,13 +68,16 @@ seeds: [0, 1]
 def test_a_table_goes_on_where_it_stopped(recipe, tmp_path):
     text = table(recipe, ["seeds=[0]"])
     again = table(recipe)
-    assert text.count("queries, 1 seed") == again.count("queries, 2 seeds;") == 2
+    assert text.startswith("accuracy, 6 queries, 1 seed\n") and again.startswith("accuracy, 6 queries, 2 seeds;")
     results = json.loads((tmp_path / "table" / "results.json").read_text())
     assert len(results["cells"]) == 3 * 2 * 2 and (tmp_path / "table" / "table.md").read_text() == again
     assert {cell["steps"] for cell in results["cells"]} == {2}
     lines = again.splitlines()
-    assert lines[0].startswith("all gists: accuracy, 6 queries")
-    assert [line.split("|")[1].strip() for line in lines[4:7]] == ["plain", "taught", "there already"]
+    assert lines[2:4] == ["|  | all gists | two gists |", "|---|---|---|"]
+    rows = ("plain", "taught", "there already")
+    called = [line.split("|")[1].strip() for line in lines[4:]]
+    assert [f"{row}: the prefix" for row in rows] == [name for name in called if name.endswith(": the prefix")]
+    assert called.count("no context") == 1 and all(line.count("%") == 2 for line in lines[4:] if "the prefix" in line)
     # Both seeds of a row that was there already are the same run on other episodes; the file says which budget each had.
     assert {(c["evaluation"], c["budget"]) for c in results["cells"]} == {("all gists", 4 + 1), ("two gists", 2 + 1)}
     before = {path: path.stat().st_mtime for path in (tmp_path / "trained").rglob("*.safetensors")}
@@ -124,6 +127,35 @@ def test_a_single_row_has_a_line_for_each_evaluation():
         "| short | 50.0 % |  |",
         "| long | 25.0 % | 10.0 % |",
     ]
+
+
+def test_rows_and_evaluations_cross_and_what_rows_share_is_said_once():
+    def cell(row, evaluation, share, **means):
+        methods = {name: {"mean": mean} for name, mean in means.items()}
+        shared = {"seed": 0, "metric": "accuracy", "queries": 9, "share_of_gain": share}
+        return {**shared, "row": row, "evaluation": evaluation, "methods": methods}
+
+    cells = [
+        cell("a", "short", 0.5, prefix=0.5, no_context=0.0, full_context=1.0),
+        cell("a", "long", 0.25, prefix=0.25, no_context=0.0, full_context=1.0),
+        cell("b", "short", 1.0, prefix=0.9, no_context=0.0, full_context=0.9),
+    ]
+    text = markdown({"rows": {"a": [], "b": []}, "evaluations": {"short": [], "long": []}, "cells": cells})
+    assert text.splitlines()[2:] == [
+        "|  | short | long |",
+        "|---|---|---|",
+        "| a: share of the context's gain | 50.0 % | 25.0 % |",
+        "| a: the prefix | 50.0 % | 25.0 % |",
+        "| a: no context | 0.0 % | 0.0 % |",
+        "| a: all demonstrations, full attention | 100.0 % | 100.0 % |",
+        "| b: share of the context's gain | 100.0 % |  |",
+        "| b: the prefix | 90.0 % |  |",
+        "| b: no context | 0.0 % |  |",
+        "| b: all demonstrations, full attention | 90.0 % |  |",
+    ]
+    cells.append(cell("b", "long", 0.5, prefix=0.5, no_context=0.0, full_context=1.0))
+    text = markdown({"rows": {"a": [], "b": []}, "evaluations": {"short": [], "long": []}, "cells": cells})
+    assert text.splitlines()[-1] == "| no context | 0.0 % | 0.0 % |"
 
 
 def test_a_wrong_row_is_told_of_before_anything_is_trained(recipe, tmp_path):
