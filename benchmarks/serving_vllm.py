@@ -36,7 +36,7 @@ import openai
 import torch
 
 from benchmarks.measure import machine, parser, write_json
-from hyperllama.base.identity import identify
+from hyperllama.base.fingerprints import identify
 from hyperllama.base.loading import load_base, load_tokenizer
 from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.prefix import Prefix

@@ -26,7 +26,7 @@ import torch
 from conftest import tiny_base, trained_hypernetwork
 from safetensors import safe_open
 
-from hyperllama.base.identity import identify
+from hyperllama.base.fingerprints import identify
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
 from hyperllama.hypernetworks.loading import load_hypernetwork_onto

@@ -81,7 +81,7 @@ def test_help_is_there_at_once():
 
 def test_nothing_heavy_is_imported_before_a_verb_runs():
     code = (
-        "import sys, hyperllama, hyperllama.cli, hyperllama.recipe.loading\n"
+        "import sys, hyperllama, hyperllama.cli, hyperllama.recipe.loading, hyperllama.prefixes.store\n"
         "heavy = {'torch', 'transformers', 'peft', 'matplotlib', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, set_seed
 
 from hyperllama.base import fetching as base_fetching
 from hyperllama.base.decoder import head_dim
-from hyperllama.base.identity import identify
+from hyperllama.base.fingerprints import identify
 from hyperllama.base.loading import load_base, load_config, load_tokenizer, random_base
 from hyperllama.errors import UserError
 from hyperllama.recipe.loading import load_recipe

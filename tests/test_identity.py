@@ -9,7 +9,8 @@ from conftest import tiny_base, trained_hypernetwork
 from transformers import AutoModelForCausalLM
 
 from hyperllama.base.checks import check_vocabulary
-from hyperllama.base.identity import ROUNDED, BaseIdentity, identify
+from hyperllama.base.fingerprints import ROUNDED, identify
+from hyperllama.base.identity import BaseIdentity
 from hyperllama.base.loading import load_base, load_config, load_tokenizer
 from hyperllama.data.text import Limits, TextFormat
 from hyperllama.errors import UserError

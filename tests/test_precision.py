@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from attention_masks import sdpa
 from eval.run import evaluate
-from hyperllama.base.identity import bit_sums
+from hyperllama.base.fingerprints import bit_sums
 from hyperllama.commands import train as commands_train
 from hyperllama.commands.compress import compress
 from hyperllama.commands.generate import Session

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attention_masks import GistLayout, Segment
-from hyperllama.base.identity import BaseIdentity, identify
+from hyperllama.base.fingerprints import identify
+from hyperllama.base.identity import BaseIdentity
 from hyperllama.data.text import TextFormat
 from hyperllama.errors import UserError
 from hyperllama.hypernetworks.registry import KINDS

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperllama.base.identity import identify
+from hyperllama.base.fingerprints import identify
 from hyperllama.base.loading import load_base, load_tokenizer
 from hyperllama.data.text import TextFormat
 from hyperllama.errors import UserError

@@ -8,7 +8,7 @@ from conftest import tiny_architecture
 from data_files import WORDS, lines, write
 from transformers import set_seed
 
-from hyperllama.base.identity import identify
+from hyperllama.base.fingerprints import identify
 from hyperllama.base.loading import load_base, load_tokenizer, random_base
 from hyperllama.commands import compress as commands_compress
 from hyperllama.commands import generate as commands_generate

@@ -23,7 +23,7 @@ from eval import quickstart
 from hyperllama import cli
 from hyperllama.base import fetching as base_fetching
 from hyperllama.base.decoder import cache_argument
-from hyperllama.base.identity import identify
+from hyperllama.base.fingerprints import identify
 from hyperllama.base.loading import load_base, load_tokenizer
 from hyperllama.files import written
 from hyperllama.inference.reader import Reader

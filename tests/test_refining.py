@@ -183,6 +183,6 @@ def test_a_manifest_without_the_field_is_read():
 
 
 def tiny_identity():
-    from hyperllama.base.identity import identify
+    from hyperllama.base.fingerprints import identify
 
     return identify(tiny_base())

@@ -6,7 +6,7 @@ from conftest import tiny_base, trained_hypernetwork
 from test_hypernetwork import RAGGED, read_stored
 
 from hyperllama.base.decoder import cache_argument, inverse_frequencies
-from hyperllama.base.identity import identify
+from hyperllama.base.fingerprints import identify
 from hyperllama.data.chunking import Chunking
 from hyperllama.data.packing import Packing, pack_gist
 from hyperllama.errors import UserError

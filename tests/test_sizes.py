@@ -9,7 +9,7 @@ from attention_masks import GistLayout, Segment, rotate
 from eval.flops import ModelCost
 from eval.memory import Zero, model_states, precision
 from eval.sizing import largest_episode, parameters
-from hyperllama.base.identity import spread, spread_sample
+from hyperllama.base.fingerprints import spread, spread_sample
 from hyperllama.commands.train import packing_of
 from hyperllama.data.packing import pack_gist
 from hyperllama.objectives.losses import LOGITS, head_chunks

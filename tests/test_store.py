@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hyperllama.base.identity import BaseIdentity
@@ -265,6 +265,7 @@ def test_whatever_happens_the_index_does_not_lie_and_repair_finds_all_that_is_wh
 
 
 @settings(max_examples=40, deadline=None)
+@example(place=621)
 @given(place=st.integers(0, 10**6))
 def test_a_line_cut_short_swallows_no_other(place):
     with tempfile.TemporaryDirectory() as folder:
@@ -274,6 +275,8 @@ def test_a_line_cut_short_swallows_no_other(place):
         journal = store.folder / "index" / "rank0.jsonl"
         content = journal.read_bytes()
         journal.write_bytes(content[: place % len(content)])
-        before = {entry.task for entry in store}
+        # A line that lacks only its end counts as soon as another stands behind it.
+        whole = set("ab"[: journal.read_bytes().count(b'"created": null}')])
+        assert {entry.task for entry in store} <= whole
         store.add(prefix_of("c"))
-        assert {entry.task for entry in store} == before | {"c"}
+        assert {entry.task for entry in store} == whole | {"c"}

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, set_see
 from attention_masks import GistLayout, Segment, dense_mask
 from hyperllama.base.checks import check_config, prepare
 from hyperllama.base.decoder import cache_argument, packed_arguments
-from hyperllama.base.identity import identify
+from hyperllama.base.fingerprints import identify
 from hyperllama.base.loading import load_base, random_base
 from hyperllama.errors import UserError
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from attention_masks import register
 from hyperllama.base.checks import check_config, prepare
-from hyperllama.base.identity import ROUNDED, sampled
+from hyperllama.base.fingerprints import ROUNDED, sampled
 from hyperllama.base.packages import MODELS
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import is_path

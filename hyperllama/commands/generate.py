@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from hyperllama import __version__
 from hyperllama.base.checks import check_config
-from hyperllama.base.identity import identify
+from hyperllama.base.fingerprints import identify
 from hyperllama.base.loading import base_of, load_base, load_config, load_tokenizer
 from hyperllama.data.sni import read_inputs
 from hyperllama.data.text import Encoder, Limits, TextFormat

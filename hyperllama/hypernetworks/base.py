@@ -23,7 +23,8 @@ from attention_masks import GistLayout, Segment, rotate
 from hyperllama import __version__
 from hyperllama.base.decoder import embedding_scale, inverse_frequencies, rotary_settings
 from hyperllama.base.distributed import gathered
-from hyperllama.base.identity import BaseIdentity, bit_sums, identify
+from hyperllama.base.fingerprints import bit_sums, identify
+from hyperllama.base.identity import BaseIdentity
 from hyperllama.base.mlp_blocks import BLOCK_ROWS
 from hyperllama.data.chunking import SINGLE, Chunking
 from hyperllama.data.packing import PLACEHOLDER, SINK, GistBatch, chunk_segments, chunks_read

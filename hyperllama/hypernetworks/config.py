@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from hyperllama.base.identity import BaseIdentity
 from hyperllama.data.chunking import SINGLE, Chunking
 from hyperllama.data.text import Limits, TextFormat
 from hyperllama.errors import UserError
@@ -51,8 +52,6 @@ def local(name: str | Path) -> str | Path:
 
 def read_config(folder: str | Path) -> dict:
     """The manifest of a saved hypernetwork; UserError if the folder is not one, or a file of it is missing."""
-    from hyperllama.base.identity import BaseIdentity  # loads torch, which a recipe without start_from is read without
-
     folder = Path(folder)
     found = read_json(folder / CONFIG, "a hypernetwork's manifest") if (folder / CONFIG).is_file() else {"files": [CONFIG]}
     if isinstance(found, dict) and found.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from hyperllama.base.adapters import Stack, adapted
 from hyperllama.base.checks import check_vocabulary
 from hyperllama.base.decoder import cache_argument
-from hyperllama.base.identity import identify
+from hyperllama.base.fingerprints import identify
 from hyperllama.data.grouping import in_groups
 from hyperllama.errors import UserError
 from hyperllama.inference.sampling import contradictions

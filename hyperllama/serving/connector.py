@@ -21,7 +21,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from hyperllama.base.identity import BaseIdentity, config_fingerprint
+from hyperllama.base.fingerprints import config_fingerprint
+from hyperllama.base.identity import BaseIdentity
 from hyperllama.errors import UserError
 from hyperllama.files import from_fields
 from hyperllama.serving.rows import Rows, slots_of

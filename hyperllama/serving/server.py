@@ -12,7 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hyperllama.base.identity import BaseIdentity, identify
+from hyperllama.base.fingerprints import identify
+from hyperllama.base.identity import BaseIdentity
 from hyperllama.base.loading import base_of, load_base, load_tokenizer
 from hyperllama.errors import UserError
 from hyperllama.prefixes.store import PrefixStore

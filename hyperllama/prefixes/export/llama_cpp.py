@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hyperllama.base.decoder import head_dim, inverse_frequencies, kv_heads
-from hyperllama.base.identity import identify
+from hyperllama.base.fingerprints import identify
 from hyperllama.base.loading import is_gguf, load_base, load_config
 from hyperllama.errors import UserError, in_one_line
 from hyperllama.files import check_output, sha256, write_atomically
