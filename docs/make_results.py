@@ -11,12 +11,12 @@ from pathlib import Path
 from eval.intervals import Interval
 from eval.leads import leads
 from eval.starts import draw, read_kept, summarise
-from eval.systems import BASE, FULL, NOTHING, Results, markdown, percent
+from eval.systems import BASE, FULL, NOTHING, Figures, Results, markdown, percent
 
 HERE = Path(__file__).parent
 KEPT, WORDS, PAGE = HERE.parent / "benchmarks" / "results" / "papers", HERE / "results", HERE / "results.md"
 SETS = {"sni": "Super-NaturalInstructions", "p3": "P3 prompts", "symbols": "Symbol tuning"}
-STARTS = KEPT / "starts.jsonl.gz"
+MODULES, STARTS = KEPT / "hint.jsonl.gz", KEPT / "starts.jsonl.gz"
 KEPT_SHARE = 0.8  # of the gain, at 8 to 1 or more: what "compress into" is taken to mean here
 
 
@@ -29,6 +29,9 @@ def page() -> str:
         for results in evaluations:
             parts += [f"### With {results.evaluation}"] if results.evaluation else []
             parts.append(markdown(results).strip())
+    if MODULES.is_file():
+        parts += ["## Instructions become modules whose length costs nothing", _words("modules")]
+        parts += ["`hyperllama study recipes/papers/hint-systems.yaml`", *_modules(Results.read(MODULES))]
     if STARTS.is_file():
         parts += ["## Starts of prefix tuning", "`hyperllama study recipes/papers/starts.yaml`", _words("starts"), *_starts()]
     parts += ["## What is not here", _words("missing")]
@@ -75,23 +78,10 @@ def verdicts(results: Results) -> dict[str, tuple[str, str]]:
         return {}
     best = max(ours, key=lambda system: figures.mean(system).mean)
     share = figures.share(best)
-    if share is None:
-        told = "cannot be told: no gain to keep"
-    elif share.low >= KEPT_SHARE:
-        told = "holds"
-    elif share.high < KEPT_SHARE:
-        told = "does not"
-    else:
-        mean = "holds as a mean, the interval reaches below"
-        told = mean if share.mean >= KEPT_SHARE else "not as a mean, the interval reaches above"
     others = (f"{row} {_points(figures.share((row, kind)))}" for row, kind in ours if (row, kind) != best)
-    said["compress"] = (told, "; ".join([f"{best[0]} keeps {_points(share)} % of the gain", *others]))
+    said["compress"] = (_kept(share), "; ".join([f"{best[0]} keeps {_points(share)} % of the gain", *others]))
 
-    other, none = (best[0], "swapped_prefix"), figures.mean(NOTHING)
-    over, own = figures.difference(other, NOTHING), figures.difference(best, other)
-    told = "holds" if own.low > 0 and over.mean <= 0.25 * own.mean else "in part" if own.low > 0 else "does not"
-    control = f"another task's {_points(figures.mean(other))}, no context {_points(none)}"
-    said["own"] = (told, f"its own {_points(figures.mean(best))}, {control}")
+    said["own"] = _own(figures, best[0])
 
     rows = {"full attention": FULL} | {
         row: (row, "multi_task") for row, kind in results.systems if kind == "multi_task" and row != BASE
@@ -100,6 +90,43 @@ def verdicts(results: Results) -> dict[str, tuple[str, str]]:
     told = ", ".join(f"{name}: {_below(value)}" for name, value in below.items())
     said["below"] = (told, "; ".join(f"{best[0]} minus {name} {_points(value)}" for name, value in below.items()))
     return said
+
+
+def _kept(share: Interval | None) -> str:
+    """Whether four fifths of the context's gain are kept."""
+    if share is None:
+        return "cannot be told: no gain to keep"
+    if share.low >= KEPT_SHARE:
+        return "holds"
+    if share.high < KEPT_SHARE:
+        return "does not"
+    mean = "holds as a mean, the interval reaches below"
+    return mean if share.mean >= KEPT_SHARE else "not as a mean, the interval reaches above"
+
+
+def _own(figures: Figures, row: str) -> tuple[str, str]:
+    """Whether a row's prefixes are their own tasks': what another task's is worth, over no context."""
+    ours, other = (row, "prefix"), (row, "swapped_prefix")
+    over, own = figures.difference(other, NOTHING), figures.difference(ours, other)
+    told = "holds" if own.low > 0 and over.mean <= 0.25 * own.mean else "in part" if own.low > 0 else "does not"
+    control = f"another task's {_points(figures.mean(other))}, no context {_points(figures.mean(NOTHING))}"
+    return told, f"its own {_points(figures.mean(ours))}, {control}"
+
+
+def _modules(evaluations: list[Results]) -> list[str]:
+    """HINT's claims, a line for each hypernetwork and evaluation, and the tables."""
+    lines = ["| | keeps the instruction's worth? | is its own task's? | FLOPs of an input |", "|---|---|---|---|"]
+    tables = []
+    for results in evaluations:
+        figures = results.figures(results.with_headroom)
+        costs = {name: cost.get("query_flops", 0) / 1e9 for name, cost in results.head["costs"][results.evaluation].items()}
+        for row in results.rows:
+            share, (told, own) = figures.share((row, "prefix")), _own(figures, row)
+            flops = f"{costs[f'{row}/prefix']:.1f} G; behind the cached prompt {costs['/'.join(FULL)]:.1f} G"
+            kept = f"{_kept(share)}: {_points(share)} % of the gain"
+            lines.append(f"| {results.evaluation}: {row} | {kept} | {told}: {own} | {flops} |")
+        tables += [f"### {results.evaluation.capitalize()}", markdown(results).strip()]
+    return ["\n".join(lines), *tables]
 
 
 def _below(difference: Interval) -> str:
@@ -144,7 +171,8 @@ def _starts() -> list[str]:
 def take_over(runs: Path) -> None:
     """Copy the results of finished tables and studies from a folder of runs."""
     places = {f"{name}-systems/examples.jsonl.gz": KEPT / f"{name}.jsonl.gz" for name in SETS}
-    for place, kept in {**places, "starts/tasks.jsonl.gz": STARTS}.items():
+    others = {"starts/tasks.jsonl.gz": STARTS, "hint-systems/examples.jsonl.gz": MODULES}
+    for place, kept in {**places, **others}.items():
         if (runs / place).is_file():
             shutil.copy(runs / place, kept)
 

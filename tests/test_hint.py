@@ -32,6 +32,8 @@ FORMS = {
     "prefix": (3, 0, 0, False),
     "fusion": (0, 0, 0, True),
     "fused": (0, 4, 0, True),
+    "layers": (0, 0, 0, "layers"),
+    "all with layers": (3, 4, 2, "layers"),
 }
 CONTEXTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [31], [40, 41, 42, 43]]
 EPISODES = [
@@ -54,7 +56,8 @@ def made(form="all", base=None, trained=True, regime="frozen", **settings):
 
 def hint_settings(form, regime="frozen"):
     _, size, rank, fusion = FORMS[form]
-    return HintSettings(adapter_size=size, lora_rank=rank, mlp_size=16, heads=2, regime=regime, fusion=fusion, fusion_rank=2)
+    sizes = {"adapter_size": size, "lora_rank": rank, "mlp_size": 16, "heads": 2, "fusion_rank": 2}
+    return HintSettings(**sizes, regime=regime, fusion=bool(fusion), fusion_of="layers" if fusion == "layers" else "final")
 
 
 def packing(hypernetwork, **more):
@@ -91,6 +94,17 @@ def test_at_step_0_adapters_alone_are_the_base(kind, form):
     batch = pack_gist(EPISODES, Packing(0))
     alone = [Question(p, (a,)) for e in EPISODES for p, a in e.queries]
     assert hypernetwork(batch).sum.item() == pytest.approx(-sum(s[0] for s in reader.score(alone)), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_at_step_0_fusion_of_layers_is_a_cached_prompt(kind):
+    base = tiny_base(kind)
+    hypernetwork, reader = made("layers", base, trained=False), Reader(base, _Tokenizer())
+    asked = questions(hypernetwork.compress(CONTEXTS))
+    whole = [Question((*context, *one.prompt), one.continuations) for context, one in zip(CONTEXTS, asked, strict=True)]
+    for behind, read in zip(reader.score(asked), reader.score(whole), strict=True):
+        assert behind == pytest.approx(read, abs=1e-4)
+    assert reader.score(questions(made("fusion", base, trained=False).compress(CONTEXTS))) != reader.score(asked)
 
 
 @pytest.mark.parametrize("form", FORMS)

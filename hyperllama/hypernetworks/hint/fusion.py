@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -13,8 +15,9 @@ from hyperllama.base.decoder import KEYS_AND_VALUES, keys_and_values, layers_of,
 class Fusion(nn.Module):
     """Encoded tokens in, keys and values at every layer out (Ivison et al. 2023).
 
-    Each layer's own norm and key and value projections are applied, as if the final states were what the layer reads. To the
-    projections LoRA of `rank` is added, whose second matrices start at zero: then it is those projections alone.
+    Each layer's own norm and key and value projections are applied to what it reads: the states that came to it, or the final
+    ones as if it read those. To the projections LoRA of `rank` is added, whose second matrices start at zero: then it is those
+    projections alone.
     """
 
     def __init__(self, base: PreTrainedModel, rank: int):
@@ -30,11 +33,11 @@ class Fusion(nn.Module):
             nn.init.normal_(a, std=hidden**-0.5)
         self.rank = rank
 
-    def forward(self, base: PreTrainedModel, encoded: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """encoded (T, hidden), final normalised states -> keys without positions, and values, (N, T, D) at each layer."""
+    def forward(self, base: PreTrainedModel, encoded: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """encoded, (T, hidden) for each layer -> keys without positions, and values, (N, T, D) at each layer."""
         states = []
         for i, layer in enumerate(layers_of(base)):
-            x = part(layer, "input norm")(encoded.to(base.dtype))
+            x = part(layer, "input norm")(encoded[i].to(base.dtype))
             added: list[Tensor | None] = [None, None]
             if self.rank:
                 added = [linear(linear(x.to(a.dtype), a[i].T), b[i].T) for a, b in zip(self.A, self.B, strict=True)]

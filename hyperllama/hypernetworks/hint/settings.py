@@ -14,7 +14,9 @@ class HintSettings(KindSettings):
 
     `adapter_size`, b, is the bottleneck of the adapters beside MLPs, `lora_rank` that of LoRA beside the projections of queries
     and values (Hu et al. 2021, arXiv 2106.09685); 0 for none. `fusion` keeps the encoded instruction as rows to be read,
-    projected by each layer's own key and value projections with LoRA of rank `fusion_rank` (0 for none).
+    projected by each layer's own key and value projections with LoRA of rank `fusion_rank` (0 for none). What a layer projects
+    is, by `fusion_of`, "layers": the states that it read itself, so that the rows begin as those of a cached prompt; or
+    "final": the encoder's last states, as in the paper, which a decoder that is not trained for it cannot read.
     `heads` and `mlp_size` are those of the generator. regime: "frozen" trains the generator alone; "paper" trains the model
     with it, as the original does, so that the modules belong to the trained model.
     """
@@ -29,6 +31,7 @@ class HintSettings(KindSettings):
     lora_rank: int = 0
     fusion: bool = True
     fusion_rank: int = 16
+    fusion_of: Literal["layers", "final"] = "final"
     heads: int = 4
     mlp_size: int = 256
     regime: Literal["frozen", "paper"] = "frozen"
