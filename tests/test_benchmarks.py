@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_base, trained_hypernetwork
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bases, stock_step, training_step
+from benchmarks import bases, growth, stock_step, training_step
 from benchmarks.parts import PARTS, by_part
 from eval.flops import ModelCost
 from hyperllama.base.loading import random_config
@@ -100,3 +100,23 @@ class TestTrainingStep:
         mean = sum(loss.sum.item() for loss in alone) / sum(int(loss.count) for loss in alone)
         assert found["peft prefix tuning"] == pytest.approx(mean, rel=1e-5)
         assert abs(together.mean.item() / mean - 1) > 1e-3
+
+
+class TestGrowth:
+    def test_every_size_is_measured_and_slopes_are_named(self, tmp_path, capsys):
+        path = tmp_path / "figures.json"
+        sizes = ["--contexts", "20", "40", "--rows", "2", "4", "--tasks", "1", "3", "--rounds", "1"]
+        growth.main([*sizes, "--json", str(path)])
+        figures = json.loads(path.read_text())
+        assert [list(found) for found in figures["contexts"].values()] == [["20", "40"]] * 3
+        assert all(value > 0 for found in figures["rows"].values() for value in found.values())
+        files = figures["rows"]["read: bytes of the file"]
+        assert files["4"] - files["2"] == pytest.approx(2 * 2 * 2 * 2 * 64 * 4, abs=64)  # rows, layers, sides, heads, D, bytes
+        assert {"store: check, seconds", "store: open and list, seconds"} <= set(figures["tasks"])
+        assert set(figures["exponents"]) == {name for part in ("contexts", "rows", "tasks") for name in figures[part]}
+        assert "worse than linear: " in capsys.readouterr().out
+
+    def test_the_slope_of_the_upper_half(self):
+        squares = {size: float(size**2) for size in (4, 8, 16, 32)}
+        assert growth.exponent({1: 1e9, 2: 1e9, **squares}) == pytest.approx(2)
+        assert growth.exponent({8: 3.0}) == 0
