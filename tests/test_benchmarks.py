@@ -7,12 +7,13 @@ import torch
 from conftest import tiny_base, trained_hypernetwork
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bases, growth, stock_step, training_step
+from benchmarks import bases, compress, growth, stock_step, training_step
 from benchmarks.parts import PARTS, by_part
 from eval.flops import ModelCost
 from hyperllama.base.loading import random_config
 from hyperllama.data.packing import pack_gist
 from hyperllama.errors import UserError
+from hyperllama.prefixes.capture import encode_whole
 
 
 @pytest.fixture
@@ -120,3 +121,27 @@ class TestGrowth:
         squares = {size: float(size**2) for size in (4, 8, 16, 32)}
         assert growth.exponent({1: 1e9, 2: 1e9, **squares}) == pytest.approx(2)
         assert growth.exponent({8: 3.0}) == 0
+
+
+class TestCompressing:
+    def test_ways_make_the_same_prefixes_and_stand_beside_a_prefill(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(compress, "LENGTHS", {"short": (20, 40)})
+        monkeypatch.setattr(compress, "PASSES", {"one at a time": 1, "passes of 99": 99})
+        path = tmp_path / "figures.json"
+        compress.main(["--tasks", "4", "--rounds", "1", "--json", str(path)])
+        figures = json.loads(path.read_text())["short"]
+        assert figures["largest_difference"] < 1e-4 and figures["tokens"] > 4 * 20
+        for what in ("store", "compress"):
+            assert list(figures[what]["seconds"]) == [*compress.PASSES, "prefill"]
+            assert figures[what]["shares_of_prefill"]["prefill"] == 1
+        assert figures["parts"]["passes"]["linear products"] > 0 and "of prefill" in capsys.readouterr().out
+
+    def test_a_prefill_leaves_what_the_base_has_of_a_context(self, tmp_path):
+        """The stock model has the hypernetwork's base: its cache is what a prefix of every token holds."""
+        ways, context = compress.Compressing(compress.small_base, tmp_path), [3, 4, 5, 6]
+        with torch.no_grad():
+            cache = ways.stock(torch.tensor([context]), use_cache=True, logits_to_keep=1).past_key_values
+        (whole,) = encode_whole(ways.hypernetwork.base, [context])
+        for (keys, values, *_), own_keys, own_values in zip(cache, whole.keys, whole.values, strict=True):
+            torch.testing.assert_close(keys[0], own_keys)
+            torch.testing.assert_close(values[0], own_values)
