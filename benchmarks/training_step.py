@@ -3,10 +3,11 @@
     python -m benchmarks.training_step [--base FOLDER | --shape NAME] [--layers N] [--ways ...] [--json FILE]
 
 A ragged batch: 4 contexts of 200 to 1,024 tokens, 4 queries each of 20 to 80 tokens; 16 gists, LoRA of rank 16; forward and
-backward under bf16 autocast. The model is a Llama of 6 layers and hidden size 512, or `--base`, any folder of a model, or
-`--shape`, the dimensions of a published one with random weights and few layers. Ways of `benchmarks.peers` compute the same
-loss of the same weights, and those of stock PEFT (`benchmarks.stock_step`, which says what each is) learn from the same text
-in full attention, without a hypernetwork. Ways that compute the same thing have to give the same loss in float32 first.
+backward under bf16 autocast, frozen weights in bf16. The model is a Llama of 6 layers and hidden size 512, or `--base`, any
+folder of a model, or `--shape`, the dimensions of a published one with random weights and few layers. Ways of
+`benchmarks.peers` compute the same loss of the same weights, and those of stock PEFT (`benchmarks.stock_step`, which says what
+each is) learn from the same text in full attention, without a hypernetwork. Ways that compute the same thing have to give the
+same loss in float32 first.
 
 Tokens are the real ones of contexts and queries, each counted once: neither padding, nor gists, nor a context that a way reads
 again for every query. All ways see the same of them, so tokens a second compare as seconds do. "of products" is the share of
@@ -23,6 +24,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.bases import GISTS, KINDS, RANK, SHAPES, VOCABULARY, benchmark_base, benchmark_hypernetwork, hypernetwork_on
@@ -82,6 +84,13 @@ def step(way: Way, half: bool) -> None:
         loss.sum.backward()
 
 
+def round_frozen(model: nn.Module) -> None:
+    """Frozen weights to bf16, as recipes for pretrained bases have them: else autocast would round them anew in every step."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 @torch.no_grad()
 def loss_of(way: Way) -> float:
     """The loss a token in float32: the same loss, not one that rounds alike."""
@@ -122,6 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ways = all_ways(names, hypernetwork, episodes, options)
     losses = fitting(ways, loss_of)
     check(losses)
+    if half:
+        for way in ways.values():
+            round_frozen(way.model)
     memory = fitting(ways, lambda way: peak_bytes(partial(step, way, half)))
     # Taking the memory was the warm-up.
     seconds = paired({name: partial(step, way, half) for name, way in ways.items()}, options.rounds, warmup=0)
