@@ -76,6 +76,7 @@ benchmarks: .venv/.installed
 	$(BIN)/python -m benchmarks.scoring --json benchmarks/results/scoring.json
 	$(BIN)/python -m benchmarks.data --json benchmarks/results/data.json
 	$(BIN)/python -m benchmarks.compress --json benchmarks/results/compress.json
+	$(BIN)/python -m benchmarks.growth --json benchmarks/results/growth.json
 	$(BIN)/python -m benchmarks.serving --json benchmarks/results/serving.json
 	$(BIN)/python -m benchmarks.serving --dtype float32 --json benchmarks/results/serving_float32.json
 

@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import json
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -48,6 +49,17 @@ def peak_bytes(step: Callable[[], None]) -> int:
     before = _status("VmRSS")
     step()
     return _status("VmHWM") - before
+
+
+def refuse_lack_of_memory(spare: int = 2**30) -> None:
+    """On Linux, from here on: who asks for more memory than there is now, but for `spare` bytes, gets an error.
+
+    Without it the kernel would end a process, and perhaps another one.
+    """
+    if Path("/proc/meminfo").is_file():
+        free = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        most = _status("VmData") + int(free.split()[1]) * 1024 - spare
+        resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype, rounds: int = 9) -> float:

@@ -64,8 +64,8 @@ def prefix(i: int) -> Prefix:
     return Prefix(*sides, Manifest(base=IDENTITY, task=f"task{i}", context_sha256=f"{i:064d}", hypernetwork_sha256="d" * 64))
 
 
-def measure(folder: Path, size: int, rounds: int) -> dict[str, float]:
-    """Seconds of each use, the median of rounds; each begins with a store that has not been read."""
+def measure(folder: Path, size: int, rounds: int, *, verb: bool = True) -> dict[str, float]:
+    """Seconds of each use, the median of rounds; each begins with a store that has not been read. `verb`: the verb too."""
     words = [sys.executable, "-m", "hyperllama", "list", str(folder)]
     tokenizer = train_tokenizer(["a few words"], kind="bytes", vocab_size=300)
     catalog = Catalog(PrefixStore(folder), IDENTITY, tokenizer)
@@ -81,6 +81,8 @@ def measure(folder: Path, size: int, rounds: int) -> dict[str, float]:
         "a server's lookup": lambda: catalog.find(f"task{size // 2}"),
         "a server's lookup after one was added": lambda: (known.add(replace_task(prefix(0), "again")), catalog.find("task1")),
     }
+    if not verb:
+        del uses["hyperllama list"]
     return {name: median(use, rounds) for name, use in uses.items()}
 
 

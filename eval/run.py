@@ -87,6 +87,7 @@ def _evaluate(
     offered = sum(len(e.queries or (1,)) for e in episodes)
     bench.episodes = episodes = readable(episodes, bench.encoder) if bench.encoder else episodes
     methods = applicable(recipe, episodes, kind)  # what is left may lack what all had, such as a second task
+    bench.methods = [method.name for method in methods]
     asked = {i: queries_of(bench, episode, kind) for i, episode in enumerate(episodes)}
     refuse_too_long(bench, methods, asked, kind, recipe.generation)
     if (output / MADE_FROM).is_file() or not (output / RECIPE).is_file():  # not over a recipe that a user has written there

@@ -147,6 +147,12 @@ class TestCompressInto:
         _, passes = self.into(store, loaded, ragged_tasks(6), batch_tokens=1)
         assert [len(batch) for batch in passes] == [1] * 6
 
+    def test_passes_on_a_cpu_are_small_unless_told(self, store, loaded):
+        summary, passes = self.into(store, loaded, ragged_tasks(120), batch_tokens=None)
+        sizes = [sum(n + loaded[0].num_gists for n, _ in batch) for batch in passes]
+        assert summary.made == 120 and len(passes) > 1 and 1024 < max(sizes) <= 2048
+        assert inference_many.pass_tokens(torch.device("cuda")) == 16384
+
     def test_what_is_there_is_not_compressed_again(self, store, loaded):
         tasks = ragged_tasks(12)
         self.into(store, loaded, tasks[:7])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from launch import hyperllama, start
 from transformers import set_seed
 
+from benchmarks.evaluation import evaluation_flops, ratios
 from eval.answering import before_queries, kind_of, queries_of, results
 from eval.intervals import Bootstrap
 from eval.methods import METHODS, NEEDS, Bench, found_in
@@ -182,6 +183,26 @@ class TestMethods:
         monkeypatch.setattr("eval.methods.bench.PREFIXES", 1)
         assert self.run(bench, "prefix") == alone["prefix"] and len(bench._made) == 1
         bench._made.clear()
+
+    def test_nothing_is_computed_twice(self, words):
+        """Ten methods together cost at most 2.5 times the dearest of them alone, and answer as each does alone."""
+        language = dataclasses.replace(LANGUAGE, instructions=True, instruction_tokens=60)
+        episodes, base = SyntheticSource(language).evaluation(shots=90, queries=1, episodes=3, seed=0), tiny_base()
+        reader, hypernetwork = Reader(base, words), trained_hypernetwork(base, tokenizer=words)
+        encoder = Encoder(words, WORDS, Limits(250, 16))
+
+        def make(methods):
+            return Bench(episodes, encoder, reader, hypernetwork, budget=3, methods=methods)
+
+        ten = ["no_context", "instruction_only", "full_context", "fewer_demonstrations", "cut_context", "last_tokens"]
+        ten += ["attended_tokens", "mean_pool", "prefix", "swapped_prefix"]
+        found = evaluation_flops(make, ten)
+        dearest = max(ten, key=lambda name: sum(found[name].values()))
+        assert ratios(found, dearest)["all"] <= 2.5 and found["together"]["queries"] == sum(found[n]["queries"] for n in ten)
+        apart = evaluation_flops(lambda methods: make(()), ["full_context", "attended_tokens"])
+        assert apart["together"]["states"] == sum(apart[name]["states"] for name in ("full_context", "attended_tokens"))
+        shared = evaluation_flops(make, ["full_context", "attended_tokens"])
+        assert shared["together"]["states"] == shared["attended_tokens"]["states"]
 
     def test_needs_have_words(self):
         assert {need for method in METHODS.values() for need in method.needs} == set(NEEDS)

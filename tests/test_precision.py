@@ -253,3 +253,29 @@ def test_shared_heads_with_a_mask_are_repeated_on_a_gpu(monkeypatch, on_gpu, mas
     monkeypatch.setattr(sdpa, "scaled_dot_product_attention", watch)
     torch.testing.assert_close(sdpa.grouped_attention(q, k, v, attn_mask=mask), expected)
     assert seen == [(6, False) if on_gpu and masked else (3, True)]
+
+
+@pytest.mark.parametrize("rows", [7, 300])
+def test_few_rows_in_16_bits_are_computed_in_float32_where_gradients_are_wanted(rows, monkeypatch):
+    """A CPU is slower in 16 bits then: outputs and gradients are those of float32, rounded once; of many rows, as they were."""
+    numbers = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, rows, 8, generator=numbers).bfloat16().requires_grad_() for heads in (4, 2, 2))
+    given = torch.randn(1, 4, rows, 8, generator=numbers).bfloat16()
+
+    def found(*states, dtype=torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = sdpa.grouped_attention(*states, attn_mask=None, is_causal=True)
+        return [output, *torch.autograd.grad(output, states, given.to(dtype))]
+
+    exact = found(*(x.detach().double().requires_grad_() for x in (q, k, v)), dtype=torch.double)
+    short = found(q, k, v)
+    assert all(x.dtype == torch.bfloat16 for x in short)
+    same = all(torch.equal(a, b.to(torch.bfloat16)) for a, b in zip(short, exact))
+    assert same == (rows == 7)
+    monkeypatch.setattr(sdpa, "SHORT_ROWS", 0)
+    for a, b in zip(found(q, k, v), exact):
+        torch.testing.assert_close(a.double(), b, atol=0.03, rtol=0.03)
+    in_16_bits = found(q, k, v)[0]
+    monkeypatch.undo()
+    with torch.no_grad():  # nothing is gained without gradients
+        assert torch.equal(sdpa.grouped_attention(q, k, v, attn_mask=None, is_causal=True), in_16_bits)

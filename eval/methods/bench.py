@@ -15,6 +15,7 @@ from hyperllama.data.text import Encoder
 from hyperllama.errors import UserError
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.loading import untrained
+from hyperllama.hypernetworks.pooling import PoolingHypernetwork
 from hyperllama.inference.reader import Reader
 from hyperllama.prefixes.manifest import Manifest
 from hyperllama.prefixes.prefix import Prefix
@@ -46,7 +47,8 @@ class Bench:
     """The models, the episodes of an evaluation, and what methods share about them.
 
     `gists` is how many the hypernetwork makes, `budget` the number of key-value rows that a compressed context may have,
-    `refine` for how many steps prefixes are refined, and `refine_on` on what.
+    `refine` for how many steps prefixes are refined, and `refine_on` on what. `methods` names those that will be run, as far as
+    is known: what two of them need comes from one pass.
     """
 
     episodes: Sequence[Episode]
@@ -61,6 +63,7 @@ class Bench:
     refine_on: str = "answers"
     seed: int = 0
     batch_tokens: int = 8192
+    methods: Sequence[str] = ()
     _whole: dict = dataclasses.field(default_factory=dict)
     _made: dict = dataclasses.field(default_factory=dict)
 
@@ -80,14 +83,28 @@ class Bench:
                     return j
         raise ValueError("an evaluation of a single task has no other task's context")
 
-    def whole(self, contexts: Sequence[Sequence[int]], reader: Reader | None = None) -> list[State]:
-        """States of full attention over contexts; an empty one reads nothing. Those of the last call are kept for the next."""
+    def whole(self, contexts: Sequence[Sequence[int]], reader: Reader | None = None, *, choose: bool = False) -> list[State]:
+        """States of full attention over contexts; an empty one reads nothing. Those of the last call are kept for the next.
+
+        With `choose` the most attended rows of contexts that have more than the budget are kept too, for `compressed`.
+        """
+        if choose:
+            self._choose([context for context in contexts if len(context) > self.budget])
         reader = reader or self.reader
         keys = [(id(reader), tuple(context)) for context in contexts]
         new = [key for key in dict.fromkeys(keys) if key not in self._whole and key[1]]
         made = reader.encode([key[1] for key in new], batch_tokens=self.batch_tokens)
         self._whole.update(zip(new, made, strict=True))
         return [State(self._whole.get(key), len(key[1])) for key in keys]
+
+    def _choose(self, contexts: Sequence[Sequence[int]]) -> None:
+        """Keep both of contexts that are not known yet: the states of full attention, and the most attended of them."""
+        new = {(id(self.reader), tuple(context)): context for context in contexts}
+        new = [context for key, context in new.items() if key not in self._whole]
+        for batch in in_groups(new, lambda context: (len(context),), (self.batch_tokens,)):
+            for context, (chosen, whole) in zip(batch, self.chooser.compress_and_keep(batch), strict=True):
+                self._whole[id(self.reader), tuple(context)] = whole
+                self._made[id(self.chooser), tuple(context), getattr(context, "ends", ())] = chosen
 
     def compressed(self, contexts: Sequence[list[int]], maker: Hypernetwork | None = None) -> list[State]:
         """States of prefixes by the hypernetwork, or by another `maker`, in passes of at most `batch_tokens` tokens.
@@ -120,7 +137,7 @@ class Bench:
         ]
 
     @cached_property
-    def chooser(self) -> Hypernetwork:
+    def chooser(self) -> PoolingHypernetwork:
         """Untrained, it keeps tokens as they are, as many as the budget: those that the second half of a context attends to."""
         return untrained(self.reader.model, self.budget, self.reader.tokenizer)
 

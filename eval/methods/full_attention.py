@@ -22,7 +22,8 @@ def instruction_only(bench: Bench, indices: Sequence[int]) -> list[State]:
 @method("all demonstrations, full attention", "context", "model")
 def full_context(bench: Bench, indices: Sequence[int]) -> list[State]:
     """Everything in full attention: what a prefix is to come up to."""
-    return bench.whole([bench.context(bench.episodes[i]) for i in indices])
+    chosen = "attended_tokens" in bench.methods  # from the same pass
+    return bench.whole([bench.context(bench.episodes[i]) for i in indices], choose=chosen)
 
 
 @method("multi-task model, full attention", "context", "multi_task")

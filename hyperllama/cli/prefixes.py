@@ -48,7 +48,9 @@ def compress(
         Literal["answers", "context"],
         typer.Option(help="--refine on its examples' answers, or on what the model says with its whole context."),
     ] = "answers",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="With --store: at most so many tokens a pass.")] = 16384,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="With --store: at most so many tokens a pass; 2,048 on a CPU, 16,384 on a GPU.")
+    ] = None,
     overwrite: Overwrite = False,
     base: Base = None,
     check_base: CheckBase = False,

@@ -190,19 +190,20 @@ def compress_to_store(
     refine: int = 0,
     refine_on: Literal["answers", "context"] = "answers",
     check_base: bool = False,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
 ) -> Summary:
     """Compress many files, or folders of them, into a store; what is there already is not compressed again.
 
-    `run`, `refine` and `refine_on` as in `compress`. A pass has at most `batch_tokens`. Ranks (torchrun, or RANK and
-    WORLD_SIZE set by hand) take every n-th task.
+    `run`, `refine` and `refine_on` as in `compress`. A pass has at most `batch_tokens`, or
+    `hyperllama.inference.many.pass_tokens`. Ranks (torchrun, or RANK and WORLD_SIZE set by hand) take every n-th task.
     """
     tasks = task_files(files)
     check_maker(run, None, refine)  # a store is not made for a run that is none
     place = PrefixStore(store)
     made_with = Compressor.load(run, base_path, dtype=dtype, check_base=check_base)
     maker = made_with.refiner(refine, refine_on)
-    batch_tokens = min(batch_tokens, REFINED_TOKENS) if refine else batch_tokens
+    if refine:
+        batch_tokens = min(batch_tokens or REFINED_TOKENS, REFINED_TOKENS)
     ranks = {"rank": int(os.environ.get("RANK", 0)), "ranks": processes()}
     settings = {
         "run": made_with.made_by,

@@ -28,7 +28,8 @@ from hyperllama.hypernetworks.attended import attention_received, most_attended
 from hyperllama.hypernetworks.base import Hypernetwork
 from hyperllama.hypernetworks.row_lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RowLora
 from hyperllama.objectives.losses import TokenLoss
-from hyperllama.prefixes.capture import States, gist_rows
+from hyperllama.prefixes.capture import States, gist_rows, prefixes_of
+from hyperllama.prefixes.prefix import Prefix
 
 POOLING = "pooling.safetensors"
 
@@ -103,6 +104,22 @@ class PoolingHypernetwork(Hypernetwork):
     ) -> States:
         """The rows that stand for gists in `layout` are not computed: only the tokens before them are read."""
         return self._pooled(layout, *self._read(ids, layout, block_rows))
+
+    @torch.no_grad()
+    def compress_and_keep(self, contexts: Sequence[Sequence[int]]) -> list[tuple[Prefix, Prefix]]:
+        """Of each context the prefix that `compress` makes, unsigned, and that of all its tokens, from one pass for both.
+
+        Without LoRA, chunks and a sink only: the pass is then that of the base alone. ValueError with one of them.
+        """
+        if self.lora is not None or self.chunking.graph != "single" or self.sink is not None:
+            raise ValueError("only pooling without LoRA, chunks and a sink reads contexts as the base alone does")
+        pieces, segments = zip(*(self.cut(context) for context in contexts))
+        layout = GistLayout([segment for own in segments for segment in own]).to(self.base.device)
+        ids = torch.tensor([[token for own in pieces for piece in own for token in piece]], device=self.base.device)
+        whole, read, queries = self._read(ids, layout, BLOCK_ROWS)
+        readers, inv_freq = [(i,) for i in range(len(contexts))], inverse_frequencies(self.base)
+        pooled = prefixes_of(self._pooled(layout, whole, read, queries), layout, readers, inv_freq)
+        return list(zip(pooled, prefixes_of(read, whole, readers, inv_freq), strict=True))
 
     def _read(self, ids: Tensor, layout: GistLayout, block_rows: int | None) -> tuple[GistLayout, States, Sequence[Tensor]]:
         """The contexts of `layout`, without gists, as a layout; their keys and values; queries of the rows that choose."""

@@ -16,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from attention_masks import GistLayout
 from hyperllama.base.identity import BaseIdentity
 from hyperllama.data.episode import Example, Task, said_twice
@@ -33,6 +35,7 @@ TASK_FILES = (".json", ".jsonl")
 # A window of so many passes is sorted by length; the prefixes of a pass, at most so many, are in memory together.
 WINDOW, PASS_TASKS = 8, 256
 PROGRESS_SECONDS = 5
+
 Context = tuple[ContextIds, Manifest]
 
 
@@ -130,6 +133,11 @@ class Summary:
         """Tasks that were dealt with, in one way or another."""
         return self.made + self.there + len(self.failed)
 
+    def count(self, contexts: Sequence[ContextIds]) -> None:
+        """Count those that were compressed."""
+        self.made += len(contexts)
+        self.tokens += sum(map(len, contexts))
+
     def __str__(self) -> str:
         speed = f", {self.made / self.seconds:.1f} tasks/s" if self.made and self.seconds else ""
         return f"{self.made} made ({self.tokens:,} tokens{speed}), {self.there} were there, {len(self.failed)} failed"
@@ -142,7 +150,7 @@ def compress_into(
     tasks: Iterable[Task | str | Path],
     *,
     run: str | Path | None,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
     rank: int = 0,
     ranks: int = 1,
     shots: int | None = None,
@@ -152,12 +160,13 @@ def compress_into(
 ) -> Summary:
     """Compress tasks, or files of tasks, into a store, in packed passes of at most `batch_tokens` tokens and gists.
 
-    A task whose context this hypernetwork has already compressed for this base is skipped. This rank takes every
-    `ranks`-th task, so all ranks must be given the same tasks in the same order. `maker` makes prefixes in place of the
-    hypernetwork. `progress` gets a line every few seconds and in the end. A task that cannot be read, leaves nothing to
-    compress or is longer than the model does not stop the others: it is in the summary's `failed`. Raises UserError for
-    settings that make no sense, OSError when the disk refuses.
+    These are `pass_tokens` unless given. A task whose context this hypernetwork has already compressed for this base is
+    skipped. This rank takes every `ranks`-th task, so all ranks must be given the same tasks in the same order. `maker` makes
+    prefixes in place of the hypernetwork. `progress` gets a line every few seconds and in the end. A task that cannot be read,
+    leaves nothing to compress or is longer than the model does not stop the others: it is in the summary's `failed`. Raises
+    UserError for settings that make no sense, OSError when the disk refuses.
     """
+    batch_tokens = pass_tokens(hypernetwork.base.device) if batch_tokens is None else batch_tokens
     if not 0 <= rank < ranks or batch_tokens < 1:
         raise UserError(f"rank {rank} of {ranks} ranks with batch_tokens={batch_tokens}: count ranks from 0, and tokens from 1")
     total, summary = f" of {len(range(rank, len(tasks), ranks))}" if isinstance(tasks, Sized) else "", Summary()
@@ -177,8 +186,7 @@ def compress_into(
     )
     for contexts, manifests in (zip(*batch) for batch in passes(new, hypernetwork.num_gists, batch_tokens)):
         store.add_all((maker or hypernetwork).compress(contexts, manifests), rank=rank)
-        summary.made += len(contexts)
-        summary.tokens += sum(map(len, contexts))
+        summary.count(contexts)
         tell()
     tell(silence=0)
     if twice := said_twice(summary.repetition):
@@ -247,6 +255,11 @@ def fitting(
             "positions; show fewer or shorter examples"
         )
     return context, manifest
+
+
+def pass_tokens(device: torch.device) -> int:
+    """Tokens of a pass unless told: on a CPU few, so that what norms and sums go through stays in its cache."""
+    return 2048 if device.type == "cpu" else 16384
 
 
 def passes(contexts: Iterable[Context], gists: int, batch_tokens: int) -> Iterator[list[Context]]:
