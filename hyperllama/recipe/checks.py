@@ -140,6 +140,10 @@ def _training(recipe: Any, check: _Checks) -> None:
         f"model.dtype: {recipe.model.dtype} weights lose small updates when all of them are trained; set it to float32 with "
         "training.bf16=true, or deepspeed, which keeps float32 weights beside them",
     )
+    known = recipe.gist.kind in KINDS
+    own = not recipe.full_attention.lora if full else known and kind_of(recipe).trains_base
+    trained = "model.quantize: the weights of the base are trained, which 4 bits cannot be; set it to null"
+    check(not (model.quantize and own), trained)
     if recipe.full_attention.lora:
         check(full, "full_attention.lora: belongs to method full_attention; for a hypernetwork it is gist.kind=lora")
         whole = "full_attention.lora: is merged into the model that is written, so"

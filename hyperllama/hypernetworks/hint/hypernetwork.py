@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
 from hyperllama.base.adapters import BESIDE, AdaptedCalls, Adapters, Stack
+from hyperllama.base.copies import train_all
 from hyperllama.base.decoder import (
     head_dim,
     inverse_frequencies,
@@ -81,7 +82,9 @@ class HintHypernetwork(Hypernetwork):
         self.generator = Generator(*sizes, pairs, self.hint).to(base.device) if self.num_gists or pairs else None
         self.fusion = Fusion(base, self.hint.fusion_rank) if self.hint.fusion else None
         self.calls = AdaptedCalls(base, beside)
-        base.requires_grad_(self.trains_base)
+        base.requires_grad_(False)
+        if self.trains_base:
+            train_all(base, "the regime paper")
 
     @property
     def trains_base(self) -> bool:
