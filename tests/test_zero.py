@@ -144,14 +144,3 @@ def test_a_step_keeps_its_episodes_on_another_number_of_processes(tmp_path):
     for processes in (5, 24):
         with pytest.raises(UserError, match=f"24 episodes on 4 processes; {processes} processes of .* cannot have as many"):
             settings_to_go_on(given, checkpoint, processes)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pooling", "hint"])
-def test_other_kinds_over_a_partitioned_base(recipe, tmp_path, kind):
-    pytest.importorskip("deepspeed")
-    changes = [f"gist.kind={kind}", "training.max_steps=6", "hint.mlp_size=8", "hint.lora_rank=2"]
-    commands_train.train(recipe, [*changes, "training.gradient_accumulation_steps=2"])
-    run = tmp_path / "ranks"
-    torchrun("train", recipe, f"output={run}", *changes, f"deepspeed={zero_settings(tmp_path, 3)}")
-    assert losses(run) == pytest.approx(losses(tmp_path / "one"), abs=1e-4)

@@ -58,6 +58,14 @@ def gather_with(module: nn.Module, parameter: nn.Parameter) -> None:
         deepspeed.zero.register_external_parameter(module, parameter)
 
 
+def gather_whole(module: nn.Module) -> None:
+    """Under ZeRO-3, gather all that is inside `module` whenever it runs, however often it calls its own modules."""
+    if is_deepspeed_zero3_enabled():
+        from deepspeed.utils import set_z3_leaf_module
+
+        set_z3_leaf_module(module, True)
+
+
 def in_parts(weights: Tensor, *, requires_grad: bool) -> nn.Parameter:
     """A new parameter of these weights, cut into parts as ZeRO-3 cuts those of a model that is built for it."""
     import deepspeed

@@ -27,7 +27,7 @@ from hyperllama.base.decoder import (
     require,
 )
 from hyperllama.base.loading import load_weights_into
-from hyperllama.base.mlp_blocks import BLOCK_ROWS, mlps_in_blocks
+from hyperllama.base.mlp_blocks import BLOCK_ROWS, gather_mlps_whole, mlps_in_blocks
 from hyperllama.base.tensor_files import load_parameters
 from hyperllama.data.packing import GistBatch
 from hyperllama.errors import UserError
@@ -85,6 +85,8 @@ class HintHypernetwork(Hypernetwork):
         base.requires_grad_(False)
         if self.trains_base:
             train_all(base, "the regime paper")
+        else:
+            gather_mlps_whole(base)
 
     @property
     def trains_base(self) -> bool:
