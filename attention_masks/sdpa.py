@@ -47,11 +47,11 @@ def sdpa_attention(
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, **settings) -> Tensor:
     """PyTorch's attention of query heads that share keys and values: q (B, H, T, D), k and v (B, N, S, D).
 
-    On a GPU no fused kernel takes shared heads together with a mask, and the one that is left holds all scores in memory. So
-    there keys and values are repeated for every query head.
+    On a GPU no fused kernel takes shared heads together with a mask, or in more than 16 bits, and the one that is left holds
+    all scores in memory. So there keys and values are repeated for every query head.
     """
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and attn_mask is not None and _on_gpu(q):
+    if groups > 1 and (attn_mask is not None or q.element_size() > 2) and _on_gpu(q):
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=q.shape[1] != k.shape[1], **settings)
 

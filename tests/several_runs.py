@@ -1,6 +1,6 @@
-"""Trains a recipe several times in one process, or in each of torchrun's: settings of its own for each, from a file of JSON.
+"""Trains a recipe several times in one process, or in each of torchrun's, with settings from a file of JSON lists.
 
-What is no part of a step and takes most of a short run is left out: the picture of the loss, and a look at all that is imported.
+What takes most of a short run and is no part of it is left out: the picture of the loss, and looking for garbage in imports.
 Contexts that are read without gradients go through an MLP in blocks of so few rows that ranks have different numbers of them.
 """
 

@@ -71,7 +71,9 @@ def test_it_would_be_seen(kernels, module, monkeypatch):
 
 def test_the_dense_mask_in_blocks_is_the_whole(monkeypatch):
     """Several readers of one gist at different distances, and blocks that end within segments."""
-    layout = GistLayout([Segment(9, gists=3), Segment(7, gists=2, reads=(0,)), Segment(11, reads=(0, 1)), Segment(6, reads=(1, 0))])
+    layout = GistLayout(
+        [Segment(9, gists=3), Segment(7, gists=2, reads=(0,)), Segment(11, reads=(0, 1)), Segment(6, reads=(1, 0))]
+    )
     assert layout.shifted
     torch.manual_seed(0)
     inv_freq = 10.0 ** -torch.arange(4.0)

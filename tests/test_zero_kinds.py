@@ -73,9 +73,9 @@ def runs_of(recipe, cases, how, settings):
     """A file of what `several_runs.py` is to train: cases, and those that begin with the weights of another."""
     place = recipe.parent
     runs = [[*own, *settings, f"output={place}/{how}/{name}"] for name, own in cases.items()]
-    for name, run in zip(cases, runs, strict=True):
+    for name, own in zip(cases, runs, strict=True):
         if name in AGAIN:
-            run.append(f"start_from={place}/one/{name.partition(',')[0]}")
+            own.append(f"start_from={place}/one/{name.partition(',')[0]}")
     return write(place / f"runs-{how}.json", json.dumps(runs))
 
 
