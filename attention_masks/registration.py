@@ -38,7 +38,8 @@ class Kept:
         self.states.setdefault(layer, (keys.to(values.dtype), values))
         if self.queries_of is not None and layer not in self.queries:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            self.queries[layer] = query[0, :, self.queries_of].detach() * scale
+            # Without gradient from the start, so that nothing of it is kept for a backward pass: the first time only is fine.
+            self.queries[layer] = query.detach()[0, :, self.queries_of] * scale
 
 
 def register() -> str:

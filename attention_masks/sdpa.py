@@ -52,15 +52,15 @@ SHORT_ROWS = 256
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, **settings) -> Tensor:
     """PyTorch's attention of query heads that share keys and values: q (B, H, T, D), k and v (B, N, S, D).
 
-    On a GPU no fused kernel takes shared heads together with a mask, and the one that is left holds all scores in memory. So
-    there keys and values are repeated for every query head. On a CPU few rows of 16 bits whose gradients will be wanted are
-    computed in float32.
+    On a GPU no fused kernel takes shared heads together with a mask, or in more than 16 bits, and the one that is left holds
+    all scores in memory. So there keys and values are repeated for every query head. On a CPU few rows of 16 bits whose
+    gradients will be wanted are computed in float32.
     """
     if _faster_wide(q, k, v):
         with torch.autocast(q.device.type, enabled=False):
             return grouped_attention(q.float(), k.float(), v.float(), attn_mask=attn_mask, **settings).to(v.dtype)
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and attn_mask is not None and _on_gpu(q):
+    if groups > 1 and (attn_mask is not None or q.element_size() > 2) and _on_gpu(q):
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=q.shape[1] != k.shape[1], **settings)
 

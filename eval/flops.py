@@ -167,6 +167,8 @@ class ModelCost:
         """
         layout = GistLayout([Segment(context, gists=context)])
         read = self.compress_packed(layout, rank, targets) if rank else self.encode(context)
+        if rank and attended:  # of the last layer queries too, all of them, without LoRA
+            read += 2 * context * self.hidden * self.heads * self.head_dim
         scores_and_means = 3 * 2 * gists * context * self.kv_heads * self.head_dim
         maps = 2 * 2 * gists * self.kv_heads * self.head_dim**2
         choosing = math.ceil(attended * context) * self._per_pair_and_layer // 2 * context

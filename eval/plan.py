@@ -208,7 +208,7 @@ def _notes(recipe: Recipe, hardware: Hardware, counts: Parameters) -> list[str]:
     if optimiser not in TWO_STATES:
         lines.append(f"training.optim={optimiser} is counted as AdamW: two states for each trained parameter")
     if recipe.model.quantize:
-        lines.append("ZeRO-3 is left out: it is not known to cut weights of 4 bits")
+        lines.append("ZeRO-3 is left out: a process loads all of a base in 4 bits before it is cut")
     if not training.get("bf16") and not training.get("fp16") and recipe.model.dtype == "float32":
         lines.append("float32 is far slower than bf16 on a GPU: set training.bf16=true, or expect many times the hours below")
     bytes_read = (counts.linear + counts.other) * (2 if recipe.model.dtype == "bfloat16" else 4) * hardware.gpus

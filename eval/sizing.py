@@ -132,8 +132,6 @@ def memory(recipe: Recipe, cost: ModelCost, counts: Parameters, batches: Sequenc
     """Memory of a GPU under every setting, for the worst of `batches`."""
     if recipe.full_attention.lora:
         raise UserError("full_attention.lora: its memory cannot be planned; plan all weights, which need more, with false")
-    if recipe.model.quantize and counts.full:
-        raise UserError("model.quantize: method full_attention trains the base's weights, which 4 bits cannot be; remove it")
     training, lora, rows = recipe.training, recipe.lora, []
     if training.get("bf16") and training.get("fp16"):
         raise UserError("training.bf16, training.fp16: products are computed in one of them; remove the other")

@@ -36,6 +36,7 @@ OWN = {
     "lora": {"rank": 4},
     "pooling with LoRA": {"rank": 4, "recency": 0.2, "sharpness": 4.0},
     "pooling of attended tokens": {"attended": 0.4, "sharpness": 2.0},
+    "pooling of attended tokens, read with LoRA": {"attended": 0.4, "sharpness": 2.0, "rank": 4},
 }
 GRAPHS = {name: Chunking(name, 4) for name in ("single", "recurrent", "parallel")}
 
@@ -183,8 +184,11 @@ def test_rows_begin_in_one_way():
         KINDS["pooling"](tiny_base(), attended=0.5, recency=0.1)
 
 
-def test_lora_changes_nothing_before_it_is_trained():
-    (without,), (with_lora,) = (KINDS["pooling"](tiny_base(), gists=3, rank=r).compress([range(3, 12)]) for r in (0, 4))
+@pytest.mark.parametrize("attended", [0.0, 0.5])
+def test_lora_changes_nothing_before_it_is_trained(attended):
+    """Nor which tokens are chosen, in the last layer either, whose other rows nobody asks for queries."""
+    settings = {"gists": 3, "attended": attended, "sharpness": 400.0}
+    (without,), (with_lora,) = (KINDS["pooling"](tiny_base(), **settings, rank=r).compress([range(3, 32)]) for r in (0, 4))
     assert all(torch.equal(a, b) for a, b in zip((*without.keys, *without.values), (*with_lora.keys, *with_lora.values)))
 
 
@@ -277,7 +281,7 @@ def test_a_context_in_chunks_may_be_longer_than_the_model():
 
 
 @pytest.mark.parametrize("taught", [False, True], ids=["answers", "taught"])
-@pytest.mark.parametrize("kind", [*ALL, "hint trained whole"])
+@pytest.mark.parametrize("kind", [*ALL, "pooling of attended tokens, read with LoRA", "hint trained whole"])
 def test_gradient_checkpointing_changes_nothing(kind, taught, monkeypatch):
     """Losses and gradients of every kind, though its context is read in a pass of its own; and layers are computed again."""
     losses, gradients, runs = [], [], []

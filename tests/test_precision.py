@@ -239,8 +239,9 @@ def test_a_fingerprint_follows_the_weights_and_not_their_place(kind):
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_shared_heads_with_a_mask_are_repeated_on_a_gpu(monkeypatch, on_gpu, masked):
-    q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_heads_are_repeated_on_a_gpu_where_no_fused_kernel_takes_them(monkeypatch, on_gpu, masked, dtype):
+    q, k, v = (torch.randn(2, heads, rows, 8, dtype=dtype) for heads, rows in ((6, 5), (3, 7), (3, 7)))
     mask = torch.ones(5, 7, dtype=torch.bool).tril(2) if masked else None
     expected = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     seen = []
@@ -252,7 +253,7 @@ def test_shared_heads_with_a_mask_are_repeated_on_a_gpu(monkeypatch, on_gpu, mas
     monkeypatch.setattr(sdpa, "_on_gpu", lambda x: on_gpu)
     monkeypatch.setattr(sdpa, "scaled_dot_product_attention", watch)
     torch.testing.assert_close(sdpa.grouped_attention(q, k, v, attn_mask=mask), expected)
-    assert seen == [(6, False) if on_gpu and masked else (3, True)]
+    assert seen == [(6, False) if on_gpu and (masked or dtype == torch.float32) else (3, True)]
 
 
 @pytest.mark.parametrize("rows", [7, 300])

@@ -8,6 +8,7 @@ from conftest import tiny_architecture
 from data_files import WORDS, lines, write
 from transformers import set_seed
 
+from hyperllama.base.copies import train_all
 from hyperllama.base.fingerprints import identify
 from hyperllama.base.loading import load_base, load_tokenizer, random_base
 from hyperllama.commands import compress as commands_compress
@@ -16,6 +17,7 @@ from hyperllama.commands import train as commands_train
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
 from hyperllama.hypernetworks import loading as hypernetworks_loading
+from hyperllama.hypernetworks.full_copy import FullHypernetwork
 from hyperllama.prefixes.prefix import Prefix
 
 
@@ -67,3 +69,39 @@ def test_without_bitsandbytes(base_folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest))
     with pytest.raises(UserError, match="needs bitsandbytes"):
         load_base(str(base_folder), quantize="nf4")
+
+
+REFUSED = [["gist.kind=gisting"], ["gist.kind=hint", "hint.regime=paper"], ["method=full_attention"]]
+
+
+@pytest.mark.parametrize("changes", REFUSED)
+def test_weights_in_4_bits_are_not_trained(base_folder, tmp_path, changes):
+    """Refused by the recipe, before a base loads, and by the classes themselves."""
+    pytest.importorskip("bitsandbytes")
+    recipe = write(
+        tmp_path / "train.yaml",
+        f"output: {tmp_path}/run\nmodel: {{name_or_path: {base_folder}, quantize: nf4}}\n"
+        f"data: {{source: jsonl, root: {base_folder}}}\n",
+    )
+    with pytest.raises(UserError, match="model.quantize: all weights of the base are trained, which 4 bits cannot be"):
+        commands_train.train(recipe, changes)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="model.quantize: .* which 4 bits cannot be"):
+        train_all(load_base(str(base_folder), quantize="nf4"), "gisting")
+
+
+def test_a_full_copy_has_whole_weights_with_the_numbers_of_4_bits(base_folder):
+    """Also of a base that has read before, whose weights bitsandbytes may have packed anew."""
+    pytest.importorskip("bitsandbytes")
+    base, ids = load_base(str(base_folder), quantize="nf4"), torch.tensor([[5, 6, 7, 8]])
+    before = FullHypernetwork(base, gists=2)
+    linears = [m for m in before.compressor.get_decoder().layers.modules() if isinstance(m, torch.nn.Linear)]
+    assert linears and all(type(m) is torch.nn.Linear and m.weight.dtype == torch.float32 for m in linears)
+    assert sum(p.requires_grad for p in before.compressor.parameters()) > 10
+    with torch.no_grad():
+        read = base.train()(ids).logits
+        torch.testing.assert_close(before.compressor(ids).logits, read, atol=1e-5, rtol=1e-5)
+        base.eval()(ids)
+    again = FullHypernetwork(base, gists=2)
+    for own, first in zip(again.compressor.parameters(), before.compressor.parameters(), strict=True):
+        torch.testing.assert_close(own, first, atol=1e-4, rtol=0.01)  # packing quantises the scales of blocks anew

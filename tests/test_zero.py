@@ -45,12 +45,12 @@ def losses(run):
 def weights(run):
     from safetensors.torch import load_file
 
-    return load_file(Path(run) / "adapter_model.safetensors")
+    return {f"{path.name} {name}": x for path in Path(run).glob("*.safetensors") for name, x in load_file(path).items()}
 
 
 def same_weights(a, b, tolerance):
     a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=tolerance) for name in a)
+    return a.keys() == b.keys() and a and all(torch.allclose(a[name], b[name], atol=tolerance) for name in a)
 
 
 @pytest.mark.slow
@@ -59,7 +59,10 @@ def test_ranks_train_what_one_process_trains(recipe, tmp_path, stage):
     if stage:
         pytest.importorskip("deepspeed")
     settings = [f"deepspeed={zero_settings(tmp_path, stage)}"] if stage else []
-    commands_train.train(recipe, ["training.gradient_accumulation_steps=2"])
+    # HINT's generator has norms and biases, of which the optimiser makes a second group, without decay.
+    own = ["gist.kind=hint", "hint.mlp_size=8", "training.weight_decay=0.1"] if stage == 3 else []
+    settings += own
+    commands_train.train(recipe, [*own, "training.gradient_accumulation_steps=2"])
     one = losses(tmp_path / "one")
     assert len(one) == STEPS and one[-1] < 0.8 * one[0]
     run = tmp_path / "ranks"
@@ -75,7 +78,7 @@ def test_ranks_train_what_one_process_trains(recipe, tmp_path, stage):
     if stage in (1, 2):
         return  # what follows takes a minute; stage 3 has the most to get wrong
     # As a crash after step 16 leaves it; then two processes, and one, go on to the same end.
-    for path in (run / "result.json", run / "adapter_model.safetensors"):
+    for path in (run / "result.json", *run.glob("*.safetensors")):
         path.unlink()
     shutil.rmtree(checkpoint)
     assert newest_checkpoint(run / "checkpoints").endswith("checkpoint-16")
@@ -144,14 +147,3 @@ def test_a_step_keeps_its_episodes_on_another_number_of_processes(tmp_path):
     for processes in (5, 24):
         with pytest.raises(UserError, match=f"24 episodes on 4 processes; {processes} processes of .* cannot have as many"):
             settings_to_go_on(given, checkpoint, processes)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pooling", "hint"])
-def test_other_kinds_over_a_partitioned_base(recipe, tmp_path, kind):
-    pytest.importorskip("deepspeed")
-    changes = [f"gist.kind={kind}", "training.max_steps=6", "hint.mlp_size=8", "hint.lora_rank=2"]
-    commands_train.train(recipe, [*changes, "training.gradient_accumulation_steps=2"])
-    run = tmp_path / "ranks"
-    torchrun("train", recipe, f"output={run}", *changes, f"deepspeed={zero_settings(tmp_path, 3)}")
-    assert losses(run) == pytest.approx(losses(tmp_path / "one"), abs=1e-4)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import (
+    deepspeed_config,
     is_deepspeed_zero3_enabled,
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
 )
+
+_whole: set[int] = set()  # what a context around has gathered, by id
 
 
 def processes() -> int:
@@ -26,13 +29,25 @@ def sharded() -> bool:
     return is_deepspeed_zero3_enabled()
 
 
-def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
-    """A context in which these parameters are whole on every rank, to be read. Under ZeRO-3 all ranks must enter it."""
+@contextmanager
+def gathered(parameters: Iterable[Tensor], *, writing: bool = False) -> Iterator[None]:
+    """A context in which these parameters are whole on every rank, to be read. Under ZeRO-3 all ranks must enter it.
+
+    With `writing` they may be changed, on every rank alike; of a context around it, what is whole there stays to be read.
+    """
     if not sharded():
-        return nullcontext()
+        yield
+        return
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(list(parameters))
+    # DeepSpeed refuses to gather twice; the first process alone may ask inside for what all have gathered.
+    own = {id(parameter): parameter for parameter in parameters if id(parameter) not in _whole}
+    with deepspeed.zero.GatheredParameters(list(own.values()), modifier_rank=0 if writing else None):
+        _whole.update(own)
+        try:
+            yield
+        finally:
+            _whole.difference_update(own)
 
 
 def gather_with(module: nn.Module, parameter: nn.Parameter) -> None:
@@ -41,6 +56,23 @@ def gather_with(module: nn.Module, parameter: nn.Parameter) -> None:
         import deepspeed
 
         deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def gather_whole(module: nn.Module) -> None:
+    """Under ZeRO-3, gather all that is inside `module` whenever it runs, however often it calls its own modules."""
+    if is_deepspeed_zero3_enabled():
+        from deepspeed.utils import set_z3_leaf_module
+
+        set_z3_leaf_module(module, True)
+
+
+def in_parts(weights: Tensor, *, requires_grad: bool) -> nn.Parameter:
+    """A new parameter of these weights, cut into parts as ZeRO-3 cuts those of a model that is built for it."""
+    import deepspeed
+
+    parameter = nn.Parameter(weights, requires_grad=requires_grad)
+    deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=deepspeed_config())
+    return parameter
 
 
 def join_deepspeed() -> None:

@@ -23,6 +23,7 @@ from transformers import (
 
 from attention_masks import register
 from hyperllama.base.checks import check_config, prepare
+from hyperllama.base.distributed import gathered, sharded
 from hyperllama.base.fingerprints import ROUNDED, sampled
 from hyperllama.base.packages import MODELS
 from hyperllama.errors import UserError, in_one_line
@@ -113,7 +114,8 @@ def _quantized(quantize: str | None, dtype: str, device: str) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
-    return {"quantization_config": settings, "device_map": {"": device}}
+    # Under ZeRO-3 transformers takes no place: it loads onto the process's device, whole, and DeepSpeed cuts it afterwards.
+    return {"quantization_config": settings, **({} if sharded() else {"device_map": {"": device}})}
 
 
 def random_base(architecture: Mapping[str, Any], *, vocab_size: int, dtype: str = "float32", **special_tokens: int | None):
@@ -205,9 +207,13 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, *, local: boo
 def load_weights_into(model: PreTrainedModel, folder: str | Path) -> None:
     """Give a model the weights of one of its own form that transformers wrote into a folder; UserError if they are none."""
     try:
-        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
-        with torch.no_grad():
-            model.load_state_dict(saved.state_dict())
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict(keep_vars=True)
+        # One at a time: under ZeRO-3 both are in parts, of which a state dict would hold nothing.
+        for name, weight in model.state_dict(keep_vars=True).items():
+            with torch.no_grad(), gathered([saved[name]]), gathered([weight], writing=True):
+                if weight.shape != saved[name].shape:
+                    raise ValueError(f"{name} is {tuple(saved[name].shape)}, not {tuple(weight.shape)}")
+                weight.copy_(saved[name])
     except UNREADABLE as error:
         raise UserError(f"{folder}: the model's weights cannot be loaded ({in_one_line(error)}); copy it again") from error
 

@@ -11,9 +11,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hyperllama.base.decoder import layers_of, part
+from hyperllama.base.distributed import gather_whole
 
 # Measured: with so many rows attention holds more than the MLP, and products are as fast as on all rows.
 BLOCK_ROWS = 2048
+
+
+def gather_mlps_whole(model: PreTrainedModel) -> None:
+    """Under ZeRO-3, gather all of a layer's MLP when it is called, as training with blocks needs.
+
+    Ranks have contexts of more or fewer blocks, but must call what gathers equally often.
+    """
+    for layer in layers_of(model):
+        if (mlp := part(layer, "mlp")) is not None:
+            gather_whole(mlp)
 
 
 @contextmanager

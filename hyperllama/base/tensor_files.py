@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hyperllama.base.distributed import gathered
 from hyperllama.errors import UserError, in_one_line
 
 HEADER_BYTES = 2**24  # far more than any of our headers, far less than would fill the memory when it is parsed
@@ -55,12 +56,12 @@ def load_parameters(
         if name not in tensors and name in optional:
             continue
         found = tuple(tensors[name].shape) if name in tensors else "missing"
-        if found != tuple(parameter.shape):
-            raise UserError(
-                f"{path}: {name} is {found}, not {tuple(parameter.shape)}; these are weights of another base or other settings"
-            )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if name in tensors:
+        with gathered([parameter]):
+            wanted = tuple(parameter.shape)
+        if found != wanted:
+            raise UserError(f"{path}: {name} is {found}, not {wanted}; these are weights of another base or other settings")
+    for name, parameter in parameters.items():
+        if name in tensors:
+            with torch.no_grad(), gathered([parameter], writing=True):
                 parameter.copy_(tensors[name])
     return metadata

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import safetensors.torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attention_masks import GistLayout
+from hyperllama.base.copies import copy_to_train
 from hyperllama.base.decoder import behind_last_keys
 from hyperllama.base.mlp_blocks import BLOCK_ROWS
 from hyperllama.base.tensor_files import load_parameters
@@ -27,7 +27,7 @@ class FullHypernetwork(WithGistTokens):
 
     def __init__(self, base: PreTrainedModel, **settings):
         super().__init__(base, **settings)
-        self.gists, self.compressor = self.new_gists(), copy.deepcopy(base)
+        self.gists, self.compressor = self.new_gists(), copy_to_train(base)
         self.compressor.get_decoder().requires_grad_(True)
         # What is behind the last keys and values is never read: gists by their own embeddings, words by those of the copy.
         for unused in behind_last_keys(self.compressor):
@@ -49,6 +49,6 @@ class FullHypernetwork(WithGistTokens):
         return [*super().save_weights(folder), COMPRESSOR]
 
     def load_weights(self, folder: str | Path) -> None:
-        own = self.compressor.get_decoder().state_dict()
+        own = self.compressor.get_decoder().state_dict(keep_vars=True)
         load_parameters(Path(folder) / COMPRESSOR, own, "a whole safetensors file of a copy of the base")
         super().load_weights(folder)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attention_masks import GistLayout
+from hyperllama.base.copies import train_all
 from hyperllama.base.loading import load_weights_into
 from hyperllama.base.mlp_blocks import BLOCK_ROWS
 from hyperllama.data.packing import GistBatch
@@ -32,7 +33,7 @@ class GistingHypernetwork(WithGistTokens):
         super().__init__(base, **settings)
         if self.mix.taught:
             raise UserError(f"objectives.{self.mix.taught[0]}: gisting changes the model that would teach; set it to 0")
-        base.requires_grad_(True)
+        train_all(base, "gisting")
         self.gists = self.new_gists()
 
     def forward(self, batch: GistBatch) -> TokenLoss:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from attention_masks import GistLayout, Segment, rotate
 from attention_masks.registration import Kept
 from hyperllama.base.decoder import computes_again, head_dim, inverse_frequencies, kv_heads
-from hyperllama.base.mlp_blocks import BLOCK_ROWS
+from hyperllama.base.mlp_blocks import BLOCK_ROWS, gather_mlps_whole
 from hyperllama.base.tensor_files import load_parameters
 from hyperllama.data.packing import GistBatch
 from hyperllama.errors import UserError
@@ -83,6 +83,8 @@ class PoolingHypernetwork(Hypernetwork):
         self.log_sharpness = nn.Parameter(torch.full((layers, heads, gists), math.log(sharpness), **place))
         self.maps = nn.Parameter(torch.zeros(2, layers, heads, width, width, **place))
         self.lora = RowLora(base, rank=rank, alpha=alpha, dropout=dropout, targets=targets) if rank else None
+        if self.lora is None:
+            gather_mlps_whole(base)
 
     def settings(self) -> dict:
         own = {"recency": self.recency, "sharpness": self.sharpness, "attended": self.attended, "rank": 0}

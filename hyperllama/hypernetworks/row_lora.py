@@ -51,6 +51,7 @@ class RowLora(nn.Module):
         require(base, ["attention"], "LoRA on a context's rows")
         self.rank, self.alpha = rank, alpha
         self.rows = self.left_out = 0
+        self.queries_kept = False
         layers = layers_of(base)
         prefix = next(name for name, module in base.named_modules() if module is layers)
         # A model's own kind of linear layer, such as a router's, may return more than a product.
@@ -106,6 +107,8 @@ class RowLora(nn.Module):
     def _choose_rows(self, attention, args, kwargs):
         layout = kwargs.get("gist_layout")
         self.rows = layout.compress_rows if kwargs.get("gist_lora") is self else 0
+        kept = kwargs.get("gist_kept")
+        self.queries_kept = kept is not None and kept.queries_of is not None
         self.left_out = min(self.rows, layout.tokens - self.fewest) if self.rows and self.skip.modules else 0
         return (args, {**kwargs, "gist_unread": self.left_out}) if attention is self.skip.attention else None
 

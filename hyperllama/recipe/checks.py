@@ -133,18 +133,7 @@ def _training(recipe: Any, check: _Checks) -> None:
         fits = model.tokenizer == "bytes" or all(part.source == "synthetic" for part in data.parts)
         check(fits, "model.tokenizer: words knows the synthetic language only; choose bytes")
     _hypernetwork(recipe, check)
-    full = recipe.method == "full_attention"
-    changed = not recipe.full_attention.lora if full else recipe.gist.kind in KINDS and kind_of(recipe).trains_weights
-    check(
-        not (changed and recipe.model.dtype != "float32" and not recipe.deepspeed),
-        f"model.dtype: {recipe.model.dtype} weights lose small updates when all of them are trained; set it to float32 with "
-        "training.bf16=true, or deepspeed, which keeps float32 weights beside them",
-    )
-    if recipe.full_attention.lora:
-        check(full, "full_attention.lora: belongs to method full_attention; for a hypernetwork it is gist.kind=lora")
-        whole = "full_attention.lora: is merged into the model that is written, so"
-        check(not model.quantize, f"{whole} that cannot be in 4 bits; remove model.quantize")
-        check(zero_stage(recipe.deepspeed) < 3, f"{whole} every process needs all of it; set deepspeed to zero2 or zero1")
+    _trained(recipe, check)
     _format(recipe, check)
     _deepspeed(recipe, check)
     _kernels(recipe.training, check)
@@ -161,6 +150,26 @@ def _training(recipe: Any, check: _Checks) -> None:
         window = part.text.most_tokens + gists + 1
         if part.source == "text" and positions is not None and window > positions and not cut:
             check(False, f"data.text: context, continuation and gists need {window} positions, but the model has {positions}")
+
+
+def _trained(recipe: Any, check: _Checks) -> None:
+    """What is trained must be what its weights can be trained in."""
+    model, full, lora = recipe.model, recipe.method == "full_attention", recipe.full_attention.lora
+    kind = kind_of(recipe) if recipe.gist.kind in KINDS else None
+    base = not lora if full else bool(kind and kind.trains_base)
+    changed = base or bool(not full and kind and kind.trains_weights)
+    check(
+        not (changed and model.dtype != "float32" and not recipe.deepspeed),
+        f"model.dtype: {model.dtype} weights lose small updates when all of them are trained; set it to float32 with "
+        "training.bf16=true, or deepspeed, which keeps float32 weights beside them",
+    )
+    all_of_base = "model.quantize: all weights of the base are trained, which 4 bits cannot be; set it to null"
+    check(not (model.quantize and base), all_of_base)
+    if lora:
+        check(full, "full_attention.lora: belongs to method full_attention; for a hypernetwork it is gist.kind=lora")
+        whole = "full_attention.lora: is merged into the model that is written, so"
+        check(not model.quantize, f"{whole} that cannot be in 4 bits; remove model.quantize")
+        check(zero_stage(recipe.deepspeed) < 3, f"{whole} every process needs all of it; set deepspeed to zero2 or zero1")
 
 
 def _hypernetwork(recipe: Any, check: _Checks) -> None:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hyperllama.base.copies import train_all
 from hyperllama.base.loading import load_weights_into
 from hyperllama.base.tensor_files import load_parameters
 from hyperllama.data.packing import GistBatch
@@ -35,7 +36,9 @@ class FullAttention(PackedModel):
         backend: str = "auto",
         lora: LoraConfig | None = None,
     ):
-        super().__init__(base.requires_grad_(lora is None), tokenizer, backend)
+        super().__init__(base.requires_grad_(False), tokenizer, backend)
+        if lora is None:
+            train_all(base, "full_attention")
         self.lora = lora
         if lora is not None:
             inject_adapter_in_model(lora, base)

@@ -115,7 +115,7 @@ class GistTrainer(Trainer):
             for part in prepared if isinstance(prepared, tuple) else (prepared,):
                 if self.is_deepspeed_enabled and hasattr(part, "save_checkpoint"):
                     part.save_checkpoint = partial(part.save_checkpoint, exclude_frozen_parameters=True)
-                    part.load_checkpoint = _not_strict(part.load_checkpoint)
+                    part.load_checkpoint = _loading(part)
             return prepared
 
         self.accelerator.prepare = prepare_and_slim
@@ -135,10 +135,25 @@ class GistTrainer(Trainer):
         self.accelerator.unwrap_model(model or self.model).load_weights(resume_from_checkpoint)
 
 
-def _not_strict(load):
+def _loading(engine):
+    """The `load_checkpoint` of a DeepSpeed engine, which takes the trained weights alone, with optimiser states as they were.
+
+    On another number of processes DeepSpeed 0.19 gives all groups of parameters the first one's settings, so that norms and
+    biases would decay, and one tensor to count steps, which each of them then counts on.
+    """
+    load = engine.load_checkpoint
+
     @wraps(load)
     def load_what_is_there(*args, **kwargs):
-        return load(*args, **{**kwargs, "load_module_strict": False})
+        optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        decays = [group.get("weight_decay") for group in optimizer.param_groups]
+        loaded = load(*args, **{**kwargs, "load_module_strict": False})
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+        return loaded
 
     return load_what_is_there
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from attention_masks import GistLayout, Segment, rotate
 from hyperllama.base.adapters import BESIDE, AdaptedCalls, Adapters, Stack
+from hyperllama.base.copies import train_all
 from hyperllama.base.decoder import (
     head_dim,
     inverse_frequencies,
@@ -26,7 +27,7 @@ from hyperllama.base.decoder import (
     require,
 )
 from hyperllama.base.loading import load_weights_into
-from hyperllama.base.mlp_blocks import BLOCK_ROWS, mlps_in_blocks
+from hyperllama.base.mlp_blocks import BLOCK_ROWS, gather_mlps_whole, mlps_in_blocks
 from hyperllama.base.tensor_files import load_parameters
 from hyperllama.data.packing import GistBatch
 from hyperllama.errors import UserError
@@ -81,7 +82,11 @@ class HintHypernetwork(Hypernetwork):
         self.generator = Generator(*sizes, pairs, self.hint).to(base.device) if self.num_gists or pairs else None
         self.fusion = Fusion(base, self.hint.fusion_rank) if self.hint.fusion else None
         self.calls = AdaptedCalls(base, beside)
-        base.requires_grad_(self.trains_base)
+        base.requires_grad_(False)
+        if self.trains_base:
+            train_all(base, "the regime paper")
+        else:
+            gather_mlps_whole(base)
 
     @property
     def trains_base(self) -> bool:
