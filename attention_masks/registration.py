@@ -38,7 +38,8 @@ class Kept:
         self.states.setdefault(layer, (keys.to(values.dtype), values))
         if self.queries_of is not None and layer not in self.queries:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            self.queries[layer] = query[0, :, self.queries_of].detach() * scale
+            # Detached first: what the second time lacks must not have saved anything for the backward pass.
+            self.queries[layer] = query.detach()[0, :, self.queries_of] * scale
 
 
 def register() -> str:
