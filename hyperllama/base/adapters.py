@@ -115,8 +115,9 @@ def _side_by_side(owned: Sequence[tuple[Tensor, Tensor] | None], model: PreTrain
 
 
 def rows_of(groups: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of a packed batch by task: (n, m) with 0 where a task has fewer; where the r real ones stand among these n * m, (r,),
-    and which rows they are, (r,). All are numbers: a choice by true and false would wait for a GPU to count them.
+    """Rows of a packed batch by task: (n, m) with 0 where a task has fewer; the places (r,) of the others in it; and these.
+
+    All are numbers: a choice by true and false would wait for a GPU to count them.
     """
     rows = pad_sequence([torch.tensor(group, dtype=torch.long) for group in groups], batch_first=True)
     widest = rows.shape[1]
