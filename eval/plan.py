@@ -59,7 +59,7 @@ def plan(
     episodes = [episode for episode in encoded if episode.queries] or [largest_episode(recipe)]
     batches = list(batches_of(recipe, episodes, size))
     steps = Steps(recipe, config)
-    rows = memory(steps, batches, hardware)
+    rows = list(memory(steps, batches, hardware))
     largest = max(batches, key=lambda batch: batch.tokens)
     context = largest.layout.compress_rows if recipe.method == "hypernetwork" else 0
     drawn = any(episode.queries for episode in encoded)
@@ -161,11 +161,15 @@ def _choice(
             for name in names:
                 changed = changes[name](changed)
             batches = list(batches_of(changed, episodes, whole(changed, "per_device_train_batch_size", 8)))
-            after = memory(Steps(changed, config), batches, hardware)
-            fit, smallest = _first(after, hardware), min(after, key=lambda row: row.total)
-            what = (
-                f"fits, with deepspeed={fit.zero.name or 'null'}" if fit else f"{smallest.zero}: {_gb(smallest.total)} GB, no"
-            )
+            after = []  # until one fits: tracing takes its time
+            for row in memory(Steps(changed, config), batches, hardware):
+                after.append(row)
+                if row.total <= hardware.usable:
+                    what = f"fits, with deepspeed={row.zero.name or 'null'}"
+                    break
+            else:
+                smallest = min(after, key=lambda row: row.total)
+                what = f"{smallest.zero}: {_gb(smallest.total)} GB, no"
             lines.append(f"  with {' '.join(names)}: {what}")
     own = recipe.deepspeed
     if own is not None:

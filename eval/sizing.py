@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from eval.memory import SETTINGS, Parameters, States, Zero, model_states
 from eval.tracing import Trace, trace_deep
+from hyperllama.base.checks import check_config
 from hyperllama.base.loading import find_config, random_config
 from hyperllama.base.outline import outline
 from hyperllama.commands.train import packed_model, packing_of
@@ -94,10 +95,15 @@ class Row:
 
 
 def base_config(recipe: Recipe, vocabulary: int | None = None) -> Any:
-    """The transformers config of a recipe's base: of a random one, with `vocabulary` tokens or the recipe's."""
+    """The transformers config of a recipe's base: of a random one, with `vocabulary` tokens or the recipe's.
+
+    UserError for a model that gist masks cannot be for.
+    """
     model = recipe.model
     if model.name_or_path:
-        return find_config(model.name_or_path, model.revision)
+        config = find_config(model.name_or_path, model.revision)
+        check_config(config, model.name_or_path)
+        return config
     return random_config(model.architecture, vocab_size=vocabulary or model.vocab_size)
 
 
@@ -156,9 +162,12 @@ def largest_episode(recipe: Recipe) -> EncodedEpisode:
     return max(found, key=lambda e: len(e.context) + sum(len(p) + len(a) for p, a in e.queries))
 
 
-def memory(steps: Steps, batches: Sequence[GistBatch], hardware: Hardware) -> list[Row]:
-    """Memory of a GPU under every setting, for the worst of `batches`: those with most tokens and most targets."""
-    recipe, rows = steps.recipe, []
+def memory(steps: Steps, batches: Sequence[GistBatch], hardware: Hardware) -> Iterator[Row]:
+    """Memory of a GPU under every setting, for the worst of `batches`: those with most tokens and most targets.
+
+    A step is traced when its setting is asked for.
+    """
+    recipe = steps.recipe
     check_precision(recipe)
     worst = {id(one): one for one in (max(batches, key=lambda b: b.tokens), max(batches, key=lambda b: len(b.targets)))}
     counts = {cast: Parameters.of(bare_model(recipe, steps.config, deepspeed=cast)) for cast in (False, True)}
@@ -169,8 +178,7 @@ def memory(steps: Steps, batches: Sequence[GistBatch], hardware: Hardware) -> li
             continue  # a recipe that is refused: nothing would keep float32 weights
         states = model_states(counts[zero.stage > 0], zero, gpus=hardware.gpus, nodes=hardware.nodes)
         traces = (steps.of(batch, deepspeed=zero.stage > 0) for batch in worst.values())
-        rows.append(Row(zero, states, max(traces, key=lambda step: step.peak)))
-    return rows
+        yield Row(zero, states, max(traces, key=lambda step: step.peak))
 
 
 def check_precision(recipe: Recipe) -> None:

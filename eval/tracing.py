@@ -6,7 +6,7 @@ the operation that makes them until nothing holds them. Attention is that of a C
 the fused kernels of a GPU keep; where a GPU has none for grouped heads with a mask, scores come on top. Not counted: the CUDA
 context and NCCL (about 1 GB), the allocator's fragments, kernels' work spaces; a plan leaves memory free for them.
 
-A deep model is traced with three layers and with four (`trace_deep`): what a layer more adds is the same from then on.
+A deep model is traced with two layers and with three (`trace_deep`): what a layer more adds is the same from then on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hyperllama.base.decoder import layers_of
 from hyperllama.data.packing import GistBatch
 from hyperllama.objectives.packed_model import PackedModel
 
-DEPTHS = (3, 4)  # a first layer, a last one, and one and two between them
+DEPTHS = (2, 3)  # a first layer and a last one, and one between them
 Moment = tuple  # (pass over a decoder, direction, place in it), see `_Places`
 
 
@@ -61,18 +61,22 @@ def trace_deep(make: Callable[[int], PackedModel], layers: int, batch: GistBatch
     """The trace of a model with so many layers; `make` gives one with as many layers as it is told, on the meta device.
 
     Every figure grows by the same for each layer between the first and the last. Peaks do so moment by moment, of which
-    another may be the highest in a deeper model.
+    another may be the highest in a deeper model. Of layers between, the highest is next to the last one if a layer more keeps
+    more than it frees, and next to the first otherwise; it grows as its neighbour does.
     """
     if layers <= DEPTHS[1]:
         return trace(without_numbers(make(layers)), batch, autocast=autocast)
     less, more = (trace(without_numbers(make(depth)), batch, autocast=autocast) for depth in DEPTHS)
+    grown = {moment: peak - less.peaks[moment] for moment, peak in more.peaks.items() if moment in less.peaks}
 
-    def deeper(few: int, many: int) -> int:
-        return many + (layers - DEPTHS[1]) * (many - few)
+    def slope(moment: Moment) -> int:
+        neighbours = [(*moment[:2], place) for place in ("first", "last")]
+        return grown[moment] if moment in grown else max(grown.get(one, 0) for one in neighbours)
 
-    peaks = {moment: deeper(less.peaks.get(moment, peak), peak) for moment, peak in more.peaks.items()}
-    figures = {name: deeper(getattr(less, name), getattr(more, name)) for name in ("kept", "forward", "backward", "again")}
-    return Trace(peaks=peaks, **figures)
+    further = layers - DEPTHS[1]
+    figures = {name: getattr(more, name) for name in ("kept", "forward", "backward", "again")}
+    figures = {name: value + further * (value - getattr(less, name)) for name, value in figures.items()}
+    return Trace(peaks={moment: peak + further * slope(moment) for moment, peak in more.peaks.items()}, **figures)
 
 
 def without_numbers(model: PackedModel) -> PackedModel:

@@ -21,7 +21,7 @@ from hyperllama.hypernetworks.settings import LoraSettings, PoolingSettings
 from hyperllama.objectives import losses as objectives_losses
 from hyperllama.recipe.schema import FullAttentionRecipe, GistRecipe, ModelRecipe, Recipe
 
-SIZE = {"hidden_size": 160, "intermediate_size": 440, "num_hidden_layers": 3, "num_attention_heads": 10, "head_dim": 16}
+SIZE = {"hidden_size": 160, "intermediate_size": 440, "num_hidden_layers": 2, "num_attention_heads": 10, "head_dim": 16}
 LORA = LoraSettings(rank=8)
 # Of each what a recipe says.
 TRAINED = {
@@ -38,7 +38,7 @@ TRAINED = {
 HOW = {"float32": (False, "float32", False), "autocast": (True, "bfloat16", False), "DeepSpeed": (True, "bfloat16", True)}
 # Every kind as most recipes train it; other numbers where most differs.
 CASES = [(name, "autocast") for name in TRAINED]
-CASES += [("pooling with LoRA", how) for how in ("float32", "DeepSpeed")] + [("hint, regime paper", "DeepSpeed")]
+CASES += [("pooling with LoRA", "float32"), ("hint, regime paper", "DeepSpeed")]
 
 
 def recipe_of(name, how="float32", checkpointing=False, **changes):
@@ -112,15 +112,18 @@ def test_the_peak_is_that_of_the_allocator(name, how, checkpointing, tmp_path):
     assert counts.trained_bytes == sum(p.grad.nbytes for p in own if p.grad is not None)
 
 
-@pytest.mark.parametrize("name, checkpointing", [("pooling with LoRA", True), ("hint, regime paper", False), ("full", True)])
-def test_a_deep_model_is_that_of_four_layers_and_what_each_more_adds(name, checkpointing):
-    recipe = recipe_of(name, checkpointing=checkpointing, num_hidden_layers=7)
+@pytest.mark.parametrize("name, checkpointing", [("pooling with LoRA", True), ("hint, regime paper", False)])
+def test_a_deep_model_is_that_of_three_layers_and_what_each_more_adds(name, checkpointing):
+    recipe = recipe_of(name, checkpointing=checkpointing, num_hidden_layers=5)
     batch, config = batch_of(recipe, context=30), base_config(recipe)
 
     def make(layers):
         return bare_model(recipe, config, layers)
 
-    assert trace_deep(make, 7, batch) == trace(without_numbers(make(7)), batch)
+    found, whole = trace_deep(make, 5, batch), trace(without_numbers(make(5)), batch)
+    for figure in ("kept", "peak", "forward", "backward", "again"):
+        assert getattr(found, figure) == getattr(whole, figure), figure
+    assert found.peaks.keys() == whole.peaks.keys()
 
 
 def test_a_loss_in_chunks_keeps_no_logits(monkeypatch):
