@@ -26,6 +26,15 @@ from hyperllama.data.text import EncodedEpisode
 from hyperllama.hypernetworks.gist_lora import GistHypernetwork
 
 CONTEXTS, QUERIES, ANSWER, GISTS, VOCABULARY = (200, 420, 700, 1024), 4, 8, 16, 32_000
+ARCHITECTURE = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+}
 PEERS = {"row_per_query": row_per_query, "row_per_episode": row_per_episode, "two_pass": two_pass}
 
 
@@ -45,16 +54,7 @@ def ragged_episodes(seed: int = 0) -> list[EncodedEpisode]:
 def benchmark_hypernetwork() -> GistHypernetwork:
     """The benchmark's model, with a LoRA that does something."""
     set_seed(0)
-    architecture = {
-        "model_type": "llama",
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 2048,
-    }
-    hypernetwork = GistHypernetwork(random_base(architecture, vocab_size=VOCABULARY), gists=GISTS, rank=16)
+    hypernetwork = GistHypernetwork(random_base(ARCHITECTURE, vocab_size=VOCABULARY), gists=GISTS, rank=16)
     with torch.no_grad():
         for matrix in hypernetwork.lora.B.values():
             matrix.weight.normal_(std=0.02)
