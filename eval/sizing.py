@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from eval.flops import ModelCost
 from eval.memory import SETTINGS, Parameters, States, Zero, model_states
 from eval.tracing import Trace, trace_deep
-from hyperllama.base.checks import check_config
 from hyperllama.base.loading import find_config, random_config
 from hyperllama.base.outline import outline
 from hyperllama.commands.train import packed_model, packing_of
@@ -97,14 +97,15 @@ class Row:
 def base_config(recipe: Recipe, vocabulary: int | None = None) -> Any:
     """The transformers config of a recipe's base: of a random one, with `vocabulary` tokens or the recipe's.
 
-    UserError for a model that gist masks cannot be for.
+    UserError for a family whose costs have not been checked. Models of experts look at numbers, and a traced step has none.
     """
     model = recipe.model
     if model.name_or_path:
         config = find_config(model.name_or_path, model.revision)
-        check_config(config, model.name_or_path)
-        return config
-    return random_config(model.architecture, vocab_size=vocabulary or model.vocab_size)
+    else:
+        config = random_config(model.architecture, vocab_size=vocabulary or model.vocab_size)
+    ModelCost.of(config)
+    return config
 
 
 def bare_model(recipe: Recipe, config: Any, layers: int | None = None, *, deepspeed: bool = False) -> PackedModel:

@@ -142,17 +142,21 @@ class Living(TorchDispatchMode):
             # The backward pass itself runs without gradients, what it computes again does not.
             direction = "again" if torch.is_grad_enabled() else "backward"
             self.flops[direction if self.backward else "forward"] += formula(args)
+        # Autograd sums gradients of what is used twice in place, but for tensors without numbers beside it: the sum takes the
+        # place of one of them as soon as it is there.
+        summed = self.backward and function is torch.ops.aten.add.Tensor and not torch.is_grad_enabled()
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+                self._count(tensor.untyped_storage(), for_long=not summed)
         return out
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, storage: torch.UntypedStorage, for_long: bool) -> None:
         key, size = id(storage), storage.nbytes()
         if key not in self._storages:
             self._storages.add(key)
             self.now += size
-            self.at(self.moment)
+            if for_long:
+                self.at(self.moment)
             weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:

@@ -1,13 +1,11 @@
 """What a traced step says of memory, against the allocator of a real one, for every kind."""
 
-import json
-
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_architecture
-from torch.profiler import ProfilerActivity, profile
 from transformers import set_seed
 
+from benchmarks.measure import allocated_bytes
 from eval.memory import Parameters
 from eval.sizing import Steps, bare_model, base_config, batches_of, halves
 from eval.tracing import trace, trace_deep, without_numbers
@@ -41,10 +39,10 @@ CASES = [(name, "autocast") for name in TRAINED]
 CASES += [("pooling with LoRA", "float32"), ("hint, regime paper", "DeepSpeed")]
 
 
-def recipe_of(name, how="float32", checkpointing=False, **changes):
+def recipe_of(name, how="float32", checkpointing=False, vocabulary=VOCABULARY, **changes):
     half, dtype, _ = HOW[how]
     architecture = tiny_architecture("qwen3", **{**SIZE, "max_position_embeddings": 2048, **changes})
-    model = ModelRecipe(architecture=architecture, vocab_size=VOCABULARY, dtype=dtype)
+    model = ModelRecipe(architecture=architecture, vocab_size=vocabulary, dtype=dtype)
     training = {"bf16": half, "gradient_checkpointing": checkpointing}
     return Recipe(output="out", model=model, training=training, **TRAINED[name])
 
@@ -60,7 +58,7 @@ def batch_of(recipe, context=400):
 def real(recipe, batch, deepspeed=False):
     """The model that a run would train, with numbers, whose gradients are there."""
     set_seed(0)
-    base = random_base(recipe.model.architecture, vocab_size=VOCABULARY, dtype=recipe.model.dtype)
+    base = random_base(recipe.model.architecture, vocab_size=recipe.model.vocab_size, dtype=recipe.model.dtype)
     return ready(packed_model(recipe, base), recipe, batch, deepspeed)
 
 
@@ -76,15 +74,6 @@ def ready(model, recipe, batch, deepspeed=False):
     return model.train()
 
 
-def allocated(step, folder):
-    """The most bytes that the CPU's allocator has given out at one time while `step` runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    profiler.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
-
-
 def one_step(model, batch, autocast):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         loss = model(batch).sum
@@ -97,13 +86,13 @@ def test_every_kind_is_traced():
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize("name, how", CASES)
-def test_the_peak_is_that_of_the_allocator(name, how, checkpointing, tmp_path):
+def test_the_peak_is_that_of_the_allocator(name, how, checkpointing):
     """Within 15 %, though the allocator counts kernels' work spaces too."""
     recipe, deepspeed = recipe_of(name, how, checkpointing), HOW[how][2]
     batch = batch_of(recipe)
     planned = Steps(recipe, base_config(recipe)).of(batch, deepspeed=deepspeed)
     model = real(recipe, batch, deepspeed)
-    measured = allocated(lambda: one_step(model, batch, halves(recipe.training) and not deepspeed), tmp_path)
+    measured = allocated_bytes(lambda: one_step(model, batch, halves(recipe.training) and not deepspeed))
     assert planned.peak == pytest.approx(measured, rel=0.15) and planned.peak > planned.kept > 0
     counts = Parameters.of(bare_model(recipe, base_config(recipe), deepspeed=deepspeed))
     own = list(model.parameters())
@@ -137,6 +126,15 @@ def test_a_loss_in_chunks_keeps_no_logits(monkeypatch):
     assert logits * 0.8 < whole.kept - chunked.kept < logits * 1.2
 
 
+def test_gradients_of_what_is_used_twice_are_summed_in_place():
+    """Of the embedding of many words, which the sink looks up too."""
+    recipe = recipe_of("gisting", checkpointing=True, vocabulary=20_000)
+    batch = batch_of(recipe, context=100)
+    planned = Steps(recipe, base_config(recipe)).of(batch)
+    model = real(recipe, batch)
+    assert planned.peak == pytest.approx(allocated_bytes(lambda: one_step(model, batch, False)), rel=0.15)
+
+
 def test_a_base_in_four_bits(tmp_path):
     """What bitsandbytes itself takes: its linear layers are whole for one product at a time."""
     pytest.importorskip("bitsandbytes")
@@ -152,6 +150,6 @@ def test_a_base_in_four_bits(tmp_path):
     base = load_base(model.name_or_path, dtype=model.dtype, quantize=model.quantize)
     counts = Parameters.of(bare_model(recipe, base_config(recipe)))
     made = ready(packed_model(recipe, base), recipe, batch)
-    measured = allocated(lambda: one_step(made, batch, True), tmp_path)
+    measured = allocated_bytes(lambda: one_step(made, batch, True))
     assert planned.peak == pytest.approx(measured, rel=0.15)
     assert counts.bytes == pytest.approx(sum(p.nbytes for p in made.parameters()), rel=0.02)
