@@ -8,11 +8,13 @@ import json
 import platform
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from hyperllama.files import write_atomically
 
@@ -60,6 +62,22 @@ def refuse_lack_of_memory(spare: int = 2**30) -> None:
         free = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
         most = _status("VmData") + int(free.split()[1]) * 1024 - spare
         resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def allocated_bytes(step: Callable[[], None]) -> int:
+    """The most that PyTorch's allocator has given out at one time while a step runs, above what was held before it.
+
+    On a CPU the resident memory of `peak_bytes` is larger: the allocator's pieces, and what kernels take for themselves.
+    """
+    if torch.cuda.is_available():
+        return peak_bytes(step)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype, rounds: int = 9) -> float:

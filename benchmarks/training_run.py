@@ -24,7 +24,7 @@ from transformers import TrainerCallback, set_seed
 
 from benchmarks.measure import machine, matmul_rate, parser, peak_bytes, write_json
 from eval.flops import ModelCost
-from eval.sizing import GPUS, Hardware, base_config, checkpointing, memory, parameters, whole
+from eval.sizing import GPUS, Hardware, Steps, base_config, checkpointing, memory, whole
 from hyperllama.base.loading import default_device, random_base
 from hyperllama.data.packing import GistBatch, pack_gist
 from hyperllama.data.stream import Collator
@@ -137,7 +137,7 @@ def run(recipe: Recipe, model: GistHypernetwork, vocabulary: int, steps: int, gp
         "loss_last": losses[-1],
     }
     if torch.cuda.is_available():
-        predicted = memory(recipe, cost, parameters(recipe, model.base.config), batches, hardware)[0].total
+        predicted = next(memory(Steps(recipe, model.base.config), batches, hardware)).total
         found |= {
             "utilisation": flops / seconds / hardware.gpu.peak,
             "peak_memory": torch.cuda.max_memory_allocated(),

@@ -29,7 +29,7 @@ from hyperllama.data.text import EncodedEpisode, Encoder, Limits, TextFormat
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.errors import UserError
 from hyperllama.hypernetworks.config import read_config
-from hyperllama.hypernetworks.registry import kind_of, planned_kinds
+from hyperllama.hypernetworks.registry import kind_of
 from hyperllama.recipe.loading import load_any_recipe
 from hyperllama.recipe.schema import AnyRecipe, EvaluationRecipe, Recipe
 from hyperllama.recipe.sources import make_source
@@ -65,11 +65,8 @@ def check(
     except UserError as error:
         lines = [f"{recipe_path}: method {recipe.method}", f"the figures of the data are left out: {error}"]
         encoded, vocabulary, size = [], None, None
-    if recipe.method == "hypernetwork" and not kind_of(recipe).planned:
-        lines += ["", *([] if encoded else state_lines(recipe, encoded))]
-        return "\n".join(
-            [*lines, f"plan            none: memory is known for {', '.join(planned_kinds())}, not {recipe.gist.kind}"]
-        )
+    if not encoded:
+        lines += state_lines(recipe, encoded)
     return "\n".join([*lines, "", *plan(recipe, hardware, encoded, vocabulary=vocabulary, examples=size)])
 
 

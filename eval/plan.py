@@ -1,34 +1,38 @@
 """A plan of what training a recipe costs: memory by part and by setting of DeepSpeed, FLOPs, hours.
 
-It is made from the base's config, on the meta device, without weights or a GPU. It assumes that communication takes no time and
-that the data loader keeps up; `utilisation` stands for both.
+It is made from the base's config and the model's own code, without weights or a GPU (`eval.tracing`). It assumes that
+communication takes no time and that the data loader keeps up; `utilisation` stands for both.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from eval.flops import ModelCost, StepCost
 from eval.memory import Parameters
 from eval.sizing import (
     FREE,
     Hardware,
     Row,
+    Steps,
+    bare_model,
     base_config,
     batches_of,
+    check_precision,
     checkpointing,
     largest_episode,
     memory,
-    parameters,
+    trains_all,
     whole,
 )
+from hyperllama.base.outline import outline
 from hyperllama.data.packing import GistBatch
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
-from hyperllama.hypernetworks.registry import kind_of, planned_kinds
+from hyperllama.objectives.packed_model import PackedModel
 from hyperllama.recipe.schema import Recipe
 
 TWO_STATES = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused")
@@ -48,26 +52,25 @@ def plan(
     size of a tokenizer that is trained for the run, `examples` that of the data, which says how long epochs are.
     UserError for values that no run would take, and bases whose costs are not known.
     """
-    if recipe.method == "hypernetwork" and not kind_of(recipe).planned:
-        raise UserError(
-            f"gist.kind: memory of {recipe.gist.kind} is not known, but of {', '.join(planned_kinds())}; leave --gpus out"
-        )
+    check_precision(recipe)
     config = base_config(recipe, vocabulary)
-    cost, counts, size = ModelCost.of(config), parameters(recipe, config), whole(recipe, "per_device_train_batch_size", 8)
+    size, model = whole(recipe, "per_device_train_batch_size", 8), bare_model(recipe, config)
+    counts, whole_base = Parameters.of(model), sum(p.numel() for p in outline(config).parameters())
     episodes = [episode for episode in encoded if episode.queries] or [largest_episode(recipe)]
     batches = list(batches_of(recipe, episodes, size))
-    rows = memory(recipe, cost, counts, batches, hardware)
+    steps = Steps(recipe, config)
+    rows = list(memory(steps, batches, hardware))
     largest = max(batches, key=lambda batch: batch.tokens)
-    context = 0 if counts.full else largest.layout.compress_rows
+    context = largest.layout.compress_rows if recipe.method == "hypernetwork" else 0
     drawn = any(episode.queries for episode in encoded)
     origin = f"the largest of {len(batches)} drawn from the data" if drawn else _bound(recipe)
     lines = [
         f"plan: {hardware.nodes} x {hardware.gpus} {hardware.gpu.name}, each {_gb(hardware.gpu.memory)} GB "
         f"({hardware.gpu.memory / 2**30:.1f} GiB) and {hardware.gpu.peak / 1e12:,.0f} TFLOP/s dense in bf16",
         "",
-        f"base            {recipe.model.name_or_path or 'initialised at random'}: {config.model_type}, {cost.layers} layers, "
-        f"{counts.linear + counts.other:,} parameters",
-        f"parameters      {counts.frozen:,} frozen, {counts.trained:,} trained{_added(recipe, counts, cost)}",
+        f"base            {recipe.model.name_or_path or 'initialised at random'}: {config.model_type}, "
+        f"{config.num_hidden_layers} layers, {whole_base:,} parameters",
+        f"parameters      {counts.frozen:,} frozen, {counts.trained:,} trained: {_parts(model)}",
         f"numbers         {_numbers(recipe)}",
         f"one batch       {size} episodes a GPU, {largest.tokens:,} tokens ({context:,} of contexts with gists), "
         f"{len(largest.targets):,} targets:",
@@ -75,19 +78,21 @@ def plan(
         "",
         *_table(rows, hardware),
         "",
-        *_choice(recipe, cost, counts, episodes, rows, hardware),
-        *_notes(recipe, hardware, counts),
+        *_choice(recipe, config, episodes, rows, hardware),
+        *_notes(recipe, hardware, whole_base),
         "",
-        *_time(recipe, cost, batches, hardware, examples),
+        *_time(steps, batches, hardware, examples),
     ]
     return lines
 
 
-def _added(recipe: Recipe, counts: Parameters, cost: ModelCost) -> str:
-    if counts.full:
-        return " (all weights)"
-    gists = recipe.gist.tokens * cost.hidden
-    return f" ({gists:,} of {recipe.gist.tokens} gists, {counts.added - gists:,} of LoRA with rank {recipe.lora.rank})"
+def _parts(model: PackedModel) -> str:
+    """What the trained parameters are parts of, by the names that the model has for them."""
+    counted: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        part = "lora" if ".lora_" in name else name.split(".")[0]
+        counted[part] += parameter.numel() if parameter.requires_grad else 0
+    return ", ".join(f"{count:,} of {part}" for part, count in counted.items() if count)
 
 
 def _numbers(recipe: Recipe) -> str:
@@ -108,17 +113,17 @@ def _bound(recipe: Recipe) -> str:
 
 
 def _table(rows: Sequence[Row], hardware: Hardware) -> list[str]:
-    cells = [("", "weights", "gradients", "optimiser", "buffers", "activations", "logits", "a layer", "peak", "", "host")]
+    cells = [("", "weights", "gradients", "optimiser", "buffers", "activations", "beside", "peak", "", "host")]
     for row in rows:
-        states, kept = row.states, row.activations
-        parts = (states.weights, states.gradients, states.optimiser, states.buffers, kept.kept, kept.logits, kept.layer)
+        states, step = row.states, row.step
+        parts = (states.weights, states.gradients, states.optimiser, states.buffers, step.kept, step.peak - step.kept)
         fits = "fits" if row.total <= hardware.usable else "no"
         host = _gb(states.host) if states.host else "-"
         cells.append((str(row.zero), *map(_gb, (*parts, row.total)), fits, host))
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return [
         f"memory of one GPU in GB (10^9 bytes); {FREE:.0%} are to stay free, so {_gb(hardware.usable)} GB may be filled.",
-        "The peak counts the larger of logits and a layer's backward pass, which are never there together.",
+        "Activations are kept from forward to backward; beside them stands what is there for a moment only, at the worst one.",
         "Host is the memory of a node that offloading takes.",
         "",
         *(
@@ -130,8 +135,7 @@ def _table(rows: Sequence[Row], hardware: Hardware) -> list[str]:
 
 def _choice(
     recipe: Recipe,
-    cost: ModelCost,
-    counts: Parameters,
+    config: Any,
     episodes: Sequence[EncodedEpisode],
     rows: Sequence[Row],
     hardware: Hardware,
@@ -157,11 +161,15 @@ def _choice(
             for name in names:
                 changed = changes[name](changed)
             batches = list(batches_of(changed, episodes, whole(changed, "per_device_train_batch_size", 8)))
-            after = memory(changed, cost, counts, batches, hardware)
-            fit, smallest = _first(after, hardware), min(after, key=lambda row: row.total)
-            what = (
-                f"fits, with deepspeed={fit.zero.name or 'null'}" if fit else f"{smallest.zero}: {_gb(smallest.total)} GB, no"
-            )
+            after = []  # until one fits: tracing takes its time
+            for row in memory(Steps(changed, config), batches, hardware):
+                after.append(row)
+                if row.total <= hardware.usable:
+                    what = f"fits, with deepspeed={row.zero.name or 'null'}"
+                    break
+            else:
+                smallest = min(after, key=lambda row: row.total)
+                what = f"{smallest.zero}: {_gb(smallest.total)} GB, no"
             lines.append(f"  with {' '.join(names)}: {what}")
     own = recipe.deepspeed
     if own is not None:
@@ -194,15 +202,15 @@ def _changes(recipe: Recipe) -> dict[str, Any]:
         found["training.per_device_train_batch_size=1"] = training(per_device_train_batch_size=1)
     if not recipe.training.get("bf16") and not recipe.training.get("fp16"):
         found["training.bf16=true"] = training(bf16=True)
-    if recipe.method == "hypernetwork":
+    if not trains_all(recipe):
         if recipe.model.dtype == "float32":
             found["model.dtype=bfloat16"] = model(dtype="bfloat16")
-        if not recipe.model.quantize:
+        if not recipe.model.quantize and recipe.method == "hypernetwork":
             found["model.quantize=nf4"] = model(quantize="nf4")
     return found
 
 
-def _notes(recipe: Recipe, hardware: Hardware, counts: Parameters) -> list[str]:
+def _notes(recipe: Recipe, hardware: Hardware, parameters: int) -> list[str]:
     training, lines = recipe.training, []
     optimiser = str(training.get("optim", "adamw_torch_fused"))
     if optimiser not in TWO_STATES:
@@ -211,34 +219,26 @@ def _notes(recipe: Recipe, hardware: Hardware, counts: Parameters) -> list[str]:
         lines.append("ZeRO-3 is left out: a process loads all of a base in 4 bits before it is cut")
     if not training.get("bf16") and not training.get("fp16") and recipe.model.dtype == "float32":
         lines.append("float32 is far slower than bf16 on a GPU: set training.bf16=true, or expect many times the hours below")
-    bytes_read = (counts.linear + counts.other) * (2 if recipe.model.dtype == "bfloat16" else 4) * hardware.gpus
+    bytes_read = parameters * (2 if recipe.model.dtype == "bfloat16" else 4) * hardware.gpus
     lines.append(
         f"While it loads, without ZeRO-3, each process may hold the whole base: {_gb(bytes_read)} GB of host memory a node"
     )
     return lines
 
 
-def _cost(cost: ModelCost, batch: GistBatch, settings: dict[str, Any]) -> StepCost:
-    """FLOPs of a batch, with the frozen model's own pass over whole contexts where it teaches."""
-    own = cost.train(batch.layout, len(batch.targets), **settings)
-    if batch.teacher is None:
-        return own
-    taught = cost.train(batch.teacher.layout, len(batch.teacher.targets)).forward
-    return dataclasses.replace(own, forward=own.forward + taught)
+def _time(steps: Steps, batches: Sequence[GistBatch], hardware: Hardware, examples: int | None) -> list[str]:
+    """Tokens, FLOPs and hours. FLOPs of all that is computed, checkpointing's second forward pass included.
 
-
-def _time(recipe: Recipe, cost: ModelCost, batches: Sequence[GistBatch], hardware: Hardware, examples: int | None) -> list[str]:
-    """Tokens, FLOPs and hours. FLOPs of all that is computed, checkpointing's second forward pass included."""
-    full, lora = recipe.method == "full_attention", recipe.lora
-    settings: dict[str, Any] = {"checkpointing": checkpointing(recipe.training)}
-    if not full:
-        settings |= {"rank": lora.rank, "targets": lora.targets or "all-linear"}
-    costs = [_cost(cost, batch, settings) for batch in batches]
+    They are those of the batch whose size is nearest to the mean, by its tokens.
+    """
+    mean = sum(batch.tokens for batch in batches) / len(batches)
+    typical = min(batches, key=lambda batch: abs(batch.tokens - mean))
+    recipe = steps.recipe
+    step = steps.of(typical, deepspeed=trains_all(recipe))  # whichever has been traced: products are the same
     accumulation = whole(recipe, "gradient_accumulation_steps", 1)
-    passes = accumulation * hardware.world / len(batches)
     # Ranks draw batches of their own; the mean of those that were packed stands for all of them.
-    parts = {name: sum(getattr(c, name) for c in costs) * passes for name in ("forward", "backward", "again", "total")}
-    tokens = sum(batch.tokens for batch in batches) * passes
+    tokens = mean * accumulation * hardware.world
+    parts = {name: getattr(step, name) * tokens / typical.tokens for name in ("forward", "backward", "again", "total")}
     seconds = parts["total"] / hardware.world / (hardware.gpu.peak * hardware.utilisation)
     shown = ", ".join(f"{label} {_flops(parts[name])}" for name, label in (("forward", "forward"), ("backward", "backward")))
     again = f", forward again {_flops(parts['again'])}" if parts["again"] else ""
@@ -247,18 +247,18 @@ def _time(recipe: Recipe, cost: ModelCost, batches: Sequence[GistBatch], hardwar
         f"one step        {size * hardware.world:,} episodes ({size} a GPU), {tokens:,.0f} tokens, "
         f"{_flops(parts['total'])} FLOPs ({shown}{again})"
     ]
-    steps, why = recipe.training.get("max_steps", -1), "training.max_steps"
-    if not isinstance(steps, int) or isinstance(steps, bool):
-        raise UserError(f"training.max_steps: a whole number, not {steps!r}")
-    if steps <= 0 and examples:
+    count, why = recipe.training.get("max_steps", -1), "training.max_steps"
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise UserError(f"training.max_steps: a whole number, not {count!r}")
+    if count <= 0 and examples:
         epochs = recipe.training.get("num_train_epochs", 3)
-        steps = math.ceil(epochs * max(1, examples // recipe.data.queries) / (size * hardware.world))
+        count = math.ceil(epochs * max(1, examples // recipe.data.queries) / (size * hardware.world))
         why = f"{epochs:g} epochs of {examples:,} examples"
-    if steps <= 0:
-        steps, why = 1000, "an example: how many there are is not known without training.max_steps"
-    hours = steps * seconds / 3600
+    if count <= 0:
+        count, why = 1000, "an example: how many there are is not known without training.max_steps"
+    hours = count * seconds / 3600
     lines += [
-        f"steps           {steps:,} ({why}), {steps * tokens:,.0f} tokens, {_flops(steps * parts['total'])} FLOPs",
+        f"steps           {count:,} ({why}), {count * tokens:,.0f} tokens, {_flops(count * parts['total'])} FLOPs",
         f"time            {_hours(hours)}, {hours * hardware.world:,.2f} GPU-hours, at {hardware.utilisation:.0%} of the peak "
         f"({_seconds(seconds)} a step); communication is not counted",
     ]

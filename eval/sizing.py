@@ -1,23 +1,27 @@
-"""Sizes of a training run from its recipe: parameters, batches, and memory under each setting of DeepSpeed."""
+"""Sizes of a training run from its recipe: its model without numbers, batches, and memory under each setting of DeepSpeed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from eval.flops import ModelCost
-from eval.memory import SETTINGS, Activations, Parameters, States, Zero, activations, model_states, precision
+from eval.memory import SETTINGS, Parameters, States, Zero, model_states
+from eval.tracing import Trace, trace_deep
 from hyperllama.base.loading import find_config, random_config
-from hyperllama.commands.train import packing_of
+from hyperllama.base.outline import outline
+from hyperllama.commands.train import packed_model, packing_of
 from hyperllama.data.packing import GistBatch, pack_full, pack_gist
 from hyperllama.data.text import EncodedEpisode
 from hyperllama.errors import UserError
-from hyperllama.hypernetworks.gist_lora import GistHypernetwork
-from hyperllama.recipe.schema import Recipe
+from hyperllama.hypernetworks.registry import kind_of
+from hyperllama.objectives.packed_model import PackedModel
+from hyperllama.recipe.schema import Recipe, has_sink
 
 FREE = 0.1  # of a GPU's memory: for the CUDA context, NCCL's buffers and the allocator's fragments
 BATCHES = 32  # as many batches are packed for the figures of a step
@@ -78,40 +82,71 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Row:
-    """Memory of one GPU under one setting."""
+    """Memory of one GPU under one setting: model states, and a step that is traced."""
 
     zero: Zero
     states: States
-    activations: Activations
+    step: Trace
 
     @property
     def total(self) -> int:
         """The peak, in bytes."""
-        return self.states.total + self.activations.peak
+        return self.states.total + self.step.peak
 
 
 def base_config(recipe: Recipe, vocabulary: int | None = None) -> Any:
-    """The transformers config of a recipe's base: of a random one, with `vocabulary` tokens or the recipe's."""
+    """The transformers config of a recipe's base: of a random one, with `vocabulary` tokens or the recipe's.
+
+    UserError for a family whose costs have not been checked. Models of experts look at numbers, and a traced step has none.
+    """
     model = recipe.model
     if model.name_or_path:
-        return find_config(model.name_or_path, model.revision)
-    return random_config(model.architecture, vocab_size=vocabulary or model.vocab_size)
+        config = find_config(model.name_or_path, model.revision)
+    else:
+        config = random_config(model.architecture, vocab_size=vocabulary or model.vocab_size)
+    ModelCost.of(config)
+    return config
 
 
-def parameters(recipe: Recipe, config: Any) -> Parameters:
-    """Counts of parameters, from the model that the run would build, built on the meta device."""
-    cost = ModelCost.of(config)
+def bare_model(recipe: Recipe, config: Any, layers: int | None = None, *, deepspeed: bool = False) -> PackedModel:
+    """What a run trains, without numbers, on the meta device, with a base of `layers` layers or all of them.
+
+    DeepSpeed casts all weights to 16 bits where a recipe computes in them; without it transformers' Trainer does so in
+    products only (autocast).
+    """
+    model, fresh = recipe.model, replace(recipe, start_from=None)
+    base = outline(config, layers=layers, dtype=model.dtype, quantize=model.quantize)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config)
-        total = sum(p.numel() for p in base.parameters())
-        largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in base.modules())
-        added = 0
-        if recipe.method == "hypernetwork":
-            targets = recipe.lora.targets or "all-linear"
-            model = GistHypernetwork(base, gists=recipe.gist.tokens, rank=recipe.lora.rank, targets=targets)
-            added = sum(p.numel() for p in model.parameters()) - total
-    linear = cost.per_row // 2
-    return Parameters(linear, total - linear, added, largest, full=recipe.method == "full_attention")
+        made = packed_model(fresh, base)
+    if recipe.method == "hypernetwork" and has_sink(recipe):
+        made.sink = 0  # any token: a tokenizer would say which
+    if checkpointing(recipe.training):
+        named = hasattr(PreTrainedModel, "activation_checkpointing_enable")  # not in older versions of transformers
+        getattr(made, f"{'activation' if named else 'gradient'}_checkpointing_enable")()
+    return made.to(torch.bfloat16) if deepspeed and halves(recipe.training) else made
+
+
+class Steps:
+    """Traced steps of a recipe, with a base of a config; each is traced once."""
+
+    def __init__(self, recipe: Recipe, config: Any):
+        self.recipe, self.config = recipe, config
+        self._found: dict[tuple[int, bool], tuple[GistBatch, Trace]] = {}
+
+    def of(self, batch: GistBatch, *, deepspeed: bool = False) -> Trace:
+        """The step on a batch; with DeepSpeed there is no autocast, see `bare_model`."""
+        cast = deepspeed and halves(self.recipe.training)
+        if (key := (id(batch), cast)) not in self._found:
+            make = partial(bare_model, self.recipe, self.config, deepspeed=cast)
+            autocast = halves(self.recipe.training) and not cast
+            step = trace_deep(make, self.config.num_hidden_layers, batch, autocast=autocast)
+            self._found[key] = batch, step  # with the batch, whose id no other then gets
+        return self._found[key][1]
+
+
+def trains_all(recipe: Recipe) -> bool:
+    """Whether all weights of a model are trained, in its own dtype."""
+    return not recipe.full_attention.lora if recipe.method == "full_attention" else kind_of(recipe).trains_weights
 
 
 def largest_episode(recipe: Recipe) -> EncodedEpisode:
@@ -128,34 +163,38 @@ def largest_episode(recipe: Recipe) -> EncodedEpisode:
     return max(found, key=lambda e: len(e.context) + sum(len(p) + len(a) for p, a in e.queries))
 
 
-def memory(recipe: Recipe, cost: ModelCost, counts: Parameters, batches: Sequence[GistBatch], hardware: Hardware) -> list[Row]:
-    """Memory of a GPU under every setting, for the worst of `batches`."""
-    if recipe.full_attention.lora:
-        raise UserError("full_attention.lora: its memory cannot be planned; plan all weights, which need more, with false")
-    training, lora, rows = recipe.training, recipe.lora, []
-    if training.get("bf16") and training.get("fp16"):
-        raise UserError("training.bf16, training.fp16: products are computed in one of them; remove the other")
-    half = bool(training.get("bf16")) or bool(training.get("fp16"))
-    settings: dict[str, Any] = {"rank": None, "checkpointing": checkpointing(training)}
-    if not counts.full:
-        settings |= {"rank": lora.rank, "targets": lora.targets or "all-linear", "dropout": lora.dropout}
+def memory(steps: Steps, batches: Sequence[GistBatch], hardware: Hardware) -> Iterator[Row]:
+    """Memory of a GPU under every setting, for the worst of `batches`: those with most tokens and most targets.
+
+    A step is traced when its setting is asked for.
+    """
+    recipe = steps.recipe
+    check_precision(recipe)
+    worst = {id(one): one for one in (max(batches, key=lambda b: b.tokens), max(batches, key=lambda b: len(b.targets)))}
+    counts = {cast: Parameters.of(bare_model(recipe, steps.config, deepspeed=cast)) for cast in (False, True)}
     for zero in SETTINGS:
         if zero.stage == 3 and recipe.model.quantize:
             continue
-        if not zero.stage and counts.full and recipe.model.dtype != "float32":
+        if not zero.stage and trains_all(recipe) and recipe.model.dtype != "float32":
             continue  # a recipe that is refused: nothing would keep float32 weights
-        precise = precision(
-            dtype=recipe.model.dtype,
-            quantize=recipe.model.quantize,
-            half=half,
-            full=counts.full,
-            deepspeed=zero.stage > 0,
-        )
-        found = (activations(cost, batch.layout, len(batch.targets), precise, **settings) for batch in batches)
-        worst = max(found, key=lambda one: one.peak)
-        states = model_states(counts, precise, zero, gpus=hardware.gpus, nodes=hardware.nodes)
-        rows.append(Row(zero, states, worst))
-    return rows
+        states = model_states(counts[zero.stage > 0], zero, gpus=hardware.gpus, nodes=hardware.nodes)
+        traces = (steps.of(batch, deepspeed=zero.stage > 0) for batch in worst.values())
+        yield Row(zero, states, max(traces, key=lambda step: step.peak))
+
+
+def check_precision(recipe: Recipe) -> None:
+    """UserError for numbers that no run would take."""
+    training = recipe.training
+    if recipe.model.quantize and trains_all(recipe):
+        what = "method full_attention" if recipe.method == "full_attention" else f"gist.kind={recipe.gist.kind}"
+        raise UserError(f"model.quantize: {what} trains the base's weights, which 4 bits cannot be; remove it")
+    if training.get("bf16") and training.get("fp16"):
+        raise UserError("training.bf16, training.fp16: products are computed in one of them; remove the other")
+
+
+def halves(training: dict[str, Any]) -> bool:
+    """Whether products are computed in 16 bits."""
+    return bool(training.get("bf16")) or bool(training.get("fp16"))
 
 
 def _episode(context: int, queries: int, prompt: int, answer: int, shots: int = 0) -> EncodedEpisode:

@@ -36,7 +36,7 @@ OWN = {
     "lora": {"rank": 4},
     "pooling with LoRA": {"rank": 4, "recency": 0.2, "sharpness": 4.0},
     "pooling of attended tokens": {"attended": 0.4, "sharpness": 2.0},
-    "pooling of attended tokens, read with LoRA": {"attended": 0.4, "sharpness": 2.0, "rank": 4},
+    "pooling of attended tokens with LoRA": {"attended": 0.4, "sharpness": 2.0, "rank": 4},
 }
 GRAPHS = {name: Chunking(name, 4) for name in ("single", "recurrent", "parallel")}
 
@@ -281,7 +281,7 @@ def test_a_context_in_chunks_may_be_longer_than_the_model():
 
 
 @pytest.mark.parametrize("taught", [False, True], ids=["answers", "taught"])
-@pytest.mark.parametrize("kind", [*ALL, "pooling of attended tokens, read with LoRA", "hint trained whole"])
+@pytest.mark.parametrize("kind", [*ALL, "pooling of attended tokens with LoRA", "hint trained whole"])
 def test_gradient_checkpointing_changes_nothing(kind, taught, monkeypatch):
     """Losses and gradients of every kind, though its context is read in a pass of its own; and layers are computed again."""
     losses, gradients, runs = [], [], []

@@ -1,6 +1,7 @@
 """Recipes: every one in the repository is whole, and a wrong one is told about at once and in full."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from eval.methods import METHODS
 from hyperllama.data.registry import SOURCES
 from hyperllama.errors import UserError
 from hyperllama.hypernetworks.registry import KINDS
-from hyperllama.recipe.loading import differences, load_any_recipe, load_recipe, save_recipe
+from hyperllama.recipe.loading import _read, differences, load_any_recipe, load_recipe, save_recipe
 from hyperllama.recipe.schema import EvaluationRecipe
 from hyperllama.training.trainer import training_arguments
 
@@ -62,7 +63,7 @@ def test_every_recipe_is_whole(path, tmp_path, monkeypatch):
     # What a recipe expects to find is made here, so that the check does not depend on the machine.
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for place in places(OmegaConf.to_container(OmegaConf.load(path))):
+    for place in places(OmegaConf.to_container(_read(path))):
         if place.endswith(".yaml"):
             write_file(Path(place), (ROOT / place).read_text() if (ROOT / place).is_file() else "")
         else:
@@ -229,3 +230,24 @@ def test_names_that_are_not_registered_are_told_with_those_that_are(tmp_path):
         ("data.source: snii", SOURCES, "sni"),
     ):
         assert f"{key} is not one of {', '.join(names)}; did you mean {near}?" in str(told.value)
+
+
+def test_a_recipe_extends_another(tmp_path):
+    first = "output: one\ngist: {tokens: 4, kind: lora}\ntraining: {max_steps: 3, seed: 1}\n"
+    write_file(tmp_path / "below" / "first.yaml", first)
+    second = write_file(
+        tmp_path / "second.yaml", "extends: below/first.yaml\ngist: {kind: pooling}\ntraining: {max_steps: 5}\n"
+    )
+    own = "output: three\nmodel: {architecture: {model_type: llama}}\n"
+    third = write_file(tmp_path / "third.yaml", f"extends: second.yaml\n{own}")
+    found = load_recipe(third, ["gist.tokens=8"])
+    assert (found.output, found.gist.kind, found.gist.tokens) == ("three", "pooling", 8)
+    assert found.training == {"max_steps": 5, "seed": 1}
+    for text, said in (
+        ("extends: gone.yaml", f"{second}: extends {tmp_path}/gone.yaml, but there is no such recipe file"),
+        ("extends: third.yaml", "this recipe extends itself"),
+        ("extends: [third.yaml]", "the path of a recipe, from this one's folder, not"),
+    ):
+        write_file(second, text)
+        with pytest.raises(UserError, match=re.escape(said)):
+            load_recipe(third)

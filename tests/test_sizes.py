@@ -7,8 +7,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from attention_masks import GistLayout, Segment, rotate
 from eval.flops import ModelCost
-from eval.memory import Zero, model_states, precision
-from eval.sizing import largest_episode, parameters
+from eval.memory import Parameters, Zero, model_states
+from eval.sizing import bare_model, largest_episode
 from hyperllama.base.fingerprints import spread, spread_sample
 from hyperllama.commands.train import packing_of
 from hyperllama.data.packing import pack_gist
@@ -58,12 +58,11 @@ def test_every_parameter_of_llama_2_7b_has_its_sample(llama):
 
 def test_counts_of_llama_2_7b_are_its_parameters(llama):
     recipe, counted = load_recipe(RECIPE, data=False), sum(p.numel() for p in llama.parameters())
-    counts = parameters(recipe, llama.config)
-    assert counts.linear + counts.other == counted
+    counts = Parameters.of(bare_model(recipe, llama.config))
+    assert counts.frozen == counted
     assert head_chunks(10**6, llama.config.vocab_size) * (LOGITS // llama.config.vocab_size) >= 10**6
-    settings = {"dtype": "bfloat16", "quantize": None, "half": True, "deepspeed": True}
-    states = model_states(counts, precision(**settings, full=False), Zero(0), gpus=1, nodes=1)
-    assert states.weights == 2 * (counted + counts.added)
+    cast = Parameters.of(bare_model(recipe, llama.config, deepspeed=True))
+    assert model_states(cast, Zero("zero1", 1), gpus=1, nodes=1).weights == 2 * (counted + counts.trained)
     assert isinstance(ModelCost.of(llama.config).encode(10**6), int)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from data_files import lines, write
+from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hyperllama.base.checks import check_config
@@ -18,7 +19,7 @@ from hyperllama.base.loading import random_base
 from hyperllama.commands import train as commands_train
 from hyperllama.data.vocabulary import train_tokenizer
 from hyperllama.hypernetworks import loading as hypernetworks_loading
-from hyperllama.recipe.loading import load_recipe
+from hyperllama.recipe.loading import load_recipe, save_recipe
 from hyperllama.recipe.sources import make_source
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,15 @@ NAMES = [path.stem for path in RECIPES]
 
 
 def written(path):
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    """What a recipe says, with what it extends."""
+    own = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return merged(written(path.parent / own.pop("extends")), own) if "extends" in own else own
+
+
+def merged(below, above):
+    both = below.keys() & above.keys()
+    nested = {key: merged(below[key], above[key]) for key in both if isinstance(below[key], dict)}
+    return {**below, **above, **nested}
 
 
 def config_of(base):
@@ -59,6 +68,20 @@ def test_a_config_gives_the_published_number_of_parameters(base):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[base]
+
+
+def test_pooling_differs_from_the_mixture_in_its_kind_only():
+    """Which won where both were trained (docs/results.md): pooling that reads contexts with LoRA."""
+    recipes = [path for path in RECIPES if path.stem.endswith("-pooling")]
+    assert len(recipes) == 6
+    for path in recipes:
+        changed = {"gist": {"tokens": 16, "kind": "pooling"}, "pooling": {"lora": True}, "output": f"runs/{path.stem}"}
+        assert written(path) == {**written(path.with_name(path.name.replace("-pooling", "-mixture"))), **changed}
+    path = ROOT / "recipes" / "train" / "qwen3-8b-pooling.yaml"
+    resolved = OmegaConf.to_container(OmegaConf.create(save_recipe(load_recipe(path, data=False))))
+    for key, value in written(path).items():
+        if key != "data":  # whose mixture is filled up
+            assert value == (resolved[key] if not isinstance(value, dict) else {one: resolved[key][one] for one in value})
 
 
 def test_mixtures_differ_in_their_base_only():
@@ -183,6 +206,15 @@ CPU = ["deepspeed=null", "model.quantize=null", "training.max_steps=2", "trainin
 CPU += [f"training.{key}" for key in ("gradient_accumulation_steps=2", "logging_steps=1", "use_cpu=true", "disable_tqdm=true")]
 
 
+def from_zero(trained):
+    """What starts at zero of a hypernetwork, so that it shows whether a step has been taken."""
+    if trained.kind == "hint":
+        return [trained.generator.mlps["adapter_up"][2].weight, *trained.fusion.B]
+    own = [trained.maps] if trained.kind == "pooling" else []
+    assert len(trained.lora.B) == 7 + 2  # all projections of the first layer, keys and values of the last
+    return [*own, *(matrix.weight for matrix in trained.lora.B.values())]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_a_recipe_takes_two_steps(path, bases, place, tmp_path, monkeypatch):
@@ -202,10 +234,9 @@ def test_a_recipe_takes_two_steps(path, bases, place, tmp_path, monkeypatch):
     assert all(line["targets"] > 0 and not line["skipped_queries"] for line in logged if "loss" in line)
     if recipe["method"] == "hypernetwork":
         trained, _ = hypernetworks_loading.load_hypernetwork(run, dtype="bfloat16")
-        assert trained.gists.shape == (16, trained.base.config.hidden_size)
-        moved = [matrix.weight.abs().max() > 0 for matrix in trained.lora.B.values()]
-        assert all(moved) and len(moved) == 7 + 2  # all projections of the first layer, keys and values of the last
-        assert trained.base.dtype == torch.bfloat16
+        assert trained.kind == recipe["gist"]["kind"] and trained.num_gists == 16 and trained.base.dtype == torch.bfloat16
+        moved = [matrix.abs().max() > 0 for matrix in from_zero(trained)]
+        assert all(moved) and moved
     else:
         before, after = (AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").state_dict() for folder in (base, run))
         assert before.keys() == after.keys() and any((before[name] != after[name]).any() for name in before)

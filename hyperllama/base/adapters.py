@@ -114,22 +114,27 @@ def _side_by_side(owned: Sequence[tuple[Tensor, Tensor] | None], model: PreTrain
     return downs, ups
 
 
-def rows_of(groups: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:
-    """Rows of a packed batch by task: (n, m) with 0 where a task has fewer, and which are there (n, m), bool."""
+def rows_of(groups: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of a packed batch by task: (n, m) with 0 where a task has fewer; the places (r,) of the others in it; and these.
+
+    All are numbers: a choice by true and false would wait for a GPU to count them.
+    """
     rows = pad_sequence([torch.tensor(group, dtype=torch.long) for group in groups], batch_first=True)
-    there = torch.arange(rows.shape[1])[None] < torch.tensor([len(group) for group in groups])[:, None]
-    return rows.to(device), there.to(device)
+    widest = rows.shape[1]
+    places = [i * widest + j for i, group in enumerate(groups) for j in range(len(group))]
+    there = torch.tensor(places, dtype=torch.long)
+    return rows.to(device), there.to(device), rows.flatten()[there].to(device)
 
 
 @dataclass(frozen=True, eq=False)
 class Acting:
-    """Adapters of n tasks, and the rows of a packed batch that each acts on: (n, m), and which of them are there (n, m).
+    """Adapters of n tasks, and the rows of a packed batch that each acts on, as `rows_of` gives them.
 
     Without `rows` a batch (n, rows, hidden) has row i adapted by task i.
     """
 
     stack: Stack
-    rows: tuple[Tensor, Tensor] | None = None
+    rows: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def on(cls, stack: Stack, groups: Sequence[Sequence[int]] | None, device) -> Acting:
@@ -145,8 +150,8 @@ class Acting:
         change = torch.bmm(torch.relu(inner) if name == "adapter" else inner, up).to(output.dtype)
         if self.rows is None:
             return output + change
-        rows, there = self.rows
-        return output.index_add(1, rows[there], change[there][None])
+        _, there, rows = self.rows
+        return output.index_add(1, rows, change.flatten(0, 1).index_select(0, there)[None])
 
 
 @contextmanager

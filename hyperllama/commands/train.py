@@ -99,7 +99,10 @@ def _train(recipe: Recipe, source: Source, arguments: TrainingArguments, checkpo
     base, tokenizer = make_base(recipe, source, arguments)
     stream = _stream(recipe, source, Encoder(tokenizer, recipe.format, recipe.limits), arguments)
     set_seed(recipe.seed)
-    model, collator, size = _packed_model(recipe, base, tokenizer)
+    model = packed_model(recipe, base, tokenizer)
+    collator, size = _collator(recipe)
+    if isinstance(model, Hypernetwork):
+        model.know_all_of_base()  # while all ranks are here: under ZeRO-3 none has the weights alone
     if arguments.world_size > 1:
         batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
         stream = Dealt(stream, size, ranks=arguments.world_size, batch=batch, accumulation=accumulation)
@@ -139,17 +142,20 @@ def _stream(recipe: Recipe, source: Source, encoder: Encoder, arguments: Trainin
     )
 
 
-def _packed_model(
-    recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PackedModel, Collator, Callable[[EncodedEpisode], int]]:
-    """What is trained, how its batches are packed, and how many rows an episode takes in one."""
+def packed_model(recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> PackedModel:
+    """What a recipe trains; without a tokenizer a hypernetwork has no sink."""
     if recipe.method == "full_attention":
         lora = lora_config(recipe.model.name_or_path, **vars(recipe.lora)) if recipe.full_attention.lora else None
-        model = FullAttention(base, tokenizer, recipe.gist.backend, lora)
-        return model, Collator(pack_full, recipe.full_attention.supervise_demonstrations), full_tokens
-    model, packing = make_hypernetwork(recipe, base, tokenizer), packing_of(recipe)
-    model.know_all_of_base()  # while all ranks are here: under ZeRO-3 none has the weights alone
-    return model, Collator(pack_gist, packing), partial(gist_tokens, packing=packing)
+        return FullAttention(base, tokenizer, recipe.gist.backend, lora)
+    return make_hypernetwork(recipe, base, tokenizer)
+
+
+def _collator(recipe: Recipe) -> tuple[Collator, Callable[[EncodedEpisode], int]]:
+    """How batches are packed, and how many rows an episode takes in one."""
+    if recipe.method == "full_attention":
+        return Collator(pack_full, recipe.full_attention.supervise_demonstrations), full_tokens
+    packing = packing_of(recipe)
+    return Collator(pack_gist, packing), partial(gist_tokens, packing=packing)
 
 
 def _write_result(run: Path, result: TrainOutput) -> None:

@@ -16,8 +16,3 @@ def kind_of(recipe: Any) -> KindSettings:
     """The settings of the kind of hypernetwork that a recipe trains."""
     kind = recipe.gist.kind
     return getattr(recipe, kind) if hasattr(recipe, kind) else KINDS[kind]()
-
-
-def planned_kinds() -> list[str]:
-    """The kinds whose memory `check --gpus` knows."""
-    return [kind for kind, settings in KINDS.items() if settings.planned]

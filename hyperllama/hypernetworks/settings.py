@@ -20,7 +20,6 @@ class KindSettings:
     summary: ClassVar[str]  # how it makes a prefix, in a few words for a model card
     fewest_rows: ClassVar[int] = 1
     makes_modules: ClassVar[bool] = False  # whether what it makes has adapters, which prefix tuning does not know
-    planned: ClassVar[bool] = False  # whether `check --gpus` knows its memory
 
     @classmethod
     def hypernetwork(cls) -> type:
@@ -71,7 +70,6 @@ class LoraSettings(KindSettings):
     kind = "lora"
     home = "hyperllama.hypernetworks.gist_lora:GistHypernetwork"
     summary = "gist tokens behind the context, and LoRA on the frozen base for their rows"
-    planned = True
 
     rank: int = 16
     alpha: float = 32.0

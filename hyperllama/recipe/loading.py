@@ -82,17 +82,26 @@ def load_any_recipe(path: str | Path, overrides: Sequence[str] = (), *, data: bo
     return load_recipe(path, overrides, schema=schema, data=data)
 
 
-def _read(path: str | Path):
+def _read(path: str | Path, extending: tuple[Path, ...] = ()):
+    """What a recipe file says, over what the recipe says that it `extends`, whose path is beside its own."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such recipe file")
+        who = f"{extending[-1]}: extends {path}, but there is" if extending else f"{path}:"
+        raise UserError(f"{who} no such recipe file")
     try:
         written = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         raise UserError(f"{path}: not YAML ({in_one_line(error)})") from error
     if not OmegaConf.is_dict(written):
         raise UserError(f"{path}: a recipe is a mapping of keys, this is {type(OmegaConf.to_container(written)).__name__}")
-    return written
+    extended = written.pop("extends", None)
+    if extended is None:
+        return written
+    if not isinstance(extended, str):
+        raise UserError(f"{path}: extends: the path of a recipe, from this one's folder, not {extended!r}")
+    if path.resolve() in (one.resolve() for one in extending):
+        raise UserError(f"{path}: extends: this recipe extends itself; remove the key from one of the files")
+    return OmegaConf.merge(_read(path.parent / extended, (*extending, path)), written)
 
 
 def save_recipe(recipe: AnyRecipe) -> str:
