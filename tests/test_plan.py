@@ -25,7 +25,8 @@ from hyperllama.recipe.loading import load_recipe
 from hyperllama.recipe.schema import GistRecipe, ModelRecipe, Recipe
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-FEW = ["data.queries=1", "training.per_device_train_batch_size=1"]  # fewer operations, which take their time to trace
+# Fewer operations, which take their time to trace.
+FEW = ["data.queries=1", "training.per_device_train_batch_size=1", "lora.targets=[k_proj]"]
 LLAMA_7B |= {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096}
 
 
@@ -134,7 +135,7 @@ def test_the_cheapest_setting_that_fits(recipe, tmp_path, monkeypatch):
 
 def test_nothing_fits(recipe, tmp_path, monkeypatch):
     base = [shipped(tmp_path, monkeypatch, num_hidden_layers=80), "data.root=/nowhere", "limits.context_tokens=3000"]
-    base += ["data.queries=1", "training.per_device_train_batch_size=3"]
+    base += [*FEW, "training.per_device_train_batch_size=2", "limits.context_tokens=4000"]
     text = check(recipe, base, hardware=Hardware.of(gpus=1, gpu="4090"))
     short = re.search(r"Nothing fits: the smallest, ZeRO-3 offload, needs ([\d.]+) GB, ([\d.]+) GB more than the 21.60", text)
     assert float(short[1]) - float(short[2]) == pytest.approx(21.6, abs=0.02)
