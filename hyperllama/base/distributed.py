@@ -60,7 +60,7 @@ def gather_with(module: nn.Module, parameter: nn.Parameter) -> None:
 
 def gather_whole(module: nn.Module) -> None:
     """Under ZeRO-3, gather all that is inside `module` whenever it runs, however often it calls its own modules."""
-    if is_deepspeed_zero3_enabled():
+    if sharded():
         from deepspeed.utils import set_z3_leaf_module
 
         set_z3_leaf_module(module, True)

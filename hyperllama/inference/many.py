@@ -35,7 +35,6 @@ TASK_FILES = (".json", ".jsonl")
 # A window of so many passes is sorted by length; the prefixes of a pass, at most so many, are in memory together.
 WINDOW, PASS_TASKS = 8, 256
 PROGRESS_SECONDS = 5
-
 Context = tuple[ContextIds, Manifest]
 
 

@@ -129,17 +129,16 @@ class HintHypernetwork(Hypernetwork):
         if min(tokens) < 1:
             raise UserError("hint needs at least one token of instruction or examples for each task")
         own = [piece[:, :n] for piece, n in zip(ids.split(rows, 1), tokens, strict=True)]
-        layers = self.hyperencode(torch.cat(own, 1), GistLayout([Segment(n) for n in tokens]), block_rows)
-        encoded = layers[-1]
+        read, encoded = self.hyperencode(torch.cat(own, 1), GistLayout([Segment(n) for n in tokens]), block_rows)
         made = self.generator(encoded.split(tokens)) if self.generator is not None else {}
         kinds = self.hint.sizes()
         pairs = {kind: tuple(made[f"{kind}_{side}"].to(self.base.dtype) for side in ("down", "up")) for kind in kinds}
-        return self._rows(layout, tokens, layers, made), Stack(pairs) if pairs else None
+        return self._rows(layout, tokens, read, made), Stack(pairs) if pairs else None
 
-    def hyperencode(self, ids: Tensor, layout: GistLayout, block_rows: int | None = None) -> tuple[Tensor, ...]:
-        """States (T, hidden) of packed instructions as each layer reads them, and the final normalised ones.
+    def hyperencode(self, ids: Tensor, layout: GistLayout, block_rows: int | None = None) -> tuple[list[Tensor], Tensor]:
+        """States (T, hidden) of packed instructions: what fusion projects at each layer, and the final normalised ones.
 
-        The latter alone where nothing asks for the former. With gradients only where the base is trained.
+        With gradients only where the base is trained.
         """
         layout = layout.to(ids.device)
         trained = torch.is_grad_enabled() and self.trains_base
@@ -148,24 +147,24 @@ class HintHypernetwork(Hypernetwork):
             arguments = packed_arguments(self.base, layout, self.backend)
             of_layers = self.hint.fusion and self.hint.fusion_of == "layers"
             read = self.base.get_decoder()(input_ids=ids, use_cache=False, output_hidden_states=of_layers, **arguments)
-        return tuple(x[0] for x in (*(read.hidden_states[:-1] if of_layers else ()), read.last_hidden_state))
+        final = read.last_hidden_state[0]
+        depth = self.base.config.num_hidden_layers
+        return [x[0] for x in read.hidden_states[:-1]] if of_layers else [final] * depth, final
 
-    def _rows(self, layout: GistLayout, tokens: list[int], encoded: Sequence[Tensor], made: dict[str, Tensor]) -> States:
+    def _rows(self, layout: GistLayout, tokens: list[int], read: list[Tensor], made: dict[str, Tensor]) -> States:
         """Of each context its encoded tokens, if they are read, and its prefix rows; keys stand where `layout` has them."""
         config, count, rows = self.base.config, sum(tokens), self.num_gists
-        depth = config.num_hidden_layers
-        of_layers = encoded if len(encoded) > depth else encoded * depth
-        fused = self.fusion(self.base, of_layers) if self.fusion is not None else None
+        fused = self.fusion(self.base, read) if self.fusion is not None else None
         # Rows come as all tokens, then all prefixes; they go context by context.
         first, order = count if fused else 0, []
         for i, (n, end) in enumerate(zip(tokens, accumulate(tokens))):
             order += range(end - n, end) if fused else ()
             order += range(first + i * rows, first + (i + 1) * rows)
-        order = torch.tensor(order, dtype=torch.long, device=encoded[-1].device)
+        order = torch.tensor(order, dtype=torch.long, device=read[0].device)
         places, inv_freq = layout.positions[layout.gist_rows], inverse_frequencies(self.base)
-        nothing = encoded[-1].new_zeros(kv_heads(config), 0, head_dim(config))
+        nothing = read[0].new_zeros(kv_heads(config), 0, head_dim(config))
         states = []
-        for layer in range(depth):
+        for layer in range(config.num_hidden_layers):
             sides = []
             for side, name in enumerate(("prefix_keys", "prefix_values")):
                 parts = [fused[layer][side]] if fused else []
