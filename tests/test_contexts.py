@@ -259,7 +259,8 @@ print(json.dumps({"compressed": compressed, "there": summary.there, "failed": su
 
 def work(run, folder, store, rank=0, ranks=1, pause=0.0):
     """Start a worker; the process, and the file in which it prints."""
-    script, printed = store.with_name("worker.py"), store.with_name(f"{store.name}-{rank}.txt")
+    # A script of its own: one that is written again while a worker begins to read it is empty to that worker.
+    script, printed = (store.with_name(f"{store.name}-{rank}.{kind}") for kind in ("py", "txt"))
     script.write_text(WORKER)
     printed.unlink(missing_ok=True)
     program = (script, run, folder, store, rank, ranks, pause)
