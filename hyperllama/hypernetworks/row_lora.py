@@ -125,7 +125,8 @@ class RowLora(nn.Module):
                 if not torch.is_autocast_enabled(x.device.type):
                     x = x.to(self.A[key].weight.dtype)
                 x = self.dropout(x)
-                output[:, : self.rows].add_(self.B[key](self.A[key](x)).to(output.dtype), alpha=scaling)
+                # Scaled where it is narrow: `alpha` of an addition would scale whole gradients.
+                output[:, : self.rows].add_(self.B[key](self.A[key](x) * scaling).to(output.dtype))
             else:
                 # In the base's dtype, as autocast would, and the second product goes into the output without a copy.
                 a, b = (side[key].weight.to(output.dtype) for side in (self.A, self.B))
