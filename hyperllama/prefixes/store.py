@@ -321,7 +321,7 @@ def _lines(path: Path, start: int) -> tuple[list[tuple[int, Entry]], int]:
         read = file.read()
     whole = read[: read.rfind(b"\n") + 1]
     found, bases = [], {}
-    with _no_collection():
+    with no_collection():
         for value in _values(whole.split(b"\n")):
             try:
                 written = value.pop("written")
@@ -338,8 +338,8 @@ def _lines(path: Path, start: int) -> tuple[list[tuple[int, Entry]], int]:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Nothing here has cycles, but Python would look for some again and again while many objects are made."""
+def no_collection() -> Iterator[None]:
+    """While many objects without cycles are made Python looks for cycles again and again: a context in which it does not."""
     enabled = gc.isenabled()
     gc.disable()
     try:

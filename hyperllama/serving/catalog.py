@@ -6,7 +6,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +14,7 @@ from hyperllama.data.text import Encoder, Limits, TextFormat
 from hyperllama.errors import UserError
 from hyperllama.files import from_fields
 from hyperllama.prefixes.prefix import Prefix, stored_digest
-from hyperllama.prefixes.store import Entry, PrefixStore
+from hyperllama.prefixes.store import SUFFIX, Entry, PrefixStore, no_collection
 from hyperllama.serving.ticket import Ticket
 
 
@@ -57,24 +56,27 @@ class Catalog:
             self._look()
             entries = self._by_name.get(name, [])
             if len(entries) > 1:
-                files = ", ".join(sorted(Path(entry.file).stem for entry in entries))
+                files = ", ".join(sorted(map(_stem, entries)))
                 raise UserError(f"{name}: {len(entries)} prefixes are of this task; ask for one of {files}")
             return self._card(name, entries[0]) if entries else None
 
     def _look(self) -> None:
         stamp = self.store.stamp()
-        if stamp == self._stamp:
-            return
+        if stamp != self._stamp:
+            with no_collection():
+                self._name_all()
+            self._stamp = stamp
+
+    def _name_all(self) -> None:
         entries = list(self.store)
         tasks: defaultdict[str, list[Entry]] = defaultdict(list)
         for entry in entries:
             tasks[entry.task].append(entry)
         for task, found in tasks.items():  # those of other bases count where there is none for this one
             tasks[task] = [entry for entry in found if self._own(entry)] or found
-        self._by_name = {**tasks, **{Path(entry.file).stem: [entry] for entry in entries}}
+        self._by_name = {**tasks, **{_stem(entry): [entry] for entry in entries}}
         own = [entry for entry in entries if self._own(entry)]
-        self._listed = [(e.task if len(tasks[e.task]) == 1 else Path(e.file).stem, e) for e in own]
-        self._stamp = stamp
+        self._listed = [(e.task if len(tasks[e.task]) == 1 else _stem(e), e) for e in own]
 
     def _own(self, entry: Entry) -> bool:
         return entry.base.is_model(self.identity)
@@ -93,3 +95,7 @@ class Catalog:
                 self._encoders[form] = Encoder(self.tokenizer, form, Limits())
             self._cards[known] = Card(name, Ticket(entry.file, stored_digest(path), prefix.rows), self._encoders[form])
         return self._cards[known]
+
+
+def _stem(entry: Entry) -> str:
+    return entry.file.removesuffix(SUFFIX)
