@@ -145,8 +145,6 @@ def _line(bench: Bench, method: Method, i: int, query: Query, total: int) -> dic
 def _generated(reader: Reader, flat, generation: dict, bench: Bench) -> Iterator[dict[str, Any]]:
     prefixes = [state.prefix for _, state, _, _ in flat]
     prompts = [list(query.prompt) for _, _, query, _ in flat]
-    if all(prefix is None for prefix in prefixes):
-        prefixes = None
     encoder = bench.encoder
     settings = {"max_new_tokens": encoder.format.answer_tokens, "stop": encoder.format.separator, **generation}
     answers = reader.generate(prompts, prefixes, batch_size=256, batch_tokens=bench.batch_tokens, **settings)

@@ -231,6 +231,16 @@ class TestMethods:
         (state,) = METHODS["fewer_demonstrations"].run(bench, [0])
         assert (state.demonstrations, state.tokens) == (2, 5)
 
+    def test_a_budget_may_have_room_for_one_task_and_none_for_another(self, words):
+        query, fits = Example("e", "f", ("f",)), (Example("a", "b"),)
+        episodes = [Episode("", fits, (query,), "t1"), Episode("", (Example("x " * 9, "d"),), (query,), "t2")]
+        encoder = Encoder(words, dataclasses.replace(WORDS, start_token=False), Limits(64, 16))  # so the latter reads nothing
+        bench = Bench(episodes, encoder, Reader(tiny_base(), words), budget=4)
+        both = self.run(bench, "fewer_demonstrations", "text", (0, 1))
+        assert [line["state_rows"] for line in both] == [2, 0]
+        alone = [*self.run(bench, "fewer_demonstrations", "text", (0,)), *self.run(bench, "no_context", "text", (1,))]
+        assert both == [{**line, "method": "fewer_demonstrations"} for line in alone]
+
     @given(outputs=st.lists(st.sampled_from("abcd"), min_size=1, max_size=12), seed=st.integers(0, 9))
     def test_shuffled_labels(self, outputs, seed):
         demonstrations = tuple(Example(str(i), o, (o,)) for i, o in enumerate(outputs))

@@ -40,6 +40,19 @@ def test_each_row_as_if_alone(setting):
     assert together == alone == in_pairs and all(len(row) == 7 for row in together)
 
 
+def test_rows_with_and_without_a_prefix_in_one_call(setting):
+    reader, prefixes = setting
+    mixed = [None, *prefixes[1:3], None, prefixes[4]]
+    together = reader.generate(PROMPTS, mixed, max_new_tokens=7, min_new_tokens=7)
+    alone = [
+        reader.generate([a], None if b is None else [b], max_new_tokens=7, min_new_tokens=7)[0] for a, b in zip(PROMPTS, mixed)
+    ]
+    assert together == alone and together != reader.generate(PROMPTS, prefixes, max_new_tokens=7, min_new_tokens=7)
+    assert reader.generate(PROMPTS, [None] * 5, max_new_tokens=7) == reader.generate(PROMPTS, max_new_tokens=7)
+    with pytest.raises(UserError, match="prompt 0: .* take 602 positions"):
+        reader.generate(PROMPTS, mixed, max_new_tokens=600)
+
+
 def test_sixteen_prefixes_of_all_sizes_in_one_batch(base, tokenizer):
     rng = Random(0)
     prefixes, prompts = [], []

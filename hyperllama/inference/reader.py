@@ -52,7 +52,7 @@ class Reader:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        prefixes: Sequence[Prefix] | None = None,
+        prefixes: Sequence[Prefix | None] | None = None,
         *,
         batch_size: int = 32,
         batch_tokens: int | None = None,
@@ -61,12 +61,12 @@ class Reader:
     ) -> list[list[int]]:
         """Continue each prompt behind its own prefix; different tasks and lengths may share a batch.
 
-        `prompts` are token ids; `prefixes` one for each, or None to read without. Greedy, whatever the checkpoint's generation
-        config says: `settings` go to transformers' `generate` verbatim and nothing else does. A batch has at most `batch_size`
-        rows, and with `batch_tokens` no more prefix rows and prompt tokens, padding included, unless one row has. A row ends at
-        an end token, or with the text `stop`; its new tokens are returned, `stop` included. Raises UserError, before anything
-        is generated, for a prefix of another base, settings that contradict each other, or a prompt that the model's positions
-        cannot hold.
+        `prompts` are token ids; `prefixes` one for each, None for those that are read without, or for all. Greedy, whatever the
+        checkpoint's generation config says: `settings` go to transformers' `generate` verbatim and nothing else does. A batch
+        has at most `batch_size` rows, and with `batch_tokens` no more prefix rows and prompt tokens, padding included, unless
+        one row has. A row ends at an end token, or with the text `stop`; its new tokens are returned, `stop` included. Raises
+        UserError, before anything is generated, for a prefix of another base, settings that contradict each other, or a prompt
+        that the model's positions cannot hold.
         """
         if prefixes is not None and len(prefixes) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many prefixes, not {len(prefixes)}")
@@ -76,13 +76,17 @@ class Reader:
         for i, problem in self.too_long(prompts, prefixes, settings.get("max_new_tokens", NEW_TOKENS)):
             raise UserError(f"prompt {i}: {problem}")
         # Neighbours in length share a batch, so that little of it is padding.
-        gists = [prefix.rows for prefix in prefixes] if prefixes is not None else [0] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: (gists[i], len(prompts[i])))
+        given = [None] * len(prompts) if prefixes is None else prefixes
+        gists = [0 if prefix is None else prefix.rows for prefix in given]
         continuations: list[list[int]] = [[]] * len(prompts)
-        for rows in _batches(order, gists, list(map(len, prompts)), batch_size, batch_tokens):
-            batch = self._generate([prompts[i] for i in rows], prefixes and [prefixes[i] for i in rows], stop, settings)
-            for i, continuation in zip(rows, batch, strict=True):
-                continuations[i] = continuation
+        for bare in (True, False):  # a batch has a cache or has none
+            order = [i for i, prefix in enumerate(given) if (prefix is None) == bare]
+            order.sort(key=lambda i: (gists[i], len(prompts[i])))
+            for rows in _batches(order, gists, list(map(len, prompts)), batch_size, batch_tokens):
+                behind = None if bare else [given[i] for i in rows]
+                batch = self._generate([prompts[i] for i in rows], behind, stop, settings)
+                for i, continuation in zip(rows, batch, strict=True):
+                    continuations[i] = continuation
         return continuations
 
     def _check(self, prefixes: Iterable[Prefix | None]) -> None:
@@ -92,12 +96,12 @@ class Reader:
             prefix.check_sizes(self.model)
 
     def too_long(
-        self, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix] | None, new_tokens: int
+        self, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix | None] | None, new_tokens: int
     ) -> Iterator[tuple[int, str]]:
         """The places of prompts that cannot be answered, with what is wrong: nothing to read, or more than the positions."""
         positions = self.model.config.max_position_embeddings
         for i, prompt in enumerate(prompts):
-            rows = prefixes[i].rows if prefixes is not None else 0
+            rows = prefixes[i].rows if prefixes is not None and prefixes[i] is not None else 0
             if not len(prompt):
                 yield i, "is empty after tokenisation; give an input, or a query template with text of its own"
             elif rows + len(prompt) + new_tokens > positions:
