@@ -10,13 +10,14 @@ from pathlib import Path
 
 from eval.intervals import Interval
 from eval.leads import leads
+from eval.methods import METHODS
 from eval.starts import draw, read_kept, summarise
 from eval.systems import BASE, FULL, NOTHING, Figures, Results, markdown, percent
 
 HERE = Path(__file__).parent
 KEPT, WORDS, PAGE = HERE.parent / "benchmarks" / "results" / "papers", HERE / "results", HERE / "results.md"
 SETS = {"sni": "Super-NaturalInstructions", "p3": "P3 prompts", "symbols": "Symbol tuning"}
-MODULES, STARTS = KEPT / "hint.jsonl.gz", KEPT / "starts.jsonl.gz"
+MODULES, TEXTS, STARTS = KEPT / "hint.jsonl.gz", KEPT / "text.jsonl.gz", KEPT / "starts.jsonl.gz"
 KEPT_SHARE = 0.8  # of the gain, at 8 to 1 or more: what "compress into" is taken to mean here
 
 
@@ -32,6 +33,9 @@ def page() -> str:
     if MODULES.is_file():
         parts += ["## Instructions become modules whose length costs nothing", _words("modules")]
         parts += ["`hyperllama study recipes/papers/hint-systems.yaml`", *_modules(Results.read(MODULES))]
+    if TEXTS.is_file():
+        parts += ["## Cartridges of text at once", "`hyperllama evaluate recipes/papers/text.yaml`", _words("text")]
+        parts += [_texts(results) for results in Results.read(TEXTS)]
     if STARTS.is_file():
         parts += ["## Starts of prefix tuning", "`hyperllama study recipes/papers/starts.yaml`", _words("starts"), *_starts()]
     parts += ["## What is not here", _words("missing")]
@@ -128,6 +132,19 @@ def _modules(evaluations: list[Results]) -> list[str]:
             lines.append(f"| {results.evaluation}: {row} | {kept} | {told}: {own} | {flops} |")
         tables += [f"### {results.evaluation.capitalize()}", markdown(results).strip()]
     return ["\n".join(lines), *tables]
+
+
+def _texts(results: Results) -> str:
+    """The table of one size: loss on what follows a text, and the share of what the whole text lowers it by."""
+    figures = results.figures(list(results.by_task))
+    lines = [f"**{results.evaluation}**, {len(results.by_task)} windows:", ""]
+    lines += ["| | nats a token | share of the context's gain, % |", "|---|---|---|"]
+    for system in results.systems:
+        loss, name = figures.mean(system), "the whole text" if system == FULL else METHODS[system[1]].label
+        share = "" if system in (NOTHING, FULL) else _points(figures.share(system))
+        cells = f"{loss.mean:.3f} [{loss.low:.3f}, {loss.high:.3f}] | {share}"
+        lines.append(f"| {name if system[0] == BASE else f'{system[0]}: {name}'} | {cells} |")
+    return "\n".join(lines)
 
 
 def _below(difference: Interval) -> str:

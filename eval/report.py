@@ -37,7 +37,7 @@ def _markdown(summary: dict[str, Any], costs: bool):
         f"{summary['queries']:,} queries in {summary['episodes']:,} episodes of {summary['tasks']:,} tasks, "
         f"up to {summary['shots']} demonstrations, {METRICS[head].label}; 95 % intervals by bootstrap over episodes."
         + (f" Chance is {quantity(summary['chance'], head)}." if summary["chance"] else "")
-        + (f" {summary['queries_left_out']:,} queries were too long and are left out." if summary["queries_left_out"] else "")
+        + (f" {summary['queries_left_out']:,} queries were too long, or texts short." if summary["queries_left_out"] else "")
     )
     yield f"\nShared with the training data: {summary['shared_with_training']}.\n"
     if summary["verdicts"]:

@@ -72,7 +72,7 @@ class Examples:
             if query["input"] != digest:
                 raise UserError(f"{self.path}: has results of other queries than {row} was asked; remove it, and run it again")
             system = f"{row}/{line['method']}"
-            query["scores"][system] = {name: round(value, 4) for name, value in line["metrics"].items()}
+            query["scores"][system] = {name: round(value / line["weight"], 4) for name, value in line["metrics"].items()}
             query["answers"][system] = line.get("answer", "")
 
         whole = [self.head, *(self.queries[place] for place in sorted(self.queries))]

@@ -267,3 +267,20 @@ def test_kept_results_computed_again_without_the_code_of_tables(name, metric, wi
         share = (mean(ours, tasks) - mean(none, tasks)) / (mean(full, tasks) - mean(none, tasks))
         assert figures.mean((row, method)).mean == pytest.approx(mean(ours, tasks))
         assert figures.share((row, method)).mean == pytest.approx(share)
+
+
+def test_kept_losses_of_texts_computed_again_without_the_code_of_tables():
+    path = Path(__file__).parents[1] / "benchmarks/results/papers/text.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        head, *queries = [json.loads(line) for line in file]
+    assert not any(any(query["answers"].values()) for query in queries), "none of the texts themselves"
+    for results in Results.read(path):
+        own = [query["scores"] for query in queries if query["evaluation"] == results.evaluation]
+        figures = results.figures(list(results.by_task))
+        loss = {system: sum(scores[system]["loss"] for scores in own) / len(own) for system in own[0]}
+        gain = loss["the base/no_context"] - loss["the base/full_context"]
+        assert len(own) >= 6 and 2 < loss["the base/full_context"] < loss["the base/no_context"] < 6, "nats a token"
+        for system in results.systems:
+            name = "/".join(system)
+            assert figures.mean(system).mean == pytest.approx(loss[name])
+            assert figures.share(system).mean == pytest.approx((loss["the base/no_context"] - loss[name]) / gain, abs=1e-9)
