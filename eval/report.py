@@ -30,14 +30,14 @@ def write_report(summary: dict[str, Any], folder: Path) -> None:
 
 
 def _markdown(summary: dict[str, Any], costs: bool):
-    head = summary["headline"]
+    head, left_out = summary["headline"], summary["queries_left_out"]
     subject = summary["hypernetwork"] or (summary["base"] or {}).get("name") or "no model"
     yield f"# {subject} on {summary['data']}\n"
     yield (
         f"{summary['queries']:,} queries in {summary['episodes']:,} episodes of {summary['tasks']:,} tasks, "
         f"up to {summary['shots']} demonstrations, {METRICS[head].label}; 95 % intervals by bootstrap over episodes."
         + (f" Chance is {quantity(summary['chance'], head)}." if summary["chance"] else "")
-        + (f" {summary['queries_left_out']:,} queries were too long, or texts short." if summary["queries_left_out"] else "")
+        + (f" {left_out:,} queries are left out: too long, or windows of too little text." if left_out else "")
     )
     yield f"\nShared with the training data: {summary['shared_with_training']}.\n"
     if summary["verdicts"]:

@@ -272,7 +272,7 @@ def test_kept_results_computed_again_without_the_code_of_tables(name, metric, wi
 def test_kept_losses_of_texts_computed_again_without_the_code_of_tables():
     path = Path(__file__).parents[1] / "benchmarks/results/papers/text.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        head, *queries = [json.loads(line) for line in file]
+        _, *queries = [json.loads(line) for line in file]
     assert not any(any(query["answers"].values()) for query in queries), "none of the texts themselves"
     for results in Results.read(path):
         own = [query["scores"] for query in queries if query["evaluation"] == results.evaluation]

@@ -68,15 +68,15 @@ class Reader:
         UserError, before anything is generated, for a prefix of another base, settings that contradict each other, or a prompt
         that the model's positions cannot hold.
         """
-        if prefixes is not None and len(prefixes) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need as many prefixes, not {len(prefixes)}")
-        self._check(prefixes or ())
+        given = [None] * len(prompts) if prefixes is None else prefixes
+        if len(given) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many prefixes, not {len(given)}")
+        self._check(given)
         for problem in contradictions(settings):
             raise UserError(problem)
-        for i, problem in self.too_long(prompts, prefixes, settings.get("max_new_tokens", NEW_TOKENS)):
+        for i, problem in self.too_long(prompts, given, settings.get("max_new_tokens", NEW_TOKENS)):
             raise UserError(f"prompt {i}: {problem}")
         # Neighbours in length share a batch, so that little of it is padding.
-        given = [None] * len(prompts) if prefixes is None else prefixes
         gists = [0 if prefix is None else prefix.rows for prefix in given]
         continuations: list[list[int]] = [[]] * len(prompts)
         for bare in (True, False):  # a batch has a cache or has none
